@@ -1,0 +1,69 @@
+"""What an engine offers the rest of l0fast: token ids in, token ids and log-probs out. No text.
+
+    generate        one turn of one conversation
+    update_weights  new policy, new version; nothing sampled before it is continued from stale state
+    load            what admission needs to know
+
+The rest of the code can't tell which engine it talks to.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    max_new_tokens: int
+    """[tokens]"""
+    stop_token_ids: tuple[int, ...]
+    """Sampling one of these ends the turn; it is part of the response."""
+    temperature: float = 1.0
+    """0 is greedy; its log-probs are those of temperature 1."""
+    seed: int = 0
+    """The same seed, prompt and weights give the same ids, whoever shares the batch (up to rounding)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    response_ids: tuple[int, ...]
+    sampler_logprobs: tuple[float, ...]
+    """Temperature-scaled, over the full vocabulary [nats]."""
+    finish_reason: str
+    """"stop" | "length" | "abort"."""
+    policy_version: int
+    cached_tokens: int = 0
+    """Prompt tokens that were not computed again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    running: int
+    """Requests being decoded."""
+    waiting: int
+    """Requests not yet admitted."""
+    used_tokens: int
+    """KV entries in use."""
+    max_tokens: int
+    """KV entries there are."""
+
+
+class Engine(Protocol):
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str) -> Sampled:
+        """Sample one response.
+
+        Args:
+            prompt_ids: the whole prompt; what it shares with the last call of this conversation is not computed again.
+            conversation: names the episode, so that its turns find their KV entries.
+
+        Raises:
+            ValueError: an id outside the vocabulary, or a prompt too long for the engine.
+            EngineError: the engine died or missed its deadline.
+        """
+        ...
+
+    async def update_weights(self, policy_version: int) -> None:
+        """Take the weights the learner has published under this version. Returns when they are in use."""
+        ...
+
+    async def load(self) -> EngineLoad: ...

@@ -1,0 +1,46 @@
+"""What can go wrong outside our own code, as one small tree.
+
+A `WorldError` is data: it fails the episode it happened to (recorded with its cause, no vote, refilled).
+A `UsageError` is something the user can set right: `run.py` prints its one sentence and exits with code 2.
+Anything else is a bug and ends the run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class L0fastError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class UsageError(L0fastError, ValueError):
+    """A setting, file or folder that can't be used: what it is, its value, the way out."""
+
+
+class WorldError(L0fastError):
+    """The world outside the event loop failed: a process died, a deadline passed."""
+
+
+class SandboxError(WorldError):
+    """A session could not be started, reached or kept."""
+
+
+class EngineError(WorldError):
+    """The inference engine failed, refused or lost a request."""
+
+
+class ToolError(L0fastError):
+    """A tool can't answer. Shown to the agent as an exception in its cell; the episode goes on."""
+
+
+class LearnerError(WorldError):
+    """The learner process failed, or stopped answering. Never an episode's fault: it ends the run."""
+
+
+@contextmanager
+def boundary(error: type[WorldError], doing: str) -> Iterator[None]:
+    """Turn OSError, EOFError and TimeoutError into `error("could not <doing>: ...")`, keeping the cause."""
+    try:
+        yield
+    except (OSError, EOFError, TimeoutError) as e:
+        raise error(f"could not {doing}: {type(e).__name__}: {e}" if str(e) else f"could not {doing}: {type(e).__name__}") from e

@@ -1,0 +1,124 @@
+"""The records that flow through a run. Plain data: no torch, no behaviour beyond looking at itself.
+
+    Task -> Group -> Trajectory x n (turns: prompt_ids, response_ids, sampler_logprobs, output) -> rewards -> Pack
+
+A record is made once, on the left, and never changed afterwards. Words: a *turn* is one think + code + output
+exchange, a *trajectory* the record of one run of the agent on one task, a *step* one optimizer update.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One question with its right answers."""
+
+    id: str
+    """Unique within its source; groups, splits and metrics are keyed by it."""
+    question: str
+    answers: tuple[str, ...]
+    """Every one of them is right."""
+    kind: str = ""
+    """What is asked, e.g. "capital" or "city>currency"; accuracy is also reported by kind."""
+    hops: int = 1
+    """Look-ups needed to answer."""
+
+
+class TrajectoryStatus(StrEnum):
+    COMPLETED = "completed"
+    """The agent submitted an answer."""
+    TRUNCATED_TURNS = "truncated_turns"
+    TRUNCATED_CONTEXT = "truncated_context"
+    """The next prompt would not fit (trim mode "none")."""
+    FAILED_SANDBOX = "failed_sandbox"
+    FAILED_ENGINE = "failed_engine"
+    FAILED_DEADLINE = "failed_deadline"
+    """The episode's own wall clock ran out."""
+
+    @property
+    def failed(self) -> bool:
+        """Lost to the world rather than to the policy: no vote in any statistic."""
+        return self.value.startswith("failed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One exchange. `prompt_ids` is exactly what the engine saw, `response_ids` exactly what it sampled."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    """Sampled ids, the end-of-turn token included where it was sampled."""
+    sampler_logprobs: tuple[float, ...]
+    """Of `response_ids`, under the policy and temperature that sampled them [nats]."""
+    finish_reason: str
+    """"stop", "length" or "abort"."""
+    policy_version: int
+    text: str
+    """`response_ids` decoded, special tokens dropped."""
+    output: str | None
+    """What the agent was shown next; None where no cell ran because the text was malformed (`complaint` was shown)."""
+    complaint: str | None = None
+    well_formed: bool
+    """Exactly one <think> and one <code>, both long enough (l0.md, format reward)."""
+    error: str | None = None
+    """Name of the exception the cell ended with."""
+    generate_s: float = 0.0
+    execute_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """What happened in one episode."""
+
+    task: Task
+    index: int
+    """Place in its group."""
+    status: TrajectoryStatus
+    turns: tuple[Turn, ...]
+    answer: str | None = None
+    """The first answer submitted."""
+    rewards: tuple[float, ...] = ()
+    """One a turn; their sum is the episode's reward."""
+    exact_match: bool = False
+    cause: str | None = None
+    """Why a failed one failed."""
+    started_s: float = 0.0
+    """Since the start of the run [s]."""
+    wall_s: float = 0.0
+
+    @property
+    def reward(self) -> float:
+        return sum(self.rewards)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The trajectories of one task, complete: `group_size` that count, and those that were lost on the way."""
+
+    task: Task
+    trajectories: tuple[Trajectory, ...]
+    failures: tuple[Trajectory, ...] = ()
+
+    @property
+    def all_equal(self) -> bool:
+        """All right or all wrong: a group-relative advantage sees nothing in it."""
+        return len({t.exact_match for t in self.trajectories}) == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A sampled stretch of a segment."""
+
+    start: int
+    length: int
+    turn: int
+    """Index into the trajectory's turns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """An append-only row: for each span, token_ids[:start] is the prompt the engine saw for that turn."""
+
+    token_ids: tuple[int, ...]
+    spans: tuple[Span, ...]
