@@ -1,0 +1,139 @@
+"""Text to ids in a model's own chat form, without its Python tokenizer: `tokenizer.json` and the chat template only.
+
+A conversation is never rendered twice. The template is asked once, with sentinels, what stands before a question, and
+between an answer and the next one; from there prompts grow by concatenating ids (Qwen3's template drops earlier
+thinking when a conversation is rendered again, and decoding then encoding changes about half of sampled sequences).
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from tokenizers import Tokenizer
+
+from l0fast.errors import UsageError
+
+_ANSWER = "\x02answer\x03"
+_OUTPUT = "\x02output\x03"
+
+
+class Chat:
+    """A tokenizer with its chat form.
+
+    Args:
+        folder: a model folder with `tokenizer.json`, and a chat template in `chat_template.jinja` or
+            `tokenizer_config.json`.
+
+    Raises:
+        UsageError: a file is missing or broken.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise UsageError(f"model folder {folder} has no tokenizer.json: point --model.path at a folder saved with its tokenizer")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as e:  # noqa: BLE001 - the Rust side raises bare Exception for any broken file
+            raise UsageError(f"{path} is not a tokenizer: {e}; save it again with save_pretrained") from e
+        self._template = self._load_template()
+        self.stop_token_ids = self._stop_ids()
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=not special)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def first_prompt(self, system: str, question: str) -> list[int]:
+        """Ids up to where the first response starts."""
+        return self.encode(self._render([_message("system", system), _message("user", question)]))
+
+    def response(self, text: str) -> list[int]:
+        """Ids a policy would have sampled to say `text`, end of turn included."""
+        return [*self.encode(text), self.stop_token_ids[0]]
+
+    def continuation(self, output: str, *, closed: bool) -> list[int]:
+        """Ids from the end of a response to where the next one starts.
+
+        Args:
+            closed: the response ended with a stop token; otherwise (cut at its length) that token is put first.
+        """
+        ids = self.encode(self._between[0] + output + self._between[1])
+        return ids if closed else [self.stop_token_ids[0], *ids]
+
+    @cached_property
+    def _between(self) -> tuple[str, str]:
+        messages = [_message("user", "q"), _message("assistant", _ANSWER), _message("user", _OUTPUT)]
+        rendered = self._render(messages)
+        stop = self.decode(self.stop_token_ids[:1], special=True)
+        before, found, after = rendered.partition(_ANSWER)[2].partition(_OUTPUT)
+        if not found or not before.startswith(stop):
+            raise UsageError(
+                f"the chat template of {self._folder} does not end an answer with {stop!r} before the next message, got "
+                f"{before[:40]!r}: l0fast needs a ChatML-like template"
+            )
+        return before.removeprefix(stop), after
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        return self._template.render(messages=messages, add_generation_prompt=True, bos_token=self._bos, eos_token="")
+
+    def _load_template(self) -> jinja2.Template:
+        config = _read_json(self._folder / "tokenizer_config.json", needed=False)
+        token = config.get("bos_token") or ""
+        self._bos = token["content"] if isinstance(token, dict) else token
+        file = self._folder / "chat_template.jinja"
+        source = file.read_text() if file.is_file() else config.get("chat_template")
+        if not isinstance(source, str):
+            raise UsageError(f"model folder {self._folder} has no chat template: add chat_template.jinja (Qwen's ChatML works)")
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        environment.globals["raise_exception"] = _raise_template_error
+        try:
+            return environment.from_string(source)
+        except jinja2.TemplateSyntaxError as e:
+            raise UsageError(f"the chat template of {self._folder} is broken at line {e.lineno}: {e.message}; mend or replace it") from e
+
+    def _stop_ids(self) -> tuple[int, ...]:
+        eos = _read_json(self._folder / "generation_config.json", needed=False).get("eos_token_id")
+        if eos is None:
+            eos = _read_json(self._folder / "config.json", needed=True).get("eos_token_id")
+        ids = [eos] if isinstance(eos, int) else list(eos or ())
+        # the token that ends a ChatML message comes first: it is also what closes a response that was cut
+        im_end = self._tokenizer.token_to_id("<|im_end|>")
+        if im_end is not None:
+            ids = [im_end, *(i for i in ids if i != im_end)]
+        if not ids:
+            raise UsageError(f"model folder {self._folder} names no eos_token_id: set it in generation_config.json")
+        return tuple(ids)
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _raise_template_error(message: str) -> None:
+    raise UsageError(f"the chat template refused a message: {message}")
+
+
+def _read_json(path: Path, *, needed: bool) -> dict[str, Any]:
+    if not path.is_file():
+        if needed:
+            raise UsageError(f"{path} is missing: point --model.path at a complete model folder")
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UsageError(f"{path} is not JSON: {e}; restore it from the model's source") from e

@@ -1,0 +1,344 @@
+"""From words on the command line to settings that hold, before anything heavy is imported.
+
+    python -m l0fast.run [RECIPE] [--run-dir DIR] [--seed N] [--smoke] [--dry-run] [--section.key VALUE ...]
+
+    defaults < recipe (TOML) < --smoke < flags        merged as one tree, validated once, as a whole
+
+The tree of models in config.py says which flags exist, how many values each takes and what they mean. tyro prints it as
+`--help`. Reading it back is done here, for two reasons: RECIPE may stand anywhere among the flags, and a bad value in
+TOML or on the command line gets the same answer, one sentence with what, the value and the way out.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import orjson
+import tyro
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from l0fast import __version__
+from l0fast.config import Config, RunConfig
+from l0fast.errors import UsageError
+from l0fast.run_dir import check_free
+
+RECIPES = Path(__file__).parent / "recipes"
+
+SMOKE: dict[str, Any] = {
+    "num_steps": 2,
+    "rollout": {"groups_per_step": 4, "max_open_groups": 4},
+    "eval": {"questions": 48, "every": 0, "curve_questions": 48},
+}
+"""What --smoke changes: the same path, as short as it gets."""
+
+
+class _Command(Config):
+    recipe: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RECIPE")]] = "geography"
+    """A TOML file, or the name of a recipe that ships; may stand anywhere among the flags."""
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder the run is written to; None makes runs/RECIPE-TIME. One that holds something is refused."""
+    smoke: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Two steps of the same path with few questions."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Resolve, validate and print the plan; write nothing."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Go on with the run in DIR. Not in this version: says what to do instead."""
+
+
+class _CommandLine(RunConfig, _Command):
+    """Every word the command understands."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invocation:
+    """One command, resolved and valid."""
+
+    recipe: str
+    """Name of the recipe, or stem of its file."""
+    config: RunConfig
+    run_dir: Path
+    """Free when parsed: missing, or an empty folder."""
+    smoke: bool = False
+    dry_run: bool = False
+    resume: Path | None = None
+
+
+def parse(argv: Sequence[str]) -> Invocation:
+    """Resolve the words after `python -m l0fast.run`.
+
+    Raises:
+        UsageError: anything a person can set right.
+        SystemExit: 0, after `--help` was printed.
+    """
+    if any(word in ("-h", "--help") for word in argv):
+        _print_help()
+    positionals, flags = _read_flags(argv)
+    if len(positionals) > 1:
+        raise UsageError(
+            f"{len(positionals)} recipes were given ({', '.join(positionals)}), but a run has one: "
+            "keep one of them, and put -- before every flag's name"
+        )
+    command = {name: flags.pop(name) for name in _Command.model_fields if name in flags}
+    if (resume := command.get("resume")) is not None:
+        raise UsageError(
+            f"--resume {resume}: going on exactly where a run stopped is not in this version; to train on from the "
+            f"model it ended with, start a new run with --model.path {resume / 'model'}"
+        )
+    recipe = _find_recipe(positionals[0] if positionals else _Command().recipe)
+    smoke, dry_run = command.get("smoke", False), command.get("dry_run", False)
+    layers = [_read_toml(recipe), SMOKE if smoke else {}, flags]
+    config = _validate(layers, recipe)
+    run_dir = command.get("run_dir") or Path("runs") / f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    check_free(run_dir)
+    return Invocation(recipe=recipe.stem, config=config, run_dir=run_dir, smoke=smoke, dry_run=dry_run)
+
+
+def smoke(config: RunConfig) -> RunConfig:
+    """The same run, as short as it gets."""
+    return RunConfig.model_validate(_merge(config.model_dump(), SMOKE))
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def render_plan(invocation: Invocation) -> str:
+    """What a run would do, for `--dry-run`."""
+    c = invocation.config
+    r, e, learner = c.rollout, c.eval, c.learner
+    training = c.num_steps * r.groups_per_step * r.group_size
+    curve = (c.num_steps - 1) // e.every if e.every else 0
+    evaluation = 4 * e.questions + curve * min(e.curve_questions, e.questions)
+    control = "; advantages permuted over trajectories: a control that can't learn" if learner.permute_advantages else ""
+    between = f"; {min(e.curve_questions, e.questions):,} every {e.every} steps" if curve else ""
+    lines = {
+        "recipe": invocation.recipe + (" (smoke)" if invocation.smoke else ""),
+        "run dir": f"{invocation.run_dir} (not made)",
+        "model": c.model.path,
+        "task": f"{c.task.kind}, {c.task.two_hop_share:.0%} of the questions need two look-ups",
+        "training": f"{c.num_steps} steps x {r.groups_per_step} groups x {r.group_size} episodes = {training:,} episodes "
+        f"of at most {r.max_turns} turns",
+        "evaluation": f"{e.questions:,} held-out questions before and after, sampled and greedy{between} = "
+        f"{evaluation:,} episodes",
+        "sandbox": c.sandbox.kind,
+        "engine": f"{c.engine.kind}, {c.engine.slots} slots",
+        "learner": f"{learner.advantage}, lr {learner.lr:g}, KL {learner.kl_coef:g}{control}",
+        "seed": f"{c.seed}" + (f", world {c.task.world_seed}" if c.task.kind == "invented" else ""),
+    }
+    width = max(map(len, lines))
+    head = f"l0fast {__version__}: the plan; nothing was written"
+    return "\n".join([head, *(f"  {name:<{width}}  {text}" for name, text in lines.items())])
+
+
+def _print_help() -> None:
+    tyro.cli(
+        _CommandLine,
+        prog="python -m l0fast.run",
+        description="Train a code-writing agent by reinforcement learning and show it getting better. Flags win over the "
+        f"recipe, the recipe over the defaults. Recipes that ship: {', '.join(shipped_recipes())}.",
+        default=_CommandLine(),
+        args=["--help"],
+        config=(tyro.conf.UseAppendAction,),
+    )
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """("rollout.group_size", its field) for every setting below a model."""
+    for name, field in model.model_fields.items():
+        if _is_section(field):
+            yield from _leaves(field.annotation, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+        else:
+            yield prefix + name, field
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _num_values(field: FieldInfo) -> int:
+    """Words a flag takes after its name. One that may be repeated takes one at a time."""
+    if field.annotation is bool:
+        return 0
+    args = get_args(field.annotation)
+    return len(args) if get_origin(field.annotation) is tuple and Ellipsis not in args else 1
+
+
+def _repeats(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is tuple and Ellipsis in get_args(field.annotation)
+
+
+def _read_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Split words into positionals and a nested dict of typed values."""
+    fields = {path: field for path, field in _leaves(_CommandLine) if path != "recipe"}
+    positionals: list[str] = []
+    raw: dict[str, Any] = {}
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("-") or word == "-":
+            positionals.append(word)
+            continue
+        name, has_equals, text = word.partition("=")
+        path, value_if_bare = _flag_path(name, fields)
+        field = fields[path]
+        if has_equals:
+            values = text.split(",") if _num_values(field) > 1 else [text]
+        else:
+            values = [next(words, None) for _ in range(_num_values(field))]
+        for value in values:
+            # a negative number is a value, another flag is not
+            if value is None or (not has_equals and value.startswith("--")):
+                raise UsageError(
+                    f"{name} needs {_num_values(field)} value{'s' * (_num_values(field) > 1)}, but "
+                    f"{'the line ends' if value is None else value + ' follows'}: write {_example(path, field)}"
+                )
+        if field.annotation is bool:
+            raw[path] = text if has_equals else value_if_bare
+        elif _repeats(field):
+            raw[path] = (*raw.get(path, ()), *values)
+        else:
+            raw[path] = tuple(values) if _num_values(field) > 1 else values[0]
+    flags: dict[str, Any] = {}
+    for path, value in raw.items():
+        flags = _merge(flags, _nest(path, _typed(path, fields[path], value)))
+    return positionals, flags
+
+
+def _flag_path(name: str, fields: Mapping[str, FieldInfo]) -> tuple[str, bool]:
+    """The setting a flag names, and the value it has where it is a switch."""
+    path = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
+    if path in fields:
+        return path, True
+    section, dot, last = path.rpartition(".")
+    switch = section + dot + last.removeprefix("no_")
+    if last.startswith("no_") and switch in fields and fields[switch].annotation is bool:
+        return switch, False
+    if inside := [f for f in fields if f.startswith(path + ".")]:
+        raise UsageError(f"{name} is a section, not a flag: set one of {', '.join(map(_flag, inside))}")
+    raise UsageError(f"{name} is not a flag{_suggest(path or name.lstrip('-'), fields, _flag)}; --help lists them all")
+
+
+def _typed(path: str, field: FieldInfo, value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, *field.metadata])
+    try:
+        return adapter.validate_strings(value)
+    except ValidationError as e:
+        text = value if isinstance(value, str) else " ".join(value)
+        raise UsageError(f"{_flag(path)} {text}: {_what(e.errors()[0])}; write {_example(path, field)}") from None
+
+
+def _flag(path: str) -> str:
+    return "--" + path.replace("_", "-")
+
+
+def _example(path: str, field: FieldInfo) -> str:
+    default = field.default
+    if field.annotation is bool:
+        return f"{_flag(path)} alone, or {_flag(path)}=false"
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default)) or "NAME"
+    return f"{_flag(path)} {'DIR' if default is None else default}"
+
+
+def _suggest(path: str, known: Mapping[str, FieldInfo], spell: Any) -> str:
+    """ ", did you mean ...?" with the nearest settings, or nothing."""
+    last = path.rpartition(".")[2]
+    near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(path, known, n=1)
+    return f", did you mean {' or '.join(map(spell, near))}?" if near else ""
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def _find_recipe(word: str) -> Path:
+    """Path of a recipe: the name of one that ships, or a file."""
+    if word in shipped_recipes():
+        return RECIPES / f"{word}.toml"
+    path = Path(word)
+    if path.suffix == ".toml" or path.is_file():
+        return path
+    raise UsageError(
+        f"{word!r} is neither a recipe that ships ({', '.join(shipped_recipes())}) nor a .toml file: "
+        "name one of those, or give the path of a file"
+    )
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UsageError(
+            f"recipe {path} can't be read ({e.strerror}): give a file that exists, or a name ({', '.join(shipped_recipes())})"
+        ) from e
+    except tomllib.TOMLDecodeError as e:
+        raise UsageError(f"recipe {path} is not TOML: {e}; mend that place") from e
+    except UnicodeDecodeError as e:
+        raise UsageError(f"recipe {path} is not UTF-8 text (byte {e.start}): save it as UTF-8") from e
+    _refuse_unknown_keys(settings, RunConfig, path)
+    return settings
+
+
+def _refuse_unknown_keys(settings: Mapping[str, Any], model: type[BaseModel], file: Path, prefix: str = "") -> None:
+    for key, value in settings.items():
+        field = model.model_fields.get(key)
+        if field is None:
+            hint = _suggest(prefix + key, dict(_leaves(RunConfig)), str)
+            raise UsageError(
+                f"{prefix}{key} = {value!r} in {file} is not a setting{hint}{'' if hint else ' '}"
+                f"{'' if hint else '(--help lists them)'}: rename or remove it"
+            )
+        if not _is_section(field):
+            continue
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{prefix}{key} = {value!r} in {file} is a section: write [{prefix}{key}] and its keys below")
+        _refuse_unknown_keys(value, field.annotation, file, f"{prefix}{key}.")  # pyright: ignore[reportArgumentType]
+
+
+# --- the merged tree -------------------------------------------------------------------------------------------------
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        merged[key] = _merge(merged.get(key, {}), value) if isinstance(value, Mapping) else value
+    return merged
+
+
+def _nest(path: str, value: Any) -> dict[str, Any]:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def _validate(layers: Sequence[Mapping[str, Any]], recipe: Path) -> RunConfig:
+    settings: dict[str, Any] = {}
+    for layer in layers:
+        settings = _merge(settings, layer)
+    try:
+        # as JSON: there an array may be a tuple, and true is no number
+        return RunConfig.model_validate_json(orjson.dumps(settings, default=str), strict=True)
+    except ValidationError as e:
+        error = e.errors()[0]
+        if not error["loc"]:
+            raise UsageError(str(error.get("ctx", {}).get("error", error["msg"]))) from None
+        path = ".".join(str(key) for key in error["loc"] if isinstance(key, str))
+        field = dict(_leaves(RunConfig))[path]
+        shown = orjson.dumps(error["input"]).decode()
+        raise UsageError(
+            f"{path} = {shown} in {recipe}: {_what(error)}; write a value like the default, "
+            f"{orjson.dumps(field.default).decode()}"
+        ) from None
+
+
+def _what(error: Any) -> str:
+    """pydantic's complaint as part of a sentence."""
+    return error["msg"].replace("Input should", "it should").replace(", unable to parse string as a number", "")

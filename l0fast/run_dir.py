@@ -1,0 +1,193 @@
+"""The folder a run leaves behind. It is the truth: whatever is shown of a run is drawn from it.
+
+    config.toml                    every setting, as run
+    metrics.jsonl                  one flat object a step
+    trajectories/step_0001.jsonl   what the agents did, one trajectory a line; also eval_before.jsonl and so on
+    summary.json                   the outcome, replaced as a whole
+    log.txt                        what a person was told, with times
+    plots/  model/                 made at the end by others
+
+Trajectories are written by a thread, one unbuffered write a line: encoding a line takes some 50 us and every write
+lets go of the interpreter, so the event loop never waits for more than a line.
+"""
+
+import asyncio
+import os
+import threading
+import time
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import orjson
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from l0fast.config import RunConfig
+from l0fast.errors import UsageError
+from l0fast.types import Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedTrajectory(Trajectory):
+    """A trajectory as it stands in a file."""
+
+    advantages: tuple[float, ...] = ()
+    """One a turn, as the learner used them; empty where nothing was learned from it."""
+
+
+class RunDir:
+    """Writes a run's folder. Not for several threads at once, except `log`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._metrics = (path / "metrics.jsonl").open("ab")
+        self._log = (path / "log.txt").open("a", encoding="utf-8")
+        self._log_lock = threading.Lock()
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> "RunDir":
+        """Make the folder with its `config.toml`.
+
+        Raises:
+            UsageError: something is there already, or it can't be made.
+        """
+        check_free(path)
+        try:
+            (path / "trajectories").mkdir(parents=True)
+            (path / "plots").mkdir()
+            # TOML has no null, and no setting is one
+            (path / "config.toml").write_text(tomli_w.dumps(config.model_dump(mode="json")), encoding="utf-8")
+            return cls(path)
+        except OSError as e:
+            raise UsageError(f"run folder {path} can't be written ({e.strerror}): choose another with --run-dir") from e
+
+    @property
+    def model_path(self) -> Path:
+        """Where the final model goes."""
+        return self.path / "model"
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one flat object; on disk when this returns."""
+        self._metrics.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY))
+        self._metrics.flush()
+
+    async def trajectories(
+        self,
+        name: str,
+        trajectories: Sequence[Trajectory],
+        advantages: Sequence[Sequence[float]] | None = None,
+    ) -> Path:
+        """Write `trajectories/<name>.jsonl`, e.g. `step_name(3)` or "eval_before".
+
+        Args:
+            advantages: for each trajectory one number a turn, or an empty sequence; may be left out.
+        """
+        if advantages is not None and len(advantages) != len(trajectories):
+            raise ValueError(f"{len(trajectories)} trajectories but advantages for {len(advantages)}")
+        path = self.path / "trajectories" / f"{name}.jsonl"
+        await asyncio.to_thread(_write_trajectories, path, trajectories, advantages)
+        return path
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        """Replace `summary.json`: a reader finds the old one or the new one, never half of it."""
+        partial = self.path / ".summary.json.partial"
+        partial.write_bytes(orjson.dumps(summary, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY))
+        os.replace(partial, self.path / "summary.json")
+
+    def log(self, text: str) -> None:
+        with self._log_lock:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._log.flush()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._log.close()
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def step_name(step: int) -> str:
+    """Name of the file that holds a step's trajectories, without its ending."""
+    return f"step_{step:04d}"
+
+
+def check_free(path: Path) -> None:
+    """Raise UsageError unless `path` is missing or an empty folder, below folders that may be written."""
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            what = "holds files" if path.is_dir() else "is a file"
+            raise UsageError(f"run folder {path} {what}, and a run never overwrites: choose another with --run-dir, or move it")
+        above = path.absolute()
+        while not above.exists():
+            above = above.parent
+    except OSError as e:
+        raise UsageError(f"run folder {path} can't be looked into ({e.strerror}): choose another with --run-dir") from e
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UsageError(f"run folder {path} can't be made, {above} is not a folder you may write to: choose another with --run-dir")
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The settings a run was made with."""
+    return RunConfig.model_validate_json(orjson.dumps(tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))))
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All rows of `metrics.jsonl`, in order."""
+    return [_decode(orjson.loads, line, place) for line, place in _lines(run_dir / "metrics.jsonl")]
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """`summary.json`, or nothing while the run has not ended."""
+    path = run_dir / "summary.json"
+    return _decode(orjson.loads, path.read_bytes(), str(path)) if path.exists() else {}
+
+
+def read_trajectories(path: Path) -> list[SavedTrajectory]:
+    """All trajectories of one file, in order.
+
+    Raises:
+        UsageError: no such file, or a line that is not a trajectory.
+    """
+    return [_decode(_saved_trajectory().validate_json, line, place) for line, place in _lines(path)]
+
+
+@cache
+def _saved_trajectory() -> TypeAdapter[SavedTrajectory]:
+    return TypeAdapter(SavedTrajectory)
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, str]]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield line, f"{path}, line {number}"
+    except OSError as e:
+        raise UsageError(f"{path} can't be read ({e.strerror}): is that the folder of a run?") from e
+
+
+def _decode(decode: Any, data: bytes, place: str) -> Any:
+    try:
+        return decode(data)
+    except (orjson.JSONDecodeError, ValidationError) as e:
+        raise UsageError(f"{place} is not what a run writes ({str(e).splitlines()[0]}): remove it or run again") from e
+
+
+def _write_trajectories(
+    path: Path, trajectories: Sequence[Trajectory], advantages: Sequence[Sequence[float]] | None
+) -> None:
+    names = [f.name for f in fields(Trajectory)]
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb", buffering=0) as file:
+        for i, trajectory in enumerate(trajectories):
+            row = {name: getattr(trajectory, name) for name in names}
+            row["advantages"] = list(advantages[i]) if advantages is not None else []
+            file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY))
+    os.replace(partial, path)

@@ -1,0 +1,1 @@
+"""python -m l0fast.warm_start [geography|invented] --out DIR: see the package's docstring."""

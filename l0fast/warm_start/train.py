@@ -1,0 +1,133 @@
+"""Supervised learning on demonstrations: next-token cross-entropy, weight 1 on what the agent said, less on the rest.
+
+Muon (Jordan et al. 2024; torch.optim.Muon) moves the matrices, AdamW the embedding and the norms. Batches hold about
+2,048 tokens of rows of like length. Copying appears suddenly, after 1.3-2 M tokens.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    token_ids: tuple[int, ...]
+    sampled: tuple[bool, ...]
+    """True on what the agent said."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    peak_lr: float = 5e-3
+    """Of Muon, in units of AdamW's update RMS; AdamW takes the same."""
+    batch_tokens: int = 2048
+    context_weight: float = 0.3
+    """Loss weight of tokens the agent did not say."""
+    warmup_share: float = 0.02
+    final_lr_ratio: float = 0.05
+    seed: int = 0
+
+
+def new_policy(vocab_size: int, *, eos_token_id: int, pad_token_id: int, context_tokens: int, seed: int) -> Qwen3ForCausalLM:
+    """0.9 M parameters, fp32, random weights."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=context_tokens,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        tie_word_embeddings=True,
+        eos_token_id=eos_token_id,
+        bos_token_id=None,
+        pad_token_id=pad_token_id,
+        dtype="float32",
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def train(
+    model: Qwen3ForCausalLM,
+    rows: Sequence[Row],
+    settings: TrainSettings,
+    progress: Callable[[int, int, float, float], None],
+) -> None:
+    """One pass over `rows`; `progress(tokens_done, tokens, loss, seconds)` after every batch."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=settings.peak_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=settings.peak_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    total = sum(len(row.token_ids) for row in rows)
+    done, started = 0, time.monotonic()
+    model.train()
+    for batch in _batches(rows, settings.batch_tokens, random.Random(settings.seed)):
+        share = done / total
+        scale = min(1.0, (share + 1e-3) / settings.warmup_share) * (1 - (1 - settings.final_lr_ratio) * share)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.peak_lr * scale
+        loss = _loss(model, batch, settings.context_weight)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        done += sum(len(row.token_ids) for row in batch)
+        progress(done, total, loss.item(), time.monotonic() - started)
+
+
+def save_policy(model: Qwen3ForCausalLM, folder: Path) -> None:
+    """bf16 safetensors: half the file; read back as fp32."""
+    import copy
+
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    half.config.dtype = "bfloat16"
+    half.save_pretrained(folder)
+
+
+def _batches(rows: Sequence[Row], batch_tokens: int, rng: random.Random) -> Iterator[list[Row]]:
+    # like lengths together within a window of rows, so that batches hold little padding and still come in random order
+    order = list(rows)
+    rng.shuffle(order)
+    batches: list[list[Row]] = []
+    for start in range(0, len(order), 512):
+        window = sorted(order[start : start + 512], key=lambda row: len(row.token_ids))
+        batch: list[Row] = []
+        chunk: list[list[Row]] = []
+        for row in window:
+            if batch and (len(batch) + 1) * len(row.token_ids) > batch_tokens:
+                chunk.append(batch)
+                batch = []
+            batch.append(row)
+        chunk.append(batch)
+        rng.shuffle(chunk)
+        batches += chunk
+    yield from batches
+
+
+def _loss(model: Qwen3ForCausalLM, batch: Sequence[Row], context_weight: float) -> Tensor:
+    # right padding under a causal mask: no real token ever sees a pad
+    length = max(len(row.token_ids) for row in batch)
+    ids = torch.zeros(len(batch), length, dtype=torch.long)
+    weights = torch.zeros(len(batch), length)
+    for i, row in enumerate(batch):
+        n = len(row.token_ids)
+        ids[i, :n] = torch.tensor(row.token_ids)
+        weights[i, :n] = torch.where(torch.tensor(row.sampled), 1.0, context_weight)
+    logits = model(ids).logits[:, :-1]
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()

@@ -1,0 +1,205 @@
+"""rollouts(): what starts, what stops, and what a failure does. Nothing waits for time, no engine is needed."""
+
+import asyncio
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from l0fast.errors import WorldError
+from l0fast.rollout.rollouts import play_all, rollouts
+from l0fast.rollout.sampling import DynamicSampling
+from l0fast.types import Group, Task, Trajectory, TrajectoryStatus
+
+
+def task(n: int) -> Task:
+    return Task(id=f"t{n}", question=f"question {n}", answers=("a",))
+
+
+def endless():
+    return (task(n) for n in itertools.count())
+
+
+class World:
+    """Episodes that take a few loop turns, and count how many are alive."""
+
+    def __init__(self, *, right=lambda task, index: index % 2 == 0, fails=lambda task, index, attempt: False, bug=None):
+        self.right, self.fails, self.bug = right, fails, bug
+        self.alive = self.started = 0
+
+    async def play(self, task: Task, number: int, index: int, attempt: int) -> Trajectory:
+        self.alive += 1
+        self.started += 1
+        try:
+            for _ in range(1 + index % 3):
+                await asyncio.sleep(0)
+            if self.bug:
+                raise self.bug
+            failed = self.fails(task, index, attempt)
+            return Trajectory(
+                task=task,
+                index=index,
+                status=TrajectoryStatus.FAILED_SANDBOX if failed else TrajectoryStatus.COMPLETED,
+                turns=(),
+                exact_match=not failed and self.right(task, index),
+                cause="gone" if failed else None,
+            )
+        finally:
+            self.alive -= 1
+
+
+def start(world: World, *, group_size=4, max_open_groups=3, max_refills=2, drop_rate=0.0, max_drops=100):
+    sampling = DynamicSampling(drop_rate=drop_rate, max_drops=max_drops, rng=random.Random(0))
+    return rollouts(
+        world.play, endless(), group_size=group_size, max_open_groups=max_open_groups, max_refills=max_refills, sampling=sampling
+    )
+
+
+def test_leaving_the_body_ends_every_episode():
+    world = World()
+
+    async def main():
+        async with start(world) as groups:
+            taken = await groups.take(2)
+            groups.done(2)
+            await asyncio.sleep(0)
+            return taken
+
+    taken = asyncio.run(main())
+    assert [[t.index for t in group.trajectories] for group in taken] == [[0, 1, 2, 3]] * 2
+    assert world.alive == 0
+
+
+def test_nothing_is_admitted_before_the_learner_is_done():
+    world = World()
+
+    async def main():
+        async with start(world) as groups:
+            await groups.take(3)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            before = world.started
+            groups.done(3)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            return before
+
+    assert asyncio.run(main()) == 3 * 4
+    assert world.started == 6 * 4
+
+
+def test_a_failed_episode_is_kept_without_a_vote_and_its_place_is_played_again():
+    world = World(fails=lambda task, index, attempt: index == 1 and attempt < 2)
+
+    async def main():
+        async with start(world) as groups:
+            return await groups.take(1)
+
+    (group,) = asyncio.run(main())
+    assert [t.status for t in group.trajectories] == [TrajectoryStatus.COMPLETED] * 4
+    assert [(t.index, t.cause) for t in group.failures] == [(1, "gone")] * 2
+
+
+def test_a_place_that_keeps_failing_ends_the_run_with_the_cause():
+    world = World(fails=lambda task, index, attempt: True)
+
+    async def main():
+        async with start(world) as groups:
+            await groups.take(1)
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        asyncio.run(main())
+    error = caught.value.subgroup(WorldError)
+    assert error is not None
+    assert "failed 3 times in a row" in repr(error)
+    assert "gone" in repr(error)
+    assert world.alive == 0
+
+
+def test_a_bug_ends_the_run_and_leaves_nothing():
+    world = World(bug=KeyError("bug"))
+
+    async def main():
+        async with start(world) as groups:
+            await groups.take(1)
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        asyncio.run(main())
+    assert caught.value.subgroup(KeyError)
+    assert world.alive == 0
+
+
+def test_dropped_groups_make_room_for_others():
+    world = World(right=lambda task, index: int(task.id[1:]) % 2 == 0 or index == 0)  # every other group all right
+
+    async def main():
+        async with start(world, drop_rate=1.0) as groups:
+            kept = []
+            for _ in range(5):
+                kept += await groups.take(3)
+                groups.done(3)
+            return kept
+
+    kept = asyncio.run(main())
+    assert len(kept) == 15
+    assert not any(group.all_equal for group in kept)
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 60))
+def test_cancelling_at_any_moment_leaves_nothing(turns: int):
+    world = World()
+
+    async def main():
+        async with start(world) as groups:
+            while True:
+                await groups.take(2)
+                groups.done(2)
+
+    async def cancelled():
+        running = asyncio.create_task(main())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    asyncio.run(cancelled())
+    assert world.alive == 0
+
+
+def test_play_all_keeps_the_order_and_the_limit():
+    world, most = World(), 0
+
+    async def play(task: Task) -> Trajectory:
+        nonlocal most
+        result = await world.play(task, 0, int(task.id[1:]), 0)
+        most = max(most, world.alive + 1)
+        return result
+
+    played = asyncio.run(play_all(play, [task(n) for n in range(20)], max_open=4))
+    assert [t.task.id for t in played] == [f"t{n}" for n in range(20)]
+    assert most <= 4
+
+
+def group(*right: bool) -> Group:
+    trajectories = tuple(
+        Trajectory(task=task(0), index=i, status=TrajectoryStatus.COMPLETED, turns=(), exact_match=r) for i, r in enumerate(right)
+    )
+    return Group(task=task(0), trajectories=trajectories)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=4), max_size=30), st.floats(0, 1), st.integers(0, 5))
+def test_dynamic_sampling_drops_only_equal_groups_and_never_too_many(groups, drop_rate, max_drops):
+    sampling = DynamicSampling(drop_rate=drop_rate, max_drops=max_drops, rng=random.Random(1))
+    verdicts = [(sampling.keep(group(*rights)), len(set(rights)) == 1) for rights in groups]
+    assert all(keep or equal for keep, equal in verdicts)
+    assert sum(not keep for keep, _ in verdicts) <= max_drops
+
+
+def test_a_drop_rate_of_a_half_drops_about_half():
+    sampling = DynamicSampling(drop_rate=0.5, max_drops=10**6, rng=random.Random(2))
+    kept = sum(sampling.keep(group(True, True)) for _ in range(2000))
+    assert 900 < kept < 1100

@@ -1,0 +1,327 @@
+"""ipc: calls to a real child, what its death does, and weights that are seen on the other side."""
+
+import asyncio
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from l0fast.errors import EngineError, UsageError
+from l0fast.ipc import Channel, SharedWeights, _encode, shared_weights, spawn_worker
+
+CHILD = """
+    import os, sys, time
+    from l0fast.ipc import Channel, SharedWeights
+
+    channel, args = Channel.open()
+    if args.get("crash"):
+        print("no such model", file=sys.stderr)
+        sys.exit(7)
+    channel.ready(greeting="hello", pid=os.getpid())
+    held = []
+    try:
+        while True:
+            message = channel.recv()
+            op = message.header["op"]
+            if op == "echo":
+                channel.reply(message, message.payload[::-1], x=message.header["x"] + 1)
+            elif op == "hold":
+                held.append(message)
+            elif op == "release":
+                for one in [*reversed(held), message]:
+                    channel.reply(one, held=len(held))
+                held.clear()
+            elif op == "bad":
+                channel.fail(message, KeyError("nothing here"))
+            elif op == "fork":
+                channel.reply(message, child=os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "600"))
+            elif op == "stuck":
+                channel.reply(message)
+                while True:
+                    time.sleep(600)
+            elif op == "die":
+                print("x" * 5000, "out of luck", file=sys.stderr)
+                os._exit(3)
+            elif op == "weights":
+                weights = SharedWeights.attach(args["weights"])
+                for tensor in weights.tensors().values():
+                    tensor.add_(1)
+                weights.policy_version += 1
+                channel.reply(message)
+    except EOFError:
+        pass
+"""
+
+
+@pytest.fixture
+def spawn(tmp_path, monkeypatch):
+    (tmp_path / "ipc_child.py").write_text(textwrap.dedent(CHILD))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def spawn(*, start_timeout_s=30.0, pass_fds=(), stderr_path=None, close_timeout_s=5.0, **args):
+        return spawn_worker(
+            "ipc_child",
+            args=args,
+            name="the child",
+            error=EngineError,
+            start_timeout_s=start_timeout_s,
+            pass_fds=pass_fds,
+            stderr_path=stderr_path,
+            close_timeout_s=close_timeout_s,
+        )
+
+    return spawn
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_call_carries_fields_and_bytes_both_ways(spawn):
+    payload = np.arange(1_000_000, dtype=np.int32).tobytes()
+
+    async def main():
+        async with spawn() as worker:
+            assert worker.ready["greeting"] == "hello"
+            return await worker.call("echo", payload, timeout_s=10, x=41)
+
+    header, answer = asyncio.run(main())
+    assert header["x"] == 42
+    assert answer == payload[::-1]
+
+
+def test_answers_find_their_callers_in_any_order(spawn):
+    async def main():
+        async with spawn() as worker, asyncio.TaskGroup() as tg:
+            held = [tg.create_task(worker.call("hold", timeout_s=10)) for _ in range(3)]
+            echoes = [tg.create_task(worker.call("echo", b"ab", timeout_s=10, x=i)) for i in range(100)]
+            for i, echo in enumerate(echoes):
+                assert (await echo)[0]["x"] == i + 1
+            assert not any(h.done() for h in held)
+            await worker.call("release", timeout_s=10)
+        return [h.result()[0]["held"] for h in held]
+
+    assert asyncio.run(main()) == [3, 3, 3]
+
+
+def test_a_failure_in_the_child_is_ours_and_the_child_goes_on(spawn):
+    async def main():
+        async with spawn() as worker:
+            with pytest.raises(EngineError, match="failed at 'bad': KeyError: 'nothing here'"):
+                await worker.call("bad", timeout_s=10)
+            return (await worker.call("echo", timeout_s=10, x=0))[0]["x"]
+
+    assert asyncio.run(main()) == 1
+
+
+def test_death_fails_every_call_with_status_and_last_words(spawn):
+    async def main():
+        async with spawn() as worker:
+            calls = [asyncio.create_task(worker.call("hold", timeout_s=60)) for _ in range(3)]
+            calls.append(asyncio.create_task(worker.call("die", timeout_s=60)))
+            failures = await asyncio.gather(*calls, return_exceptions=True)
+            with pytest.raises(EngineError, match="exit status 3"):
+                await worker.call("echo", timeout_s=10, x=0)
+            worker.notify("hold")
+            return failures
+
+    for failure in asyncio.run(main()):
+        assert isinstance(failure, EngineError)
+        assert "ended with exit status 3" in str(failure)
+        assert str(failure).endswith("out of luck")
+        assert len(str(failure)) < 3000
+
+
+def test_a_killed_child_is_noticed_within_a_second(spawn):
+    async def main():
+        async with spawn() as worker:
+            call = asyncio.create_task(worker.call("hold", timeout_s=60))
+            await worker.call("echo", timeout_s=10, x=0)
+            os.kill(worker.pid, signal.SIGKILL)
+            async with asyncio.timeout(1):
+                with pytest.raises(EngineError, match="killed by SIGKILL"):
+                    await call
+
+    asyncio.run(main())
+
+
+def test_a_child_that_does_not_start_says_why(spawn):
+    async def main():
+        async with spawn(crash=True):
+            raise AssertionError("it started")
+
+    with pytest.raises(EngineError, match=r"exit status 7; its last words:\nno such model"):
+        asyncio.run(main())
+
+
+def test_a_missed_deadline_names_the_call(spawn):
+    async def main():
+        async with spawn() as worker:
+            with pytest.raises(EngineError, match="did not answer 'hold' in 0.01 s"):
+                await worker.call("hold", timeout_s=0.01)
+            # its late answer is nobody's, and disturbs nobody
+            assert (await worker.call("release", timeout_s=10))[0]["held"] == 1
+            assert (await worker.call("echo", timeout_s=10, x=1))[0]["x"] == 2
+
+    asyncio.run(main())
+
+
+def test_leaving_the_block_ends_the_child_and_what_it_started(spawn):
+    async def main():
+        async with spawn(close_timeout_s=0.1) as worker:
+            sleeper = (await worker.call("fork", timeout_s=10))[0]["child"]
+            await worker.call("stuck", timeout_s=10)
+            assert alive(worker.pid)
+            assert alive(sleeper)
+        return worker.pid, sleeper
+
+    before = set(os.listdir("/proc/self/fd"))
+    pid, sleeper = asyncio.run(main())
+    assert not alive(pid)
+    # its new parent reaps it when it likes; a killed process runs no more
+    deadline = time.monotonic() + 5
+    while alive(sleeper) and time.monotonic() < deadline:
+        os.sched_yield()
+    assert not alive(sleeper)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_willing_child_ends_by_itself(spawn):
+    async def main():
+        async with spawn() as worker:
+            pass
+        return worker
+
+    worker = asyncio.run(main())
+    assert worker._process.returncode == 0
+
+
+def test_the_child_dies_with_a_killed_driver(spawn, tmp_path):
+    driver = """
+        import asyncio, os, sys
+        from l0fast.errors import EngineError
+        from l0fast.ipc import spawn_worker
+
+        async def main():
+            async with spawn_worker("ipc_child", args={}, name="c", error=EngineError, start_timeout_s=30) as worker:
+                await worker.call("fork", timeout_s=10)
+                print(worker.pid, flush=True)
+                await worker.call("stuck", timeout_s=10)
+                await asyncio.sleep(600)
+
+        asyncio.run(main())
+    """
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    code = textwrap.dedent(driver).replace('"fork"', '"echo"').replace("timeout_s=10)", "timeout_s=10, x=0)", 1)
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        assert alive(pid)
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 5
+    while alive(pid) and time.monotonic() < deadline:
+        os.sched_yield()
+    assert not alive(pid)
+
+
+def test_what_the_child_prints_is_kept_in_its_log(spawn, tmp_path):
+    async def main():
+        async with spawn(stderr_path=tmp_path / "child.log") as worker:
+            with pytest.raises(EngineError):
+                await worker.call("die", timeout_s=10)
+
+    asyncio.run(main())
+    assert (tmp_path / "child.log").read_text().endswith("out of luck\n")
+
+
+@given(
+    messages=st.lists(st.tuples(st.dictionaries(st.text(), st.integers(0, 2**31)), st.binary()), max_size=5),
+    cuts=st.lists(st.integers(1, 30), max_size=30),
+)
+def test_frames_survive_any_fragmentation(messages, cuts):
+    channel = Channel(None)  # type: ignore[arg-type]
+    stream = b"".join(_encode(header, payload) for header, payload in messages)
+    received = []
+    for cut in [*cuts, len(stream)]:
+        channel._buffer += stream[:cut]
+        stream = stream[cut:]
+        while (message := channel._parse()) is not None:
+            received.append(tuple(message))
+    assert received == messages
+
+
+# --- weights
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(7, 3, dtype=torch.bfloat16),
+        "lm_head.weight": torch.randn(7, 3, dtype=torch.bfloat16),
+        "model.norm.weight": torch.randn(3),
+    }
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    return folder
+
+
+def test_the_layout_is_the_files_in_fp32_with_tied_weights_once(model_folder):
+    with shared_weights(model_folder) as weights:
+        tensors = weights.tensors()
+        assert weights.policy_version == -1
+        assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+            "model.embed_tokens.weight": (7, 3),
+            "model.norm.weight": (3,),
+        }
+        assert all(t.dtype == torch.float32 for t in tensors.values())
+        tensors["model.embed_tokens.weight"].fill_(5)
+        assert tensors["model.norm.weight"].eq(0).all(), "tensors overlap"
+        assert weights.policy_version == -1, "a tensor overlaps the header"
+    (model_folder / "config.json").write_text("{}")
+    with shared_weights(model_folder) as weights:
+        assert "lm_head.weight" in weights.tensors()
+
+
+def test_what_a_child_writes_is_seen_here_without_copies(spawn, model_folder):
+    async def main(weights: SharedWeights):
+        tensors = weights.tensors()
+        async with spawn(pass_fds=(weights.fd,), weights=weights.handle()) as worker:
+            await worker.call("weights", timeout_s=60)
+        return tensors
+
+    with shared_weights(model_folder) as weights:
+        tensors = asyncio.run(main(weights))
+        assert weights.policy_version == 0
+        assert all(t.eq(1).all() for t in tensors.values())
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(weights.fd)
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"12345678", struct.pack("<Q", 1 << 40) + b"{}", struct.pack("<Q", 2) + b"x}"]
+)
+def test_a_folder_without_readable_weights_is_one_sentence(model_folder, content):
+    file = model_folder / "model.safetensors"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(UsageError, match="safetensors") as caught, shared_weights(model_folder):
+        pass
+    assert str(model_folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
