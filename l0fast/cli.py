@@ -114,7 +114,9 @@ def render_plan(invocation: Invocation) -> str:
     training = c.num_steps * r.groups_per_step * r.group_size
     curve = (c.num_steps - 1) // e.every if e.every else 0
     evaluation = 4 * e.questions + curve * min(e.curve_questions, e.questions)
-    control = "; advantages permuted over trajectories: a control that can't learn" if learner.permute_advantages else ""
+    control = (
+        "; advantages permuted over trajectories: a control that can't learn" if learner.permute_advantages else ""
+    )
     between = f"; {min(e.curve_questions, e.questions):,} every {e.every} steps" if curve else ""
     lines = {
         "recipe": invocation.recipe + (" (smoke)" if invocation.smoke else ""),
@@ -153,14 +155,15 @@ def _print_help() -> None:
 def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """("rollout.group_size", its field) for every setting below a model."""
     for name, field in model.model_fields.items():
-        if _is_section(field):
-            yield from _leaves(field.annotation, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+        if section := _section(field):
+            yield from _leaves(section, f"{prefix}{name}.")
         else:
             yield prefix + name, field
 
 
-def _is_section(field: FieldInfo) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that groups settings, None for a setting."""
+    return field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
 
 
 def _num_values(field: FieldInfo) -> int:
@@ -222,18 +225,18 @@ def _flag_path(name: str, fields: Mapping[str, FieldInfo]) -> tuple[str, bool]:
         return switch, False
     if inside := [f for f in fields if f.startswith(path + ".")]:
         raise UsageError(f"{name} is a section, not a flag: set one of {', '.join(map(_flag, inside))}")
-    raise UsageError(f"{name} is not a flag{_suggest(path or name.lstrip('-'), fields, _flag)}; --help lists them all")
+    raise UsageError(f"{name} is not a flag{_suggest(path or name.lstrip('-'), fields, _flag)}")
 
 
 def _typed(path: str, field: FieldInfo, value: Any) -> Any:
     if isinstance(value, bool):
         return value
-    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, *field.metadata])
+    adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation(), config=Config.model_config)
     try:
-        return adapter.validate_strings(value)
+        return adapter.validate_python(value)  # lax: words become numbers
     except ValidationError as e:
         text = value if isinstance(value, str) else " ".join(value)
-        raise UsageError(f"{_flag(path)} {text}: {_what(e.errors()[0])}; write {_example(path, field)}") from None
+        raise UsageError(f"{_flag(path)} {text}: {_what(e.errors()[0])}, for example {_example(path, field)}") from None
 
 
 def _flag(path: str) -> str:
@@ -250,10 +253,10 @@ def _example(path: str, field: FieldInfo) -> str:
 
 
 def _suggest(path: str, known: Mapping[str, FieldInfo], spell: Any) -> str:
-    """ ", did you mean ...?" with the nearest settings, or nothing."""
+    """The way out of a name that does not exist: the nearest settings, or where all of them are listed."""
     last = path.rpartition(".")[2]
     near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(path, known, n=1)
-    return f", did you mean {' or '.join(map(spell, near))}?" if near else ""
+    return f": did you mean {' or '.join(map(spell, near))}?" if near else ": --help lists them all"
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -292,15 +295,14 @@ def _refuse_unknown_keys(settings: Mapping[str, Any], model: type[BaseModel], fi
         field = model.model_fields.get(key)
         if field is None:
             hint = _suggest(prefix + key, dict(_leaves(RunConfig)), str)
-            raise UsageError(
-                f"{prefix}{key} = {value!r} in {file} is not a setting{hint}{'' if hint else ' '}"
-                f"{'' if hint else '(--help lists them)'}: rename or remove it"
-            )
-        if not _is_section(field):
+            raise UsageError(f"{prefix}{key} = {value!r} in {file} is not a setting{hint}")
+        if (section := _section(field)) is None:
             continue
         if not isinstance(value, Mapping):
-            raise UsageError(f"{prefix}{key} = {value!r} in {file} is a section: write [{prefix}{key}] and its keys below")
-        _refuse_unknown_keys(value, field.annotation, file, f"{prefix}{key}.")  # pyright: ignore[reportArgumentType]
+            raise UsageError(
+                f"{prefix}{key} = {value!r} in {file} is a section: write [{prefix}{key}] and its keys below"
+            )
+        _refuse_unknown_keys(value, section, file, f"{prefix}{key}.")
 
 
 # --- the merged tree -------------------------------------------------------------------------------------------------
@@ -332,13 +334,15 @@ def _validate(layers: Sequence[Mapping[str, Any]], recipe: Path) -> RunConfig:
             raise UsageError(str(error.get("ctx", {}).get("error", error["msg"]))) from None
         path = ".".join(str(key) for key in error["loc"] if isinstance(key, str))
         field = dict(_leaves(RunConfig))[path]
-        shown = orjson.dumps(error["input"]).decode()
-        raise UsageError(
-            f"{path} = {shown} in {recipe}: {_what(error)}; write a value like the default, "
-            f"{orjson.dumps(field.default).decode()}"
-        ) from None
+        value: Any = settings
+        for key in path.split("."):
+            value = value[key]
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        raise UsageError(f"{path} = {value!r} in {recipe}: {_what(error)}, for example {default!r}") from None
 
 
 def _what(error: Any) -> str:
     """pydantic's complaint as part of a sentence."""
-    return error["msg"].replace("Input should", "it should").replace(", unable to parse string as a number", "")
+    if error["type"] == "missing":
+        return "it has too few values"
+    return error["msg"].replace("Input should", "it should").partition(", unable to")[0]

@@ -4,13 +4,22 @@ Flags win over the recipe's TOML, which wins over the defaults here. A rule that
 the sentence it guards.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TaskConfig(Config):
@@ -18,7 +27,7 @@ class TaskConfig(Config):
     """Where the questions come from."""
     world_seed: NonNegativeInt = 0
     """Makes the invented world; the real one has no seed."""
-    two_hop_share: float = Field(0.7, ge=0, le=1)
+    two_hop_share: float = Field(default=0.7, ge=0, le=1)
     """Share of questions that need two look-ups."""
     search_results: PositiveInt = 3
     """Sentences a search returns."""
@@ -38,6 +47,8 @@ class AgentConfig(Config):
     """Longest response of a turn [tokens]."""
     output_chars: PositiveInt = 600
     """What a cell printed is cut in its middle to this length before it is shown [characters]."""
+    traceback: Literal["full", "last_line"] = "last_line"
+    """How much of an exception's traceback is shown."""
     trim: Literal["hard", "soft", "none"] = "soft"
     """When the next prompt would not fit: keep system prompt, task and notepad ("hard"), drop oldest turns ("soft"), or end ("none")."""
     cell_timeout_s: PositiveFloat = 5.0
@@ -57,7 +68,7 @@ class RolloutConfig(Config):
     """Sampling temperature in training."""
     episode_timeout_s: PositiveFloat = 120.0
     """Wall clock of one episode [s]."""
-    drop_rate: float = Field(0.0, ge=0, le=1)
+    drop_rate: float = Field(default=0.0, ge=0, le=1)
     """Dynamic sampling: probability that a group whose exact matches are all equal is dropped and replaced. L0: 0.5."""
     max_drop_rounds: PositiveInt = 3
     """A step drops at most this many times `groups_per_step` groups."""
@@ -96,15 +107,15 @@ class LearnerConfig(Config):
     """REINFORCE++ over turns (L0), group-relative (GRPO) or leave-one-out (RLOO)."""
     whiten: Literal["batch", "none"] = "batch"
     """"batch": (A - mean) / (std + 1e-8) over all turns of the step, one vote a turn."""
-    gamma: float = Field(0.95, ge=0, le=1)
+    gamma: float = Field(default=0.95, ge=0, le=1)
     """Discount from turn to turn."""
     lr: PositiveFloat = 1.5e-3
     """AdamW's peak learning rate."""
     warmup_steps: NonNegativeInt = 3
     """Linear warm-up [steps]."""
-    final_lr_ratio: float = Field(0.1, ge=0, le=1)
+    final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """The learning rate decays linearly to this share of its peak by the last step."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's betas."""
     weight_decay: NonNegativeFloat = 0.01
     """AdamW's weight decay, on matrices only."""
@@ -114,7 +125,7 @@ class LearnerConfig(Config):
     """Ratios below 1 - this gain nothing."""
     clip_high: PositiveFloat = 0.25
     """Ratios above 1 + this gain nothing."""
-    dual_clip: float = Field(3.0, gt=1)
+    dual_clip: float = Field(default=3.0, gt=1)
     """Bound of the loss of a token with a negative advantage, in units of it."""
     kl_coef: NonNegativeFloat = 0.001
     """Weight of KL(policy || start model), k3 form; 0 loads no reference."""
@@ -134,7 +145,7 @@ class EvalConfig(Config):
     every: NonNegativeInt = 10
     """Steps between sampled evaluations for the curve; 0 for none [steps]."""
     curve_questions: PositiveInt = 200
-    """Held-out questions of those in-between evaluations; the first of the fixed ones [questions]."""
+    """Held-out questions of those in-between evaluations; the first of the fixed ones, all where there are fewer [questions]."""
 
 
 class RunConfig(Config):

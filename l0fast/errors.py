@@ -43,4 +43,6 @@ def boundary(error: type[WorldError], doing: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, TimeoutError) as e:
-        raise error(f"could not {doing}: {type(e).__name__}: {e}" if str(e) else f"could not {doing}: {type(e).__name__}") from e
+        raise error(
+            f"could not {doing}: {type(e).__name__}: {e}" if str(e) else f"could not {doing}: {type(e).__name__}"
+        ) from e

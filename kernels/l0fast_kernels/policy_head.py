@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are cut here before exp, which keeps inf * 0 out of the gradient; every clip has long taken hold by then [nats]."""
@@ -179,14 +180,12 @@ class _PolicyHead(torch.autograd.Function):
                 settings,
             )
             loss_sum += loss_C.sum()
-            torch.stack(stats_C, out=stats_T[:, rows])
+            stats_T[:, rows] = torch.stack(stats_C)
             dlogits_CV = dlogits_CV.to(weight_VD.dtype)
             if dhidden_TD is not None:
                 torch.mm(dlogits_CV, weight_VD, out=dhidden_TD[rows])
             if dweight_VD is not None:
-                dweight_VD.addmm_(dlogits_CV.T, hidden_TD[rows]) if dlogits_CV.dtype == torch.float32 else dweight_VD.add_(
-                    dlogits_CV.T @ hidden_TD[rows]
-                )
+                dweight_VD += dlogits_CV.T @ hidden_TD[rows]
         ctx.save_for_backward(dhidden_TD, dweight_VD)
         ctx.weight_dtype = weight_VD.dtype
         stats = stats_T.unbind(0)
@@ -194,6 +193,7 @@ class _PolicyHead(torch.autograd.Function):
         return loss_sum, *stats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dhidden_TD, dweight_VD = ctx.saved_tensors
         dhidden = None if dhidden_TD is None else dhidden_TD * grads[0]

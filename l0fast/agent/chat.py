@@ -37,10 +37,12 @@ class Chat:
         self._folder = folder
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise UsageError(f"model folder {folder} has no tokenizer.json: point --model.path at a folder saved with its tokenizer")
+            raise UsageError(
+                f"model folder {folder} has no tokenizer.json: point --model.path at a folder saved with its tokenizer"
+            )
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as e:  # noqa: BLE001 - the Rust side raises bare Exception for any broken file
+        except Exception as e:
             raise UsageError(f"{path} is not a tokenizer: {e}; save it again with save_pretrained") from e
         self._template = self._load_template()
         self.stop_token_ids = self._stop_ids()
@@ -95,7 +97,9 @@ class Chat:
         file = self._folder / "chat_template.jinja"
         source = file.read_text() if file.is_file() else config.get("chat_template")
         if not isinstance(source, str):
-            raise UsageError(f"model folder {self._folder} has no chat template: add chat_template.jinja (Qwen's ChatML works)")
+            raise UsageError(
+                f"model folder {self._folder} has no chat template: add chat_template.jinja (Qwen's ChatML works)"
+            )
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
         )
@@ -104,7 +108,9 @@ class Chat:
         try:
             return environment.from_string(source)
         except jinja2.TemplateSyntaxError as e:
-            raise UsageError(f"the chat template of {self._folder} is broken at line {e.lineno}: {e.message}; mend or replace it") from e
+            raise UsageError(
+                f"the chat template of {self._folder} is broken at line {e.lineno}: {e.message}; mend or replace it"
+            ) from e
 
     def _stop_ids(self) -> tuple[int, ...]:
         eos = _read_json(self._folder / "generation_config.json", needed=False).get("eos_token_id")

@@ -56,7 +56,9 @@ class Context:
             return True
         if self._trim == "none":
             return False
-        self._head = self._chat.first_prompt(self._system, "\n".join(filter(None, (self._question, TRIM_NOTE, notepad))))
+        self._head = self._chat.first_prompt(
+            self._system, "\n".join(filter(None, (self._question, TRIM_NOTE, notepad)))
+        )
         if self._trim == "hard":
             self._exchanges.clear()
         while self._exchanges and self._length() > self._room:

@@ -10,8 +10,9 @@ deadline. What the world breaks (engine, sandbox, deadline) is recorded on the t
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Literal
 
 from l0fast.agent.chat import Chat
 from l0fast.agent.context import Context
@@ -21,7 +22,7 @@ from l0fast.agent.prompts import output_message, shorten, system_prompt
 from l0fast.config import AgentConfig
 from l0fast.engine.base import Engine, Sampling
 from l0fast.errors import EngineError, SandboxError
-from l0fast.sandbox.base import Sandbox, Session, ToolSpec
+from l0fast.sandbox.base import CellResult, Sandbox, Session, ToolSpec
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
 
@@ -43,6 +44,8 @@ class NBAgent:
     """Besides submit_final_answer and the notepad, which every session has."""
     config: AgentConfig
     limits: EpisodeLimits
+    part: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
+    """Told what an episode waits for: entered around "generate" and "execute"."""
     clock: Callable[[], float] = time.monotonic
 
     async def run_episode(self, task: Task, *, index: int, temperature: float, seed: int) -> Trajectory:
@@ -90,24 +93,22 @@ class NBAgent:
                 return TrajectoryStatus.TRUNCATED_CONTEXT
             prompt_ids = context.prompt_ids
             t0 = self.clock()
-            sampled = await self.engine.generate(
-                prompt_ids,
-                Sampling(
-                    max_new_tokens=config.max_new_tokens,
-                    stop_token_ids=self.chat.stop_token_ids,
-                    temperature=temperature,
-                    seed=seed * self.limits.max_turns + n,
-                ),
-                conversation=f"{task.id}/{index}/{seed}",
+            sampling = Sampling(
+                max_new_tokens=config.max_new_tokens,
+                stop_token_ids=self.chat.stop_token_ids,
+                temperature=temperature,
+                seed=seed * self.limits.max_turns + n,
             )
+            with self.part("generate"):
+                sampled = await self.engine.generate(prompt_ids, sampling, conversation=f"{task.id}/{index}/{seed}")
             t1 = self.clock()
             text = self.chat.decode(sampled.response_ids)
             action = parse_action(text)
             shown_before, output, error = episode.notepad.render(), None, None
             if action.complaint is None:
-                with episode.live_cell():
+                with episode.live_cell(), self.part("execute"):
                     cell = await session.execute(action.code, timeout_s=config.cell_timeout_s)
-                output = shorten(cell.output, config.output_chars)
+                output = shorten(_shown(cell, config.traceback), config.output_chars)
                 error = cell.error.name if cell.error else None
             episode.turns.append(
                 Turn(
@@ -155,6 +156,12 @@ class NBAgent:
 
     def _session_tools(self, episode: "_Episode") -> Mapping[str, ToolSpec]:
         return {tool.name: tool for tool in self.tools_of(episode)}
+
+
+def _shown(cell: CellResult, traceback: Literal["full", "last_line"]) -> str:
+    if traceback == "last_line" and cell.error is not None and cell.output.endswith(cell.error.traceback):
+        return f"{cell.output.removesuffix(cell.error.traceback)}{cell.error.name}: {cell.error.value}"
+    return cell.output
 
 
 @dataclass(slots=True)

@@ -34,7 +34,10 @@ class Notepad:
         """What is shown in the context; empty for an empty notepad."""
         parts = []
         if self.todos:
-            parts += ["To do:", *(f"{n}. [{'x' if done else ' '}] {what}" for n, (what, done) in enumerate(self.todos, 1))]
+            parts += [
+                "To do:",
+                *(f"{n}. [{'x' if done else ' '}] {what}" for n, (what, done) in enumerate(self.todos, 1)),
+            ]
         if self.facts:
             parts += ["Facts:", *(f"- {fact}" for fact in self.facts)]
         if self.draft:

@@ -22,7 +22,7 @@ variables or in the notepad, which is always shown to you. When you are sure, ca
 that answers the question; that ends the session. You have {max_turns} turns."""
 
 _COMPACT = """\
-Answer by Python. Each turn: <think>why</think><code>Python</code>
+Answer by Python.
 {tools}"""
 
 

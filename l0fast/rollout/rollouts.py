@@ -21,10 +21,13 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from l0fast.errors import WorldError
 from l0fast.rollout.sampling import DynamicSampling
 from l0fast.types import Group, Task, Trajectory
+
+T = TypeVar("T")
 
 PlayEpisode = Callable[[Task, int, int, int], Awaitable[Trajectory]]
 """(task, group number, index in the group, attempt) -> trajectory with its rewards."""
@@ -99,7 +102,8 @@ async def rollouts(
         failures: list[Trajectory] = []
         async with asyncio.TaskGroup() as tg:
             places = [
-                tg.create_task(_place(task, number, i, failures), name=f"episode {task.id}/{i}") for i in range(group_size)
+                tg.create_task(_place(task, number, i, failures), name=f"episode {task.id}/{i}")
+                for i in range(group_size)
             ]
         groups.queue.put_nowait(
             Group(task=task, trajectories=tuple(p.result() for p in places), failures=tuple(failures))
@@ -120,15 +124,15 @@ async def rollouts(
 
 
 async def play_all(
-    play: Callable[[Task], Awaitable[Trajectory]], tasks: Iterable[Task], *, max_open: int
+    play: Callable[[T], Awaitable[Trajectory]], tasks: Iterable[T], *, max_open: int
 ) -> list[Trajectory]:
     """Play one episode of every task, at most `max_open` at once; in the order of the tasks. For evaluation."""
     room = asyncio.Semaphore(max_open)
 
-    async def one(task: Task) -> Trajectory:
+    async def one(task: T) -> Trajectory:
         async with room:
             return await play(task)
 
     async with asyncio.TaskGroup() as tg:
-        running = [tg.create_task(one(task), name=f"evaluate {task.id}") for task in tasks]
+        running = [tg.create_task(one(task)) for task in tasks]
     return [task.result() for task in running]

@@ -1,1 +1,229 @@
-"""python -m l0fast.warm_start [geography|invented] --out DIR: see the package's docstring."""
+"""python -m l0fast.warm_start [geography|invented] --out DIR: a policy folder from nothing.
+
+    tokenizer  <- the wording once more often than the names: each training name once
+    episodes   <- NBAgent x Demonstrator x a real sandbox, in the worlds of a stage
+    policy     <- supervised learning on stage 1, then stage 2
+
+Worlds: the real one teaches its wording; invented and permuted ones, made anew many times, leave copying as the only way
+to be right (low loss on real names can be memorised names).
+"""
+
+import asyncio
+import os
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from l0fast.agent.chat import Chat
+from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
+from l0fast.config import RunConfig, SandboxConfig
+from l0fast.errors import UsageError, WorldError
+from l0fast.learner.segments import segments_of
+from l0fast.rollout.rollouts import play_all
+from l0fast.sandbox import open_sandbox
+from l0fast.sandbox.base import Sandbox
+from l0fast.seeding import derive_seed
+from l0fast.tasks.geography import geography, permuted_world
+from l0fast.tasks.invented import invented_world
+from l0fast.tasks.world import PHRASINGS, RELATIONS, World
+from l0fast.tools.local_search import LocalSearch, search_tool
+from l0fast.types import Task, Trajectory
+from l0fast.warm_start.demonstrations import Demonstrator, Mistakes, good_move
+
+_NUM_WORLDS = 12
+"""Different invented and permuted worlds a stage draws on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    tokens: int
+    shares: dict[str, float]
+    """Of episodes, by kind of world."""
+
+
+RECIPES = {
+    "geography": (
+        Stage(4_000_000, {"real": 0.8, "invented": 0.2}),
+        Stage(1_500_000, {"real": 0.3, "invented": 0.35, "permuted": 0.35}),
+    ),
+    "invented": (Stage(2_800_000, {"invented": 1.0}),),
+}
+VOCABULARY = {"geography": 1024, "invented": 640}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    recipe: Annotated[Literal["geography", "invented"], tyro.conf.Positional] = "geography"
+    """Which policy to make."""
+    out: Path
+    """Folder to write: config, weights (bf16), tokenizer, chat template."""
+    seed: int = 0
+    """Of demonstrations, initial weights and batches."""
+    scale: float = 1.0
+    """Share of the tokens to train on; small values try the path out."""
+    good_rate: float = 0.53
+    """Probability of the good move at each decision of a demonstration."""
+    sandbox: Literal["auto", "bwrap", "process"] = "auto"
+    """Where demonstrations run."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = tyro.cli(Options, args=argv, prog="python -m l0fast.warm_start", description=__doc__)
+    console = Console()
+    try:
+        make(options, console)
+    except (UsageError, WorldError) as e:
+        console.print(str(e), style="red", highlight=False, markup=False)
+        return 2
+    return 0
+
+
+def make(options: Options, console: Console) -> None:
+    if options.out.exists() and any(options.out.iterdir()):
+        raise UsageError(f"{options.out} is not empty: name a new folder with --out")
+    options.out.mkdir(parents=True, exist_ok=True)
+    # torch comes late: a wrong flag is answered at once
+    from l0fast.warm_start.tokenizer import save_tokenizer, train_tokenizer
+    from l0fast.warm_start.train import TrainSettings, new_policy, save_policy, train
+
+    config = RunConfig()
+    worlds = {kind: _worlds(kind, options.seed) for stage in RECIPES[options.recipe] for kind in stage.shares}
+    home = worlds["real"][0] if "real" in worlds else worlds["invented"][0]
+    tokenizer = train_tokenizer(_tokenizer_texts(home, options.seed), VOCABULARY[options.recipe])
+    end = tokenizer.token_to_id("<|im_end|>")
+    model = new_policy(
+        tokenizer.get_vocab_size(),
+        eos_token_id=end,
+        pad_token_id=tokenizer.token_to_id("<|endoftext|>"),
+        context_tokens=config.agent.context_tokens,
+        seed=options.seed,
+    )
+    save_tokenizer(tokenizer, options.out, context_tokens=config.agent.context_tokens)
+    save_policy(model, options.out)  # the chat form needs the model's config; the weights are replaced below
+    console.print(f"tokenizer of {tokenizer.get_vocab_size()} pieces, policy of {model.num_parameters():,} parameters")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        rows = asyncio.run(_demonstrate(options, config, worlds, Chat(options.out), progress))
+        bar = progress.add_task("supervised learning", total=1, note="")
+        said = 0.0
+
+        def show(done: int, total: int, loss: float, seconds: float) -> None:
+            nonlocal said
+            note = f"loss {loss:.3f}, {done / 1e6:.2f} of {total / 1e6:.2f} M tokens"
+            progress.update(bar, completed=done, total=total, note=note)
+            if not console.is_terminal and seconds - said > 20:
+                said = seconds
+                console.print(f"{note}, {seconds:.0f} s")
+
+        train(model, rows, TrainSettings(seed=options.seed), show)
+    save_policy(model, options.out)
+    console.print(f"policy in {options.out}; try it: python -m l0fast.run {options.recipe} --model.path {options.out}")
+
+
+def _worlds(kind: str, seed: int) -> list[World]:
+    if kind == "real":
+        return [geography()]
+    make_world = permuted_world if kind == "permuted" else invented_world
+    # seed 0 of the invented worlds is the one that runs train and evaluate on
+    return [make_world(derive_seed("warm start", kind, seed, n)) for n in range(_NUM_WORLDS)]
+
+
+def _tokenizer_texts(world: World, seed: int) -> Iterator[str]:
+    """Each training name once, and the wording of everything else with one name in place of all others."""
+    rng = random.Random(seed)
+    names, mistakes = sorted(world.train_names), Mistakes(world)
+    yield from names
+    yield from sorted({fact.value for fact in world.train_facts} - world.train_names)
+    for _ in range(300):
+        task = world.train_task(rng, two_hop_share=0.7)
+        plan = world.plan(task)
+        name = names[0]
+        for known in range(len(plan.hops) + 1):
+            for text in (good_move(plan, known), mistakes.draw(plan, known, rng)):
+                for hop in plan.hops:
+                    text = text.replace(hop.sentence, "").replace(hop.entity, name).replace(hop.value, name)
+                yield text
+    for wording in (*(r.sentence for r in RELATIONS.values()), *(p for ps in PHRASINGS.values() for p in ps)):
+        yield from [wording.format(e=names[0], v=names[0])] * 30
+
+
+async def _demonstrate(
+    options: Options, config: RunConfig, worlds: dict[str, list[World]], chat: Chat, progress: Progress
+) -> list:
+    """Rows of all stages, in order."""
+    from l0fast.warm_start.train import Row
+
+    rows: list[Row] = []
+    stages = RECIPES[options.recipe]
+    total = int(sum(stage.tokens for stage in stages) * options.scale)
+    bar = progress.add_task("demonstrations", total=total, note="")
+    rng = random.Random(derive_seed("demonstrations", options.seed))
+    sandbox_config = SandboxConfig(kind=options.sandbox)
+    async with open_sandbox(sandbox_config, max_sessions=128, log=progress.console.print) as sandbox:
+        players = {kind: [_Player(w, chat, sandbox, config, options) for w in ws] for kind, ws in worlds.items()}
+        tokens = 0
+        for n, stage in enumerate(stages):
+            until = int(sum(s.tokens for s in stages[: n + 1]) * options.scale)
+            while tokens < until:
+                drawn = rng.choices(list(stage.shares), weights=list(stage.shares.values()), k=512)
+                plays = [_Play(player := rng.choice(players[kind]), player.draw(rng)) for kind in drawn]
+                for trajectory in await play_all(lambda play: play.run(), plays, max_open=128):
+                    for segment in segments_of(trajectory):
+                        sampled = [False] * len(segment.token_ids)
+                        for span in segment.spans:
+                            sampled[span.start : span.start + span.length] = [True] * span.length
+                        rows.append(Row(segment.token_ids, tuple(sampled)))
+                        tokens += len(segment.token_ids)
+                progress.update(bar, completed=tokens, note=f"{len(rows):,} episodes, {tokens / 1e6:.2f} M tokens")
+    progress.console.print(f"{len(rows):,} demonstrations, {tokens / 1e6:.2f} M tokens")
+    return rows
+
+
+class _Player:
+    """Plays demonstrations in one world."""
+
+    def __init__(self, world: World, chat: Chat, sandbox: Sandbox, config: RunConfig, options: Options):
+        self._world, self._two_hop_share = world, config.task.two_hop_share
+        self._demonstrator = Demonstrator(chat, world, good_rate=options.good_rate, seed=options.seed)
+        search = search_tool(LocalSearch(world.train_corpus), config.task.search_results)
+        limits = EpisodeLimits(max_turns=config.rollout.max_turns, timeout_s=config.rollout.episode_timeout_s)
+        self._agent = NBAgent(
+            chat=chat, engine=self._demonstrator, sandbox=sandbox, tools=(search,), config=config.agent, limits=limits
+        )
+        self._played = 0
+
+    def draw(self, rng: random.Random) -> Task:
+        return self._world.train_task(rng, two_hop_share=self._two_hop_share)
+
+    async def run(self, task: Task) -> Trajectory:
+        self._demonstrator.plans[task.id] = self._world.plan(task)
+        self._played += 1
+        trajectory = await self._agent.run_episode(task, index=self._played, temperature=1.0, seed=self._played)
+        if trajectory.status.failed:
+            raise WorldError(f"a demonstration failed as {trajectory.status}: {trajectory.cause}")
+        return trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class _Play:
+    player: _Player
+    task: Task
+
+    async def run(self) -> Trajectory:
+        return await self.player.run(self.task)
+
+
+if __name__ == "__main__":
+    # glibc gives large blocks back to the kernel at once, and a training step asks for the same ones again: 15 % of its time
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+        os.execv(sys.executable, [sys.executable, "-m", "l0fast.warm_start", *sys.argv[1:]])
+    sys.exit(main())

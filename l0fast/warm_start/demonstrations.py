@@ -2,36 +2,42 @@
 
 The demonstrator is an `Engine`: episodes run through `NBAgent` and a real sandbox, so every prompt, id and output is what
 the policy will see later. At each decision it makes the good move with probability `good_rate`, else one of the
-mistakes small models make; what follows a mistake is again drawn the same way, so recoveries are shown too.
+mistakes small models make; what follows a mistake is drawn the same way, so recoveries are shown too.
 """
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from l0fast.agent.chat import Chat
 from l0fast.engine.base import EngineLoad, Sampled, Sampling
 from l0fast.seeding import derive_seed
-from l0fast.tasks.world import Plan, World
+from l0fast.tasks.world import RELATIONS, Hop, Plan, World
 
 
-@dataclass(slots=True)
 class Demonstrator:
-    """An `Engine` that answers from plans. `conversation` starts with the task's id and a slash."""
+    """An `Engine` that answers from plans. `conversation` is "<task id>/<index>/<seed>", as `NBAgent` names it."""
 
-    chat: Chat
-    world: World
-    plans: dict[str, Plan]
-    good_rate: float
-    seed: int
-    _turns: dict[str, int] = field(default_factory=dict)
+    def __init__(self, chat: Chat, world: World, *, good_rate: float, seed: int):
+        self._chat, self._seed, self._good_rate = chat, seed, good_rate
+        self._mistakes = Mistakes(world)
+        self._turns: dict[str, int] = {}
+        self.plans: dict[str, Plan] = {}
+        """By task id; put a task's plan here before its episode starts."""
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str) -> Sampled:
         turn = self._turns[conversation] = self._turns.get(conversation, 0) + 1
-        rng = random.Random(derive_seed(self.seed, conversation, turn))
-        plan = self.plans[conversation.split("/")[0]]
-        text = demonstrate(plan, self.chat.decode(prompt_ids), self.world, rng, self.good_rate)
-        ids = tuple(self.chat.response(text))[: sampling.max_new_tokens]
+        rng = random.Random(derive_seed(self._seed, conversation, turn))
+        plan = self.plans[conversation.rsplit("/", 2)[0]]
+        seen = self._chat.decode(prompt_ids)
+        known = 0
+        while known < len(plan.hops) and plan.hops[known].sentence in seen:
+            known += 1
+        text = good_move(plan, known) if rng.random() < self._good_rate else self._mistakes.draw(plan, known, rng)
+        ids = tuple(self._chat.response(text))
+        if len(ids) > sampling.max_new_tokens:
+            ids = ids[: sampling.max_new_tokens]
         return Sampled(response_ids=ids, sampler_logprobs=(0.0,) * len(ids), finish_reason="stop", policy_version=0)
 
     async def update_weights(self, policy_version: int) -> None:
@@ -41,52 +47,67 @@ class Demonstrator:
         return EngineLoad(running=0, waiting=0, used_tokens=0, max_tokens=0)
 
 
-def demonstrate(plan: Plan, seen: str, world: World, rng: random.Random, good_rate: float) -> str:
-    """The next response to a conversation whose text is `seen`."""
-    known = 0
-    while known < len(plan.hops) and plan.hops[known].sentence in seen:
-        known += 1
-    return _good(plan, known) if rng.random() < good_rate else _mistake(plan, known, seen, world, rng)
+def good_move(plan: Plan, known: int) -> str:
+    """The response of a perfect agent that has seen the sentences of the first `known` hops."""
+    if known == len(plan.hops):
+        return _submit(plan.answer)
+    return _turn(_need(plan, known), f'search("{plan.hops[known].query}")')
 
 
-def _turn(think: str, code: str) -> str:
-    return f"<think>{think}</think><code>{code}</code>"
+@dataclass(slots=True)
+class Mistakes:
+    """What small models do wrong, from a malformed block to a right-looking answer that was never looked up."""
+
+    world: World
+    _values: dict[str, list[str]] = field(init=False)
+    _relations: dict[str, list[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._values, self._relations = defaultdict(list), defaultdict(list)
+        for fact in self.world.train_facts:
+            self._values[fact.relation].append(fact.value)
+            if fact.relation not in self._relations[fact.entity]:
+                self._relations[fact.entity].append(fact.relation)
+
+    def draw(self, plan: Plan, known: int, rng: random.Random) -> str:
+        hops = plan.hops
+        hop = hops[min(known, len(hops) - 1)]
+        need = _need(plan, min(known, len(hops) - 1))
+        mistakes = [
+            lambda: _turn(need, f'search("{hop.relation}")'),
+            lambda: _turn(need, f'lookup("{hop.query}")'),
+            lambda: _turn(need, f'search("{hop.query})'),
+            lambda: f'<think>{need}</think>search("{hop.query}")',
+            lambda: f'<think>{need}</think><code>search("{hop.query}")',
+            lambda: _turn("I do not know.", 'submit_final_answer("unknown")'),
+        ]
+        if known == 0:
+            # guess without looking
+            mistakes += [lambda: _submit(rng.choice(self._values[hops[-1].relation]))] * 3
+        elif known < len(hops):
+            # one hop only
+            mistakes += [lambda: _submit(hops[known - 1].value)] * 3
+        if known < len(hops):
+            mistakes += [lambda: _turn(need, f'search("{self._other_query(hop, rng)}")')] * 2
+        else:
+            mistakes += [lambda: _turn(need, f'search("{hop.query}")')] * 2  # the same search again
+            mistakes += [lambda: _submit(hop.entity), lambda: _submit(hop.sentence)]
+        return rng.choice(mistakes)()
+
+    def _other_query(self, hop: Hop, rng: random.Random) -> str:
+        others = [name for name in self._relations[hop.entity] if name != hop.relation]
+        name = rng.choice(others or [name for name in RELATIONS if name != hop.relation])
+        return RELATIONS[name].query.format(e=hop.entity)
 
 
-def _search(relation: str, query: str) -> str:
-    return _turn(f"I need the {relation}.", f'search("{query}")')
+def _need(plan: Plan, known: int) -> str:
+    on_the_way = known < len(plan.hops) - 1
+    return f"I need the {'country' if on_the_way else plan.hops[known].relation}."
 
 
 def _submit(answer: str) -> str:
     return _turn("I found the answer.", f'submit_final_answer("{answer}")')
 
 
-def _good(plan: Plan, known: int) -> str:
-    if known == len(plan.hops):
-        return _submit(plan.hops[-1].value)
-    hop = plan.hops[known]
-    return _search(hop.relation, hop.query)
-
-
-def _mistake(plan: Plan, known: int, seen: str, world: World, rng: random.Random) -> str:
-    hops = plan.hops
-    hop = hops[min(known, len(hops) - 1)]
-    query = hop.query
-    made = [
-        lambda: _search(hop.relation, hop.relation),
-        lambda: _turn(f"I need the {hop.relation}.", f'lookup("{query}")'),
-        lambda: _turn(f"I need the {hop.relation}.", f'search("{query})'),
-        lambda: f'<think>I need the {hop.relation}.</think>search("{query}")',
-        lambda: f'<think>I need the {hop.relation}.</think><code>search("{query}")',
-        lambda: _turn("I do not know.", 'submit_final_answer("unknown")'),
-    ]
-    if known == 0:
-        made += [lambda: _submit(world.guess(rng, hops[-1].relation))] * 3
-    if 0 < known < len(hops):
-        made += [lambda: _submit(hops[known - 1].value)] * 3
-    if known < len(hops):
-        made += [lambda: _search(other := world.other_relation(rng, hop), world.query(hop.entity, other))] * 2
-    else:
-        made += [lambda: _search(hop.relation, query)] * 2
-        made += [lambda: _submit(hop.entity), lambda: _submit(hop.sentence)]
-    return rng.choice(made)()
+def _turn(think: str, code: str) -> str:
+    return f"<think>{think}</think><code>{code}</code>"

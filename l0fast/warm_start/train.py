@@ -1,9 +1,10 @@
 """Supervised learning on demonstrations: next-token cross-entropy, weight 1 on what the agent said, less on the rest.
 
-Muon (Jordan et al. 2024; torch.optim.Muon) moves the matrices, AdamW the embedding and the norms. Batches hold about
+Muon moves the matrices, AdamW the embedding and the norms. Batches hold about
 2,048 tokens of rows of like length. Copying appears suddenly, after 1.3-2 M tokens.
 """
 
+import copy
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from l0fast.warm_start.muon import Muon
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,9 @@ class TrainSettings:
     seed: int = 0
 
 
-def new_policy(vocab_size: int, *, eos_token_id: int, pad_token_id: int, context_tokens: int, seed: int) -> Qwen3ForCausalLM:
+def new_policy(
+    vocab_size: int, *, eos_token_id: int, pad_token_id: int, context_tokens: int, seed: int
+) -> Qwen3ForCausalLM:
     """0.9 M parameters, fp32, random weights."""
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -63,11 +68,14 @@ def train(
     settings: TrainSettings,
     progress: Callable[[int, int, float, float], None],
 ) -> None:
-    """One pass over `rows`; `progress(tokens_done, tokens, loss, seconds)` after every batch."""
+    """One pass over `rows`, in their order but for what batching like lengths takes.
+
+    `progress(tokens_done, tokens, loss, seconds)` is called after every batch.
+    """
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=settings.peak_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, settings.peak_lr, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=settings.peak_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     total = sum(len(row.token_ids) for row in rows)
@@ -91,8 +99,6 @@ def train(
 
 def save_policy(model: Qwen3ForCausalLM, folder: Path) -> None:
     """bf16 safetensors: half the file; read back as fp32."""
-    import copy
-
     half = copy.deepcopy(model).to(torch.bfloat16)
     half.config.dtype = "bfloat16"
     half.save_pretrained(folder)
@@ -100,22 +106,14 @@ def save_policy(model: Qwen3ForCausalLM, folder: Path) -> None:
 
 def _batches(rows: Sequence[Row], batch_tokens: int, rng: random.Random) -> Iterator[list[Row]]:
     # like lengths together within a window of rows, so that batches hold little padding and still come in random order
-    order = list(rows)
-    rng.shuffle(order)
-    batches: list[list[Row]] = []
-    for start in range(0, len(order), 512):
-        window = sorted(order[start : start + 512], key=lambda row: len(row.token_ids))
-        batch: list[Row] = []
-        chunk: list[list[Row]] = []
-        for row in window:
-            if batch and (len(batch) + 1) * len(row.token_ids) > batch_tokens:
-                chunk.append(batch)
-                batch = []
-            batch.append(row)
-        chunk.append(batch)
-        rng.shuffle(chunk)
-        batches += chunk
-    yield from batches
+    for start in range(0, len(rows), 512):
+        batches: list[list[Row]] = [[]]
+        for row in sorted(rows[start : start + 512], key=lambda row: len(row.token_ids)):
+            if batches[-1] and (len(batches[-1]) + 1) * len(row.token_ids) > batch_tokens:
+                batches.append([])
+            batches[-1].append(row)
+        rng.shuffle(batches)
+        yield from batches
 
 
 def _loss(model: Qwen3ForCausalLM, batch: Sequence[Row], context_weight: float) -> Tensor:

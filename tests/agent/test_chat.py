@@ -12,7 +12,11 @@ from l0fast.errors import UsageError
 
 
 def test_a_conversation_reads_like_the_template(chat: Chat):
-    ids = [*chat.first_prompt("Be brief.", "Capital of Norway?"), *chat.response("<code>x</code>"), *chat.continuation("7", closed=True)]
+    ids = [
+        *chat.first_prompt("Be brief.", "Capital of Norway?"),
+        *chat.response("<code>x</code>"),
+        *chat.continuation("7", closed=True),
+    ]
     assert chat.decode(ids, special=True) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nCapital of Norway?<|im_end|>\n<|im_start|>assistant\n"
         "<code>x</code><|im_end|>\n<|im_start|>user\n7<|im_end|>\n<|im_start|>assistant\n"

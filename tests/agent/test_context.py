@@ -10,7 +10,9 @@ EXCHANGES = st.lists(st.tuples(st.text(max_size=30), st.text(max_size=60), st.bo
 
 
 def _context(chat: Chat, **kwargs) -> Context:
-    return Context(chat, "Be brief.", "Capital of Norway?", **{"budget": 400, "response_tokens": 40, "trim": "soft"} | kwargs)
+    return Context(
+        chat, "Be brief.", "Capital of Norway?", **{"budget": 400, "response_tokens": 40, "trim": "soft"} | kwargs
+    )
 
 
 def _play(context: Context, chat: Chat, exchanges):

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from l0fast.agent.parsing import parse_action
 
 TAGGED = st.lists(
-    st.sampled_from(["<think>", "</think>", "<code>", "</code>", "x = 1", "\n", " ", "I should look it up", "<", "é"]), max_size=12
+    st.sampled_from(["<think>", "</think>", "<code>", "</code>", "x = 1", "\n", " ", "I should look it up", "<", "é"]),
+    max_size=12,
 ).map("".join)
 
 

@@ -53,7 +53,12 @@ class World:
 def start(world: World, *, group_size=4, max_open_groups=3, max_refills=2, drop_rate=0.0, max_drops=100):
     sampling = DynamicSampling(drop_rate=drop_rate, max_drops=max_drops, rng=random.Random(0))
     return rollouts(
-        world.play, endless(), group_size=group_size, max_open_groups=max_open_groups, max_refills=max_refills, sampling=sampling
+        world.play,
+        endless(),
+        group_size=group_size,
+        max_open_groups=max_open_groups,
+        max_refills=max_refills,
+        sampling=sampling,
     )
 
 
@@ -186,7 +191,8 @@ def test_play_all_keeps_the_order_and_the_limit():
 
 def group(*right: bool) -> Group:
     trajectories = tuple(
-        Trajectory(task=task(0), index=i, status=TrajectoryStatus.COMPLETED, turns=(), exact_match=r) for i, r in enumerate(right)
+        Trajectory(task=task(0), index=i, status=TrajectoryStatus.COMPLETED, turns=(), exact_match=r)
+        for i, r in enumerate(right)
     )
     return Group(task=task(0), trajectories=trajectories)
 

@@ -1,0 +1,250 @@
+"""A transformers model that keeps keys and values in a slab, one row a slot. Runs in the engine's child process.
+
+    slab, per layer: keys and values [S, K, M + 1, D]       column M is scratch: padding writes there, nobody reads it
+
+    prefill   n rows of up to T new tokens: write their keys, gather the rows, attend under a causal mask
+    decode    n rows of one token:          write, attend over the slab in place (or over gathered rows, when few run)
+
+The module's own forward runs unchanged; its attention is ours (`AttentionInterface.register`), which finds the slab
+through a keyword argument that the layers pass on. An attention implementation unknown to transformers' mask interface
+gets no mask made for it, so ours is built once a pass and not once a layer. Query heads that share a KV head are folded
+into the query axis: nothing is repeated. Decode is bound by reading the slab: n * K * length * D * 8 bytes a layer.
+
+Shape letters, this file only: S slots, n rows of this pass, T new tokens, L longest length, M max_len, H query heads,
+K key-value heads, G = H / K, D head dimension, V vocabulary.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+
+from l0fast.engine.sampling import uniforms
+
+_PREFILL_COLUMNS = 1024
+"""Longest piece of a prompt computed in one pass; bounds the mask [tokens]."""
+_DENSE_SHARE = 0.6
+"""Decode attends over the slab in place where at least this share of its leading slots is running."""
+
+Ints = NDArray[np.int64]
+
+
+class SlotModel:
+    """One causal language model in fp32 and its KV slab."""
+
+    def __init__(self, model_path: Path, *, num_slots: int, max_len: int):
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=torch.float32, attn_implementation=_ATTENTION, local_files_only=True
+        )
+        self.model.eval().requires_grad_(False)
+        config = self.model.config
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+            raise ValueError(f"{model_path} has sliding-window layers, which this engine does not have")
+        self.vocab_size: int = config.vocab_size
+        self.max_len = max_len
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, torch.nn.Linear)
+        self._head = head
+        self.groups: int = config.num_attention_heads // config.num_key_value_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (num_slots, config.num_key_value_heads, max_len + 1, head_dim)
+        # zeros, since a masked NaN is still a NaN; their pages take no memory before they are written
+        self.keys_SKMD = [torch.zeros(shape) for _ in range(config.num_hidden_layers)]
+        self.values_SKMD = [torch.zeros(shape) for _ in range(config.num_hidden_layers)]
+
+    def copy_prefix(self, source: int, slot: int, length: int) -> None:
+        """Make the first `length` columns of `slot` those of `source`."""
+        for slab_SKMD in (*self.keys_SKMD, *self.values_SKMD):
+            slab_SKMD[slot, :, :length] = slab_SKMD[source, :, :length]
+
+    @torch.inference_mode()
+    def prefill(self, slots_n: Ints, starts_n: Ints, ids: list[NDArray[np.int32]]) -> Tensor:
+        """Compute the ids of each row from column `starts_n` on. Returns the logits after each row's last id, [n, V]."""
+        lengths_n = np.array([len(row) for row in ids])
+        ids_nT = np.zeros((len(ids), lengths_n.max()), np.int64)
+        for row, row_ids in zip(ids_nT, ids, strict=True):
+            row[: len(row_ids)] = row_ids
+        hidden_nH = torch.empty(0)
+        for first in range(0, ids_nT.shape[1], _PREFILL_COLUMNS):
+            rows = np.flatnonzero(lengths_n > first)
+            last_n = np.minimum(lengths_n[rows] - first, _PREFILL_COLUMNS) - 1
+            piece_nT = ids_nT[rows, first : first + last_n.max() + 1]
+            slab_pass = _Prefill(self, slots_n[rows], starts_n[rows] + first, last_n + 1, piece_nT.shape[1])
+            hidden_nTH = self._forward(piece_nT, slab_pass)
+            hidden_nTH = hidden_nTH[torch.arange(len(rows)), torch.from_numpy(last_n)]
+            if first == 0:
+                hidden_nH = hidden_nTH
+            else:
+                hidden_nH[torch.from_numpy(rows)] = hidden_nTH
+        return self._head(hidden_nH)
+
+    @torch.inference_mode()
+    def decode(self, slots_n: Ints, ids_n: NDArray[np.int32], positions_n: Ints) -> Tensor:
+        """Compute one id a row, at column `positions_n`; slots ascend. Returns the logits after it, [n, V]."""
+        assert (np.diff(slots_n) > 0).all()
+        hidden_n1H = self._forward(ids_n[:, None].astype(np.int64), _Decode(self, slots_n, positions_n))
+        return self._head(hidden_n1H[:, 0])
+
+    def _forward(self, ids_nT: Ints, slab_pass: "_Prefill | _Decode") -> Tensor:
+        return self.model.base_model(
+            input_ids=torch.from_numpy(ids_nT),
+            position_ids=slab_pass.positions_nT,
+            use_cache=False,
+            slab_pass=slab_pass,
+        ).last_hidden_state
+
+    @torch.inference_mode()
+    def check(self) -> None:
+        """Compare a few tokens with the model's own attention. Raises ValueError for an architecture that differs."""
+        ids = (np.arange(1, min(12, self.max_len) + 1) % self.vocab_size).astype(np.int32)
+        split = len(ids) // 2
+        row = np.zeros(1, np.int64)
+        logits = [self.prefill(row, row, [ids[:split]])]
+        logits += [self.decode(row, ids[i : i + 1], row + i) for i in range(split, len(ids))]
+        self.model.set_attn_implementation("eager")
+        expected = self.model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0]
+        self.model.set_attn_implementation(_ATTENTION)
+        error = (torch.cat(logits) - expected[split - 1 :]).abs().max() / expected.abs().max().clamp(min=1)
+        if not error < 1e-3:
+            name = type(self.model).__name__
+            raise ValueError(f"{name} gives other logits here than in transformers (by {error:.2g}): not supported")
+
+    @torch.inference_mode()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Copy new values into every parameter."""
+        for name, parameter in self.parameters().items():
+            parameter.copy_(tensors[name])
+
+    def parameters(self) -> dict[str, Tensor]:
+        """By their names in the model folder; tied ones once."""
+        return dict(self.model.named_parameters())
+
+
+def sample(
+    logits_nV: Tensor, *, temperatures_n: NDArray[np.float32], seeds_n: NDArray[np.uint64], positions_n: Ints
+) -> tuple[Ints, NDArray[np.float32]]:
+    """One id a row by inverse CDF, and its log-prob under softmax(logits / temperature).
+
+    Temperature 0 takes the largest logit, with the log-prob of temperature 1. `positions_n` is where the id will stand.
+    """
+    greedy_n = temperatures_n == 0
+    scale_n = np.where(greedy_n, np.float32(1), temperatures_n)
+    if (scale_n != 1).any():
+        logits_nV = logits_nV / torch.from_numpy(scale_n)[:, None]
+    probs_nV = logits_nV.softmax(-1)
+    cdf_nV = probs_nV.cumsum(-1)
+    total_n1 = cdf_nV[:, -1:]
+    target_n1 = torch.from_numpy(uniforms(seeds_n, positions_n))[:, None] * total_n1
+    # below the total, so that an id of probability 0 is never the first whose sum lies above the target
+    target_n1 = torch.minimum(target_n1, torch.nextafter(total_n1, torch.zeros(())))
+    ids_n1 = torch.searchsorted(cdf_nV, target_n1, right=True)
+    if greedy_n.any():
+        rows = torch.from_numpy(np.flatnonzero(greedy_n))
+        ids_n1[rows] = logits_nV[rows].argmax(-1, keepdim=True)
+    logprobs_n = probs_nV.gather(-1, ids_n1.clamp_(max=probs_nV.shape[-1] - 1)).log_()[:, 0].numpy()
+    if not np.isfinite(logprobs_n).all():
+        raise FloatingPointError("the model's logits are not finite: did training diverge?")
+    return ids_n1[:, 0].numpy(), logprobs_n
+
+
+class _Prefill:
+    def __init__(self, model: SlotModel, slots_n: Ints, starts_n: Ints, lengths_n: Ints, num_columns: int):
+        positions_nT = torch.from_numpy(starts_n)[:, None] + torch.arange(num_columns)
+        padding_nT = torch.arange(num_columns) >= torch.from_numpy(lengths_n)[:, None]
+        self.model, self.slots_n = model, torch.from_numpy(slots_n)
+        self.positions_nT = positions_nT
+        self.columns_nT = positions_nT.masked_fill(padding_nT, model.max_len)
+        self.length = int((starts_n + lengths_n).max())
+        mask_nTL = _causal(positions_nT[:, :, None], self.length)
+        n, T, L = mask_nTL.shape
+        self.mask = mask_nTL[:, None].expand(n, model.groups, T, L).reshape(n, 1, model.groups * T, L)
+
+    def __call__(self, layer: int, query_nHTD: Tensor, key_nKTD: Tensor, value_nKTD: Tensor, scaling: float) -> Tensor:
+        keys_SKMD, values_SKMD = self.model.keys_SKMD[layer], self.model.values_SKMD[layer]
+        keys_SKMD[self.slots_n[:, None], :, self.columns_nT] = key_nKTD.transpose(1, 2)
+        values_SKMD[self.slots_n[:, None], :, self.columns_nT] = value_nKTD.transpose(1, 2)
+        n, H, T, D = query_nHTD.shape
+        K = key_nKTD.shape[1]
+        out = F.scaled_dot_product_attention(
+            query_nHTD.reshape(n, K, H // K * T, D),
+            keys_SKMD[:, :, : self.length].index_select(0, self.slots_n),
+            values_SKMD[:, :, : self.length].index_select(0, self.slots_n),
+            attn_mask=self.mask,
+            scale=scaling,
+        )
+        return out.view(n, H, T, D).transpose(1, 2)
+
+
+class _Decode:
+    def __init__(self, model: SlotModel, slots_n: Ints, positions_n: Ints):
+        self.model, self.slots_n = model, torch.from_numpy(slots_n)
+        self.columns_n = torch.from_numpy(positions_n)
+        self.positions_nT = self.columns_n[:, None]
+        self.length = int(positions_n.max()) + 1
+        span = int(slots_n.max()) + 1
+        self.span = span if len(slots_n) >= _DENSE_SHARE * span else None
+        columns_r = self.columns_n
+        if self.span is not None and self.span != len(slots_n):
+            # rows that do not run attend to column 0; nobody looks at what they get
+            columns_r = torch.zeros(span, dtype=torch.int64)
+            columns_r[self.slots_n] = self.columns_n
+        mask_rL = _causal(columns_r[:, None], self.length)
+        rows, K = len(mask_rL), model.keys_SKMD[0].shape[1]
+        self.mask = (
+            mask_rL[:, None, None].expand(rows, K, model.groups, self.length).reshape(rows * K, model.groups, -1)
+        )
+
+    def __call__(self, layer: int, query_nHTD: Tensor, key_nKTD: Tensor, value_nKTD: Tensor, scaling: float) -> Tensor:
+        keys_SKMD, values_SKMD = self.model.keys_SKMD[layer], self.model.values_SKMD[layer]
+        keys_SKMD[self.slots_n, :, self.columns_n] = key_nKTD[:, :, 0]
+        values_SKMD[self.slots_n, :, self.columns_n] = value_nKTD[:, :, 0]
+        n, H, _, D = query_nHTD.shape
+        if self.span is None:
+            query, keys, values = query_nHTD, self._gathered(keys_SKMD), self._gathered(values_SKMD)
+        else:
+            keys, values = keys_SKMD[: self.span], values_SKMD[: self.span]
+            query = query_nHTD
+            if self.span != n:
+                query = query_nHTD.new_zeros(self.span, H, D)
+                query[self.slots_n] = query_nHTD[:, :, 0]
+        rows, K, columns, _ = keys.shape
+        scores = torch.baddbmm(
+            self.mask,
+            query.reshape(rows * K, H // K, D),
+            keys.view(rows * K, columns, D)[:, : self.length].transpose(1, 2),
+            alpha=scaling,
+        )
+        out = torch.bmm(scores.softmax(-1), values.view(rows * K, columns, D)[:, : self.length]).view(rows, 1, H, D)
+        return out if rows == n else out[self.slots_n]
+
+    def _gathered(self, slab_SKMD: Tensor) -> Tensor:
+        return slab_SKMD[:, :, : self.length].index_select(0, self.slots_n)
+
+
+def _causal(positions: Tensor, length: int) -> Tensor:
+    """0 where a column is at or before the position, -inf after it. The last axis of `positions` is 1, of the result L."""
+    return torch.zeros(()).where(torch.arange(length) <= positions, float("-inf"))
+
+
+def _slot_attention(
+    module: torch.nn.Module,
+    query_nHTD: Tensor,
+    key_nKTD: Tensor,
+    value_nKTD: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    slab_pass: _Prefill | _Decode,
+    **_: object,
+) -> tuple[Tensor, None]:
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    return slab_pass(layer, query_nHTD, key_nKTD, value_nKTD, scaling), None
+
+
+_ATTENTION = "l0fast_slots"
+AttentionInterface.register(_ATTENTION, _slot_attention)

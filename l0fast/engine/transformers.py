@@ -1,0 +1,188 @@
+"""The engine where there is no GPU: a transformers model in a child process, driven from the event loop.
+
+    agents --generate()--> TransformersEngine --socketpair--> worker.py: slots.py decides, slot_model.py computes
+    learner --SharedWeights (memfd)-------------------------> update_weights(): copied, every cached prefix forgotten
+
+This side checks, sends and waits; it imports no torch and never blocks the loop. Log-probs are fp32. A caller that is
+cancelled, or misses its deadline, takes its request out of the batch.
+"""
+
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from l0fast.config import EngineConfig
+from l0fast.engine.base import EngineLoad, Sampled, Sampling
+from l0fast.errors import EngineError, UsageError
+from l0fast.ipc import SharedWeights, Worker, spawn_worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Sums since the engine started."""
+
+    prefill_tokens: int
+    """Prompt tokens that were computed."""
+    cached_tokens: int
+    """Prompt tokens whose keys and values were there."""
+    decoded_tokens: int
+    """Tokens computed one at a time; a response's first comes with its prefill and its last is never computed."""
+    busy_s: float
+    """Time spent computing [s]."""
+    cpu_s: float
+    """CPU time of the child, all threads, its start included [s]."""
+
+
+class TransformersEngine:
+    """The `Engine` protocol over one child. Made by `transformers_engine`."""
+
+    def __init__(self, worker: Worker, config: EngineConfig, *, max_tokens: int, has_weights: bool):
+        self._worker, self._config, self._max_tokens, self._has_weights = worker, config, max_tokens, has_weights
+        self._vocab_size: int = worker.ready["vocab_size"]
+        self._requests = itertools.count()
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str) -> Sampled:
+        prompt = np.asarray(prompt_ids, np.int64)
+        self._check(prompt, sampling)
+        request = next(self._requests)
+        try:
+            header, payload = await self._worker.call(
+                "generate",
+                prompt.astype(np.int32).tobytes(),
+                timeout_s=self._config.request_timeout_s,
+                request=request,
+                conversation=conversation,
+                max_new_tokens=sampling.max_new_tokens,
+                stop_token_ids=sampling.stop_token_ids,
+                temperature=sampling.temperature,
+                seed=sampling.seed % 2**64,
+            )
+        except BaseException:
+            self._worker.notify("abort", request=request)
+            raise
+        half = len(payload) // 2
+        return Sampled(
+            response_ids=tuple(np.frombuffer(payload[:half], np.int32).tolist()),
+            sampler_logprobs=tuple(np.frombuffer(payload[half:], np.float32).tolist()),
+            finish_reason=header["finish_reason"],
+            policy_version=header["policy_version"],
+            cached_tokens=header["cached_tokens"],
+        )
+
+    async def update_weights(self, policy_version: int) -> None:
+        """As in the protocol. Waits for the requests that run; those not yet admitted start on the new weights.
+
+        Raises:
+            ValueError: the engine was made without shared weights.
+            EngineError: the shared weights are of another version, or the engine failed.
+        """
+        if not self._has_weights:
+            raise ValueError(
+                "this engine was made with weights=None: give transformers_engine() the learner's SharedWeights"
+            )
+        await self._worker.call(
+            "update_weights", timeout_s=self._config.request_timeout_s, policy_version=policy_version
+        )
+
+    async def load(self) -> EngineLoad:
+        load = await self._load()
+        return EngineLoad(**{name: load[name] for name in EngineLoad.__slots__})
+
+    async def stats(self) -> EngineStats:
+        load = await self._load()
+        return EngineStats(**{name: load[name] for name in EngineStats.__slots__})
+
+    async def _load(self) -> dict[str, Any]:
+        return (await self._worker.call("load", timeout_s=self._config.request_timeout_s))[0]
+
+    def _check(self, prompt: np.ndarray, sampling: Sampling) -> None:
+        if not len(prompt):
+            raise ValueError("the prompt has no ids: send at least one")
+        if prompt.min() < 0 or prompt.max() >= self._vocab_size:
+            odd = int(prompt[(prompt < 0) | (prompt >= self._vocab_size)][0])
+            raise ValueError(
+                f"the prompt has id {odd}, but the model's ids are 0 to {self._vocab_size - 1}: "
+                "is it from another model's tokenizer?"
+            )
+        if sampling.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens = {sampling.max_new_tokens}: ask for at least one")
+        if len(prompt) + sampling.max_new_tokens > self._max_tokens:
+            raise ValueError(
+                f"a prompt of {len(prompt)} ids and max_new_tokens = {sampling.max_new_tokens} do not fit in the engine's "
+                f"{self._max_tokens} tokens: shorten the prompt or raise --agent.context-tokens"
+            )
+        if not 0 <= sampling.temperature < float("inf"):
+            raise ValueError(f"temperature = {sampling.temperature}: give 0 (greedy) or more")
+        if any(not 0 <= stop < self._vocab_size for stop in sampling.stop_token_ids):
+            raise ValueError(
+                f"stop_token_ids = {sampling.stop_token_ids}, but the model's ids are 0 to {self._vocab_size - 1}"
+            )
+
+
+@asynccontextmanager
+async def transformers_engine(
+    config: EngineConfig,
+    model_path: Path,
+    *,
+    max_tokens: int,
+    weights: SharedWeights | None = None,
+    log_dir: Path | None = None,
+) -> AsyncIterator[TransformersEngine]:
+    """An engine for as long as the `async with` body runs.
+
+    Args:
+        config: slots, threads and deadlines.
+        model_path: a model folder in Hugging Face form. Its weights are policy version 0.
+        max_tokens: longest prompt plus response [tokens].
+        weights: where the learner publishes; None for an engine that never changes.
+        log_dir: folder that gets the child's words as `engine.log`; None keeps them for error messages.
+
+    Raises:
+        UsageError: a model folder that can't be used.
+        EngineError: the child did not start.
+    """
+    check_model_folder(model_path, max_tokens)
+    async with spawn_worker(
+        "l0fast.engine.worker",
+        args={
+            "model_path": str(model_path),
+            "slots": config.slots,
+            "max_len": max_tokens,
+            "threads": config.threads,
+            "weights": None if weights is None else weights.handle(),
+        },
+        name="the engine",
+        error=EngineError,
+        start_timeout_s=config.start_timeout_s,
+        stderr_path=None if log_dir is None else log_dir / "engine.log",
+        pass_fds=() if weights is None else (weights.fd,),
+    ) as worker:
+        yield TransformersEngine(worker, config, max_tokens=max_tokens, has_weights=weights is not None)
+
+
+def check_model_folder(path: Path, max_tokens: int) -> None:
+    needed = {
+        "config.json": ["config.json"],
+        "tokenizer.json": ["tokenizer.json", "tokenizer.model", "vocab.json"],
+        "model.safetensors": ["*.safetensors"],
+    }
+    for name, patterns in needed.items():
+        if not any(any(path.glob(pattern)) for pattern in patterns):
+            raise UsageError(
+                f"model folder {str(path)!r} has no {name}: give a folder in Hugging Face form, saved with save_pretrained()"
+            )
+    try:
+        positions = orjson.loads((path / "config.json").read_bytes()).get("max_position_embeddings", max_tokens)
+    except (OSError, ValueError, AttributeError) as e:
+        raise UsageError(f"{path / 'config.json'} is not a model's settings ({e}): copy or save the model again") from e
+    if max_tokens > positions:
+        raise UsageError(
+            f"a context of {max_tokens} tokens is longer than the {positions} positions of the model in {str(path)!r}: "
+            f"set --agent.context-tokens to {positions} or less"
+        )

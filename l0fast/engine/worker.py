@@ -1,0 +1,261 @@
+"""The transformers engine's child process: continuous batching over slots. `python -m l0fast.engine.worker` by the driver.
+
+    forever:  take what the driver sent          (block only when there is nothing to do)
+              apply new weights                  when nothing runs; until then nothing new is admitted
+              admit waiting requests to slots    own slot first, then first come first served; prefill in waves (slots.py)
+              one decode step for all that run   sample; those that are done are answered and leave their slot idle
+
+An update of weights waits for the requests that run, and whatever was not admitted yet starts on the new weights: every
+response is of one version, and every prefix of the old one is forgotten. Per-token work is vectorised over slots (numpy);
+Python touches a request twice, when it comes and when it goes.
+"""
+
+import os
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from l0fast.engine.slot_model import SlotModel, sample
+from l0fast.engine.slots import Placement, SlotBook
+from l0fast.ipc import Channel, Message, SharedWeights
+
+_PREFILL_TOKENS = 4096
+"""Most tokens of one prefill pass, padding included [tokens]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    reply_to: int
+    """Id of the driver's call."""
+    id: int
+    conversation: str
+    prompt: NDArray[np.int32]
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    temperature: float
+    seed: int
+
+
+class Scheduler:
+    """Requests in, tokens out, one step at a time."""
+
+    def __init__(self, model: SlotModel, channel: Channel, weights: SharedWeights | None, *, num_slots: int):
+        self.model, self.channel = model, channel
+        self.book = SlotBook(num_slots, model.max_len)
+        self.weights = weights
+        self.shared = None if weights is None else weights.tensors()
+        self.policy_version = 0
+        self.waiting: deque[Request] = deque()
+        self.updates: deque[Message] = deque()
+        self.stats = {"prefill_tokens": 0, "cached_tokens": 0, "decoded_tokens": 0, "busy_s": 0.0}
+
+        # what a running slot's request asked for, by slot
+        self.requests: list[Request | None] = [None] * num_slots
+        self.prefix = np.zeros(num_slots, np.int64)
+        self.end = np.zeros(num_slots, np.int64)
+        self.temperature = np.zeros(num_slots, np.float32)
+        self.seed = np.zeros(num_slots, np.uint64)
+        self.logprobs = np.zeros((num_slots, model.max_len), np.float32)
+        self.stop_set = np.zeros(num_slots, np.int64)
+        self.stop_sets: dict[tuple[int, ...], int] = {}
+        self.stops_at = np.zeros((0, model.vocab_size), np.bool_)
+
+    @property
+    def idle(self) -> bool:
+        return not (self.waiting or self.updates or self.book.running.any())
+
+    def handle(self, message: Message) -> None:
+        header = message.header
+        match header["op"]:
+            case "generate":
+                self.waiting.append(
+                    Request(
+                        reply_to=header["id"],
+                        id=header["request"],
+                        conversation=header["conversation"],
+                        prompt=np.frombuffer(message.payload, np.int32),
+                        max_new_tokens=header["max_new_tokens"],
+                        stop_token_ids=tuple(header["stop_token_ids"]),
+                        temperature=header["temperature"],
+                        seed=header["seed"],
+                    )
+                )
+            case "abort":
+                self._abort(header["request"])
+            case "update_weights":
+                self.updates.append(message)
+            case "load":
+                self.channel.reply(
+                    message,
+                    running=int(self.book.running.sum()),
+                    waiting=len(self.waiting),
+                    used_tokens=int(self.book.cached.sum()),
+                    max_tokens=self.book.tokens.size,
+                    **self.stats,
+                    cpu_s=time.process_time(),
+                )
+            case other:
+                raise AssertionError(f"unknown op {other!r}")
+
+    def step(self) -> None:
+        """Bring everything that runs one token further, after admitting what can run."""
+        started = time.perf_counter()
+        if self.updates:
+            if not self.book.running.any():
+                self._update_weights()
+        elif self.waiting and not self.book.running.all():
+            self._admit()
+        self._decode()
+        self.stats["busy_s"] += time.perf_counter() - started
+
+    def _decode(self) -> None:
+        slots = np.flatnonzero(self.book.running)
+        if not len(slots):
+            return
+        positions = self.book.cached[slots]
+        logits = self.model.decode(slots, self.book.tokens[slots, positions], positions)
+        self.book.cached[slots] += 1
+        self._take(slots, logits)
+        self.stats["decoded_tokens"] += len(slots)
+
+    def _take(self, slots: NDArray[np.int64], logits: torch.Tensor) -> None:
+        """Sample the next token of each slot; answer the requests that it ends."""
+        at = self.book.cached[slots]
+        ids, logprobs = sample(logits, temperatures_n=self.temperature[slots], seeds_n=self.seed[slots], positions_n=at)
+        self.book.tokens[slots, at] = ids
+        self.logprobs[slots, at] = logprobs
+        stopped = self.stops_at[self.stop_set[slots], ids]
+        done = stopped | (at + 1 >= self.end[slots])
+        for slot, stop in zip(slots[done].tolist(), stopped[done].tolist(), strict=True):
+            self._finish(slot, "stop" if stop else "length")
+
+    def _finish(self, slot: int, finish_reason: str) -> None:
+        request = self.requests[slot]
+        assert request is not None
+        response = slice(len(request.prompt), int(self.book.cached[slot]) + 1)
+        ids, logprobs = self.book.tokens[slot, response], self.logprobs[slot, response]
+        self.channel.reply(
+            request.reply_to,
+            ids.tobytes() + logprobs.tobytes(),
+            finish_reason=finish_reason,
+            policy_version=self.policy_version,
+            cached_tokens=int(self.prefix[slot]),
+        )
+        self._leave(slot)
+
+    def _leave(self, slot: int) -> None:
+        self.requests[slot] = None
+        self.book.release(slot)
+
+    def _abort(self, request_id: int) -> None:
+        self.waiting = deque(r for r in self.waiting if r.id != request_id)
+        for slot, request in enumerate(self.requests):
+            if request is not None and request.id == request_id:
+                self._leave(slot)
+
+    def _admit(self) -> None:
+        # those whose prefix lies in a slot of their own come first, before a newcomer takes that slot
+        held, others = [], []
+        for request in self.waiting:
+            (held if self.book.holds(request.conversation) else others).append(request)
+        queue = deque([*held, *others])
+        placed: list[Placement] = []
+        while queue and (placement := self.book.place(queue[0].prompt, queue[0].conversation)) is not None:
+            self._enter(queue.popleft(), placement)
+            placed.append(placement)
+        self.waiting = queue
+        self.book.close_round()
+        logits_of: dict[int, torch.Tensor] = {}
+        for wave in range(1 + max(p.wave for p in placed)):
+            self._prefill([p for p in placed if p.wave == wave], logits_of)
+        slots = np.array([p.slot for p in placed])
+        self._take(slots, torch.stack([logits_of[slot] for slot in slots.tolist()]))
+
+    def _enter(self, request: Request, placement: Placement) -> None:
+        slot = placement.slot
+        self.requests[slot] = request
+        self.prefix[slot] = placement.prefix
+        self.end[slot] = len(request.prompt) + request.max_new_tokens
+        self.temperature[slot] = request.temperature
+        self.seed[slot] = request.seed
+        if request.stop_token_ids not in self.stop_sets:
+            self.stop_sets[request.stop_token_ids] = len(self.stops_at)
+            self.stops_at = np.vstack([self.stops_at, np.zeros(self.model.vocab_size, np.bool_)])
+            self.stops_at[-1, list(request.stop_token_ids)] = True
+        self.stop_set[slot] = self.stop_sets[request.stop_token_ids]
+        self.stats["prefill_tokens"] += len(request.prompt) - placement.prefix
+        self.stats["cached_tokens"] += placement.prefix
+
+    def _prefill(self, wave: list[Placement], logits_of: dict[int, torch.Tensor]) -> None:
+        for p in wave:
+            if p.source != p.slot:
+                self.model.copy_prefix(p.source, p.slot, p.prefix)
+            if p.twin:
+                logits_of[p.slot] = logits_of[p.source]
+        # alike lengths together, so that little is padding
+        todo = sorted((int(self.book.cached[p.slot]) - p.prefix, p.slot, p.prefix) for p in wave if not p.twin)
+        while todo:
+            size = 1
+            while size < len(todo) and _batch_well(todo[0][0], todo[size][0], size + 1):
+                size += 1
+            batch, todo = todo[:size], todo[size:]
+            slots, starts = np.array([b[1] for b in batch]), np.array([b[2] for b in batch])
+            ids = [self.book.tokens[slot, start : start + length] for length, slot, start in batch]
+            logits = self.model.prefill(slots, starts, ids)
+            logits_of.update(zip(slots.tolist(), logits, strict=True))
+
+    def _update_weights(self) -> None:
+        while self.updates:
+            message = self.updates.popleft()
+            version = message.header["policy_version"]
+            assert self.weights is not None
+            assert self.shared is not None
+            if (published := self.weights.policy_version) != version:
+                error = ValueError(f"asked for version {version}, but the learner has published {published}")
+                self.channel.fail(message, error)
+                continue
+            self.model.load(self.shared)
+            self.book.flush()
+            self.policy_version = version
+            self.channel.reply(message)
+
+
+def _batch_well(shortest: int, longest: int, rows: int) -> bool:
+    return longest <= 2 * shortest + 16 and rows * longest <= _PREFILL_TOKENS
+
+
+def _build(channel: Channel, args: dict[str, Any]) -> Scheduler:
+    torch.set_num_threads(args["threads"] or len(os.sched_getaffinity(0)))
+    model = SlotModel(Path(args["model_path"]), num_slots=args["slots"], max_len=args["max_len"])
+    model.check()
+    weights = None if args["weights"] is None else SharedWeights.attach(args["weights"])
+    if weights is not None and (odd := {s.name for s in weights.specs} ^ set(model.parameters())):
+        raise ValueError(f"the model folder and the loaded model name their tensors differently: {sorted(odd)[:4]}")
+    return Scheduler(model, channel, weights, num_slots=args["slots"])
+
+
+def main(channel: Channel, args: dict[str, Any]) -> None:
+    scheduler = _build(channel, args)
+    channel.ready(vocab_size=scheduler.model.vocab_size)
+    try:
+        while True:
+            message = channel.recv(block=scheduler.idle)
+            while message is not None:
+                scheduler.handle(message)
+                message = channel.recv(block=False)
+            scheduler.step()
+    except EOFError:
+        # nobody is left to answer; skip the interpreter's long goodbye
+        sys.stderr.flush()
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*Channel.open())

@@ -1,0 +1,183 @@
+"""What a person sees while a run goes on: a table that is redrawn on a terminal, one plain line a step elsewhere.
+
+    phase("warm start loaded")              lines with the time since the start, before the first step
+    step({...})                             a row: how good, how fast, where the time went, how long still
+    evaluation("before", {...})             held-out accuracy
+    close(summary)                          the outcome, and how to read a trajectory
+
+Nothing here has a thread or a timer: it draws when it is told something, about a millisecond a step.
+"""
+
+import shlex
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live as RichLive
+from rich.text import Text
+
+Metrics = Mapping[str, Any]
+
+_COLUMNS = {
+    "step": "step",
+    "accuracy": "accuracy",
+    "reward": "reward",
+    "held-out": "held-out",
+    "episodes/s": "episodes\n/s",
+    "tokens/s": "tokens\n/s",
+    "time [s]": "time\n[s]",
+    "gen/exec/learn/other %": "gen/exec/\nlearn/other %",
+    "lag [ms]": "lag\n[ms]",
+    "ETA": "ETA",
+}
+"""Name in a plain line: heading of the table, which fits in 80 columns."""
+
+
+class Live:
+    """Shows one run. A context manager: leaving it gives the terminal back, whatever happened."""
+
+    def __init__(
+        self,
+        num_steps: int,
+        run_dir: Path | None = None,
+        *,
+        console: Console | None = None,
+        rows: int = 12,
+        now: Callable[[], float] = time.monotonic,
+        log: Callable[[str], None] = lambda line: None,
+    ):
+        """Args:
+        run_dir: named in the last line; None where there is none.
+        rows: steps kept in sight on a terminal.
+        log: also told every plain line, e.g. `RunDir.log`.
+        """
+        self._console = console or Console(highlight=False)
+        self._num_steps, self._run_dir, self._now, self._log = num_steps, run_dir, now, log
+        self._start = now()
+        self._rows: deque[list[str]] = deque(maxlen=rows)
+        self._held_out = ""
+        self._steps_s: deque[float] = deque(maxlen=10)
+        self._live: RichLive | None = None
+
+    def __enter__(self) -> "Live":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop()
+
+    def phase(self, text: str) -> None:
+        """Say what happens now."""
+        self._say(f"{self._now() - self._start:6.1f} s  {text}")
+
+    def step(self, metrics: Metrics) -> None:
+        """A step has ended. `metrics["step"]` counts from 1; metrics that are missing show as a dash."""
+        self._steps_s.append(metrics.get("time/step_s", 0.0))
+        if "eval/sampled" in metrics:
+            self._held_out = f"{metrics['eval/sampled']:.3f}"
+        left_s = (self._num_steps - metrics["step"]) * sum(self._steps_s) / len(self._steps_s)
+        row = _row(metrics, self._num_steps, self._held_out or "-", left_s)
+        line = "  ".join(f"{name} {value}" for name, value in zip(_COLUMNS, row, strict=True) if value != "-")
+        self._log(line)
+        if not self._console.is_terminal:
+            self._print(line)
+            return
+        self._rows.append(row)
+        if self._live is None:
+            self._live = RichLive(console=self._console, auto_refresh=False)
+            self._live.start()
+        self._live.update(self._table(), refresh=True)
+
+    def evaluation(self, name: str, metrics: Metrics) -> None:
+        """Held-out questions were asked: `name` is "before", "after" or "step 10"."""
+        if "eval/sampled" in metrics:
+            self._held_out = f"{metrics['eval/sampled']:.3f}"
+        parts = [f"{key} {metrics[f'eval/{key}']:.3f}" for key in ("sampled", "greedy") if f"eval/{key}" in metrics]
+        self.phase(f"held-out accuracy {name}: {', '.join(parts)}")
+
+    def close(self, summary: Metrics) -> None:
+        """The run is over: say what came of it."""
+        self._stop()
+        line = last_line(summary, self._run_dir)
+        self._log(line)
+        self._print(line)
+
+    def _say(self, line: str) -> None:
+        self._log(line)
+        self._print(line)
+
+    def _print(self, line: str) -> None:
+        # not markup, not cut: a path in it can be copied
+        self._console.print(Text(line), soft_wrap=True)
+        if not self._console.is_terminal:
+            self._console.file.flush()
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _table(self) -> Text:
+        # laid out by hand: rich's own table takes ten times as long, on the event loop
+        headings = [heading.rpartition("\n") for heading in _COLUMNS.values()]
+        lines = [[above for above, _, _ in headings], [below for _, _, below in headings], *self._rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = [" ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        table = Text("\n" + "\n".join(rows[:2]), "bold", no_wrap=True, overflow="crop")
+        for row in rows[2:-1]:
+            table.append("\n" + row, "not bold dim")
+        return table.append("\n" + rows[-1], "not bold")
+
+
+def _row(metrics: Metrics, num_steps: int, held_out: str, left_s: float) -> list[str]:
+    def show(key: str, form: str) -> str:
+        value = metrics.get(key)
+        return "-" if value is None else format(value, form)
+
+    step_s = metrics.get("time/step_s")
+    shares = "-"
+    if step_s:
+        known = [100 * metrics.get(f"time/{part}_s", 0.0) / step_s for part in ("generate", "execute", "learn")]
+        shares = "/".join(f"{share:.0f}" for share in [*known, max(0.0, 100 - sum(known))])
+    return [
+        f"{metrics['step']}/{num_steps}",
+        show("rollout/exact_match", ".3f"),
+        show("rollout/reward", ".3f"),
+        held_out,
+        show("rollout/episodes_per_s", ".1f"),
+        show("rollout/tokens_per_s", ",.0f"),
+        show("time/step_s", ".1f"),
+        shares,
+        show("loop/lag_p99_ms", ".1f"),
+        duration(left_s),
+    ]
+
+
+def duration(seconds: float) -> str:
+    """ "7s", "3m05s", "2h10m"."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+
+
+def last_line(summary: Metrics, run_dir: Path | None) -> str:
+    """Held-out accuracy before and after, and how to read a trajectory, in one line."""
+
+    def change(kind: str) -> str | None:
+        before, after = (summary.get(f"{kind}_{when}") for when in ("before", "after"))
+        return None if before is None or after is None else f"{before:.3f} -> {after:.3f}"
+
+    sampled, greedy = change("eval_accuracy"), change("eval_greedy")
+    if sampled is None:
+        outcome = "stopped before held-out accuracy was measured a second time"
+    else:
+        notes = [f"greedy {greedy}"] * (greedy is not None)
+        notes += [f"{summary['eval_questions']:,} questions"] * ("eval_questions" in summary)
+        outcome = f"held-out accuracy {sampled} sampled" + (f" ({'; '.join(notes)})" if notes else "")
+    return outcome + (
+        f"; read one: {Path(sys.executable).name} -m l0fast.trajectory {shlex.quote(str(run_dir))}" if run_dir else ""
+    )

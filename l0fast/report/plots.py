@@ -1,0 +1,322 @@
+"""Pictures of a run, drawn from its folder alone.
+
+    plots/learning_curve.png   held-out accuracy, training accuracy and reward over steps and seconds; below it, what
+                               went wrong in the rest
+    plots/step_time.png        where each step's time went
+    plots/timeline.png         one step, a row an agent: generate, execute, wait
+
+    python -m l0fast.report.plots RUN_DIR
+
+matplotlib takes a second to load and holds the interpreter while it draws, so a run draws in a process of its own
+(`draw_in_subprocess`). Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/): apart for every kind of sight.
+"""
+
+import asyncio
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l0fast.errors import L0fastError, UsageError
+from l0fast.run_dir import SavedTrajectory, read_metrics, read_summary, read_trajectories
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, YELLOW, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#999999"
+
+OUTCOMES = {
+    "one_hop_only": ("stopped after one hop", ORANGE),
+    "wrong_field": ("wrong field", SKY),
+    "invented_or_miscopied": ("invented or miscopied", VERMILION),
+    "no_answer": ("no answer", PURPLE),
+    "failed": ("failed (sandbox, engine, deadline)", GREY),
+}
+TIME_PARTS = {
+    "generate": ("generate", BLUE),
+    "execute": ("execute", ORANGE),
+    "learn": ("learn", GREEN),
+    "sync": ("sync weights", PURPLE),
+    "evaluate": ("evaluate", SKY),
+    "other": ("other", GREY),
+}
+
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 150,
+    "figure.facecolor": "white",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+}
+
+
+class PlotError(L0fastError):
+    """The drawing process failed or took too long."""
+
+
+async def draw_in_subprocess(run_dir: Path, timeout_s: float = 120.0) -> list[Path]:
+    """Draw all pictures of a run without holding up the event loop; returns their paths.
+
+    Raises:
+        PlotError: with the last line of what the process said.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "l0fast.report.plots", str(run_dir)),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(timeout_s):
+            out, err = await process.communicate()
+    except TimeoutError as e:
+        raise PlotError(f"the pictures of {run_dir} were not drawn within {timeout_s:g} s") from e
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        said = err.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise PlotError(f"the pictures of {run_dir} were not drawn (exit code {process.returncode}): {said[-1]}")
+    return [Path(line) for line in out.decode().splitlines()]
+
+
+def draw(run_dir: Path) -> list[Path]:
+    """Draw what the folder has the data for; returns the pictures' paths."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    rows, summary = read_metrics(run_dir), read_summary(run_dir)
+    folder = run_dir / "plots"
+    folder.mkdir(exist_ok=True)
+    drawn = []
+    with matplotlib.rc_context(STYLE):
+        if curve_points(rows, summary):
+            drawn.append(_save(learning_curve(rows, summary), folder / "learning_curve.png"))
+        if any("time/step_s" in row for row in rows):
+            drawn.append(_save(step_time(rows), folder / "step_time.png"))
+        if steps := sorted((run_dir / "trajectories").glob("step_*.jsonl")):
+            trajectories = read_trajectories(steps[-1])
+            if any(t.wall_s > 0 for t in trajectories):
+                number = int(steps[-1].stem.removeprefix("step_"))
+                drawn.append(_save(timeline(trajectories, f"step {number}"), folder / "timeline.png"))
+    return drawn
+
+
+def compare_plot(run_dirs: Mapping[str, Path], out: Path) -> Path:
+    """Held-out accuracy of several runs in one picture, e.g. {"trained": ..., "advantages permuted": ...}."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    with matplotlib.rc_context(STYLE):
+        import matplotlib.pyplot as plt
+
+        fig, ax = plt.subplots(figsize=(8.4, 3.8), layout="constrained")
+        colours = itertools.cycle((BLUE, VERMILION, GREEN, PURPLE, ORANGE))
+        for i, ((label, run_dir), colour) in enumerate(zip(run_dirs.items(), colours, strict=False)):
+            rows, summary = read_metrics(run_dir), read_summary(run_dir)
+            ax.plot(*_series(rows, "rollout/exact_match"), color=colour, alpha=0.3, lw=1)
+            _held_out_curves(ax, curve_points(rows, summary), colour, f"{label}, ", name_start=i == 0)
+        ax.plot([], [], color="black", alpha=0.3, lw=1, label="exact match in training")
+        _finish_accuracy(ax)
+        ax.set(xlabel="optimizer step", ylabel="held-out accuracy (share right)")
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return _save(fig, out)
+
+
+def curve_points(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """{"sampled": [(step, accuracy), ...], "greedy": ...}: what was measured in between, and the summary's two ends."""
+    last = max((row["step"] for row in rows), default=0)
+    points = {}
+    for kind, key in (("sampled", "eval_accuracy"), ("greedy", "eval_greedy")):
+        found = {row["step"]: row[f"eval/{kind}"] for row in rows if f"eval/{kind}" in row}
+        # the ends are asked on all fixed questions, those in between on the first of them
+        for end, step in (("before", 0), ("after", summary.get("steps", last))):
+            if summary.get(f"{key}_{end}") is not None:
+                found[step] = summary[f"{key}_{end}"]
+        if found:
+            points[kind] = sorted(found.items())
+    return points
+
+
+def learning_curve(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> "Figure":
+    import matplotlib.pyplot as plt
+
+    outcomes = [row for row in rows if "rollout/exact_match" in row and any(f"outcome/{o}" in row for o in OUTCOMES)]
+    heights = [3, 1.7] if outcomes else [1]
+    fig, axes = plt.subplots(
+        len(heights),
+        1,
+        figsize=(8.4, 5.6 if outcomes else 3.8),
+        height_ratios=heights,
+        sharex=True,
+        layout="constrained",
+    )
+    ax, *below = axes if outcomes else [axes]
+    points = curve_points(rows, summary)
+    ax.plot(*_series(rows, "rollout/reward"), color=GREY, lw=1, label="training, reward")
+    ax.plot(*_series(rows, "rollout/exact_match"), color=SKY, lw=1.2, label="training, exact match")
+    _held_out_curves(ax, points, BLUE, "held-out, ")
+    _finish_accuracy(ax)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    seconds = _seconds(rows)
+    if len(seconds) > 1:
+        _add_seconds_axis(ax, seconds)
+    if below:
+        steps = [row["step"] for row in outcomes]
+        shares = [[row.get(f"outcome/{name}", 0.0) for row in outcomes] for name in OUTCOMES]
+        labels, colours = zip(*OUTCOMES.values(), strict=True)
+        below[0].stackplot(steps, shares, labels=labels, colors=colours, edgecolor="white", lw=0.4)
+        below[0].set(ylabel="share of training\nepisodes", ylim=(0, None))
+        handles, names = below[0].get_legend_handles_labels()
+        # in the order they are stacked
+        below[0].legend(handles[::-1], names[::-1], loc="center left", bbox_to_anchor=(1, 0.5), title="what went wrong")
+    (below[0] if below else ax).set_xlabel("optimizer step")
+    return fig
+
+
+def step_time(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if "time/step_s" in row]
+    steps = [row["step"] for row in rows]
+    fig, ax = plt.subplots(figsize=(8.4, 3.2), layout="constrained")
+    bottom = [0.0] * len(rows)
+    total = sum(row["time/step_s"] for row in rows)
+    for part, (label, colour) in TIME_PARTS.items():
+        heights = [row.get(f"time/{part}_s", 0.0) for row in rows]
+        if not any(heights):
+            continue
+        ax.bar(steps, heights, 1.0, bottom, color=colour, label=f"{label} ({sum(heights) / total:.0%})", lw=0)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    ax.set(xlabel="optimizer step", ylabel="wall clock of the step [s]", xlim=(steps[0] - 0.5, steps[-1] + 0.5))
+    ax.grid(False, axis="x")
+    ax.set_title(f"{len(rows)} steps, {total / len(rows):.2f} s each on average", loc="left", fontsize=9)
+    handles, names = ax.get_legend_handles_labels()
+    ax.legend(handles[::-1], names[::-1], loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
+def timeline(trajectories: Sequence[SavedTrajectory], title: str) -> "Figure":
+    """A row an agent. Turns have lengths but no start times: waits are drawn where a row ends."""
+    import matplotlib.pyplot as plt
+
+    played = sorted((t for t in trajectories if t.wall_s > 0), key=lambda t: (t.started_s, t.wall_s))
+    start = played[0].started_s
+    bars: dict[str, tuple[list[float], list[float], list[float]]] = {
+        name: ([], [], []) for name in ("generate", "execute", "wait")
+    }
+    for row, t in enumerate(played):
+        at, end = t.started_s - start, t.started_s - start + t.wall_s
+        pieces = [p for turn in t.turns for p in (("generate", turn.generate_s), ("execute", turn.execute_s))]
+        busy = sum(length for _, length in pieces)
+        for name, length in [*pieces, ("wait", max(0.0, end - at - busy))]:
+            for values, value in zip(bars[name], (row, length, at), strict=True):
+                values.append(value)
+            at += length
+    fig, ax = plt.subplots(figsize=(8.4, 1.4 + 0.025 * max(40, len(played))), layout="constrained")
+    for name, colour in (("generate", BLUE), ("execute", ORANGE), ("wait", "#DDDDDD")):
+        rows, lengths, lefts = bars[name]
+        share = sum(lengths) / sum(t.wall_s for t in played)
+        ax.barh(rows, lengths, 0.9, lefts, color=colour, lw=0, label=f"{name} ({share:.0%})")
+    ax.set(xlabel="time since the first of them began [s]", ylabel="agent", ylim=(len(played) - 0.5, -0.5))
+    ax.grid(False, axis="y")
+    ax.set_title(f"{title}: {len(played)} episodes (waits are drawn at the end of a row)", loc="left", fontsize=9)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
+def _held_out_curves(
+    ax: "Axes", points: Mapping[str, list[tuple[int, float]]], colour: str, prefix: str, *, name_start: bool = True
+) -> None:
+    """Held-out points joined by lines, and as a dashed line where each began."""
+    for kind, marker, fill in (("sampled", "o", colour), ("greedy", "s", "white")):
+        if kind not in points:
+            continue
+        steps, values = [step for step, _ in points[kind]], [value for _, value in points[kind]]
+        # two points say nothing about the way between them
+        line = "-" if len(steps) > 2 else ":"
+        style = {"ls": line, "lw": 1.6, "marker": marker, "ms": 4.5, "mfc": fill, "zorder": 3, "clip_on": False}
+        ax.plot(steps, values, color=colour, label=f"{prefix}{kind}", **style)
+        if steps[0] == 0:
+            ax.axhline(values[0], color=colour, ls=(0, (4, 3)), lw=0.8, alpha=0.5, zorder=1)
+        ends = [(steps[0], values[0], (6, -10))] if name_start else []
+        ends += [(steps[-1], values[-1], (7, -3))] if len(steps) > 1 else []
+        for x, y, offset in ends:
+            ax.annotate(f"{y:.2f}", (x, y), xytext=offset, textcoords="offset points", color=colour, fontweight="bold")
+
+
+def _finish_accuracy(ax: "Axes") -> None:
+    ax.plot([], [], color="black", ls=(0, (4, 3)), lw=0.8, alpha=0.5, label="warm start")
+    ax.set(ylabel="accuracy (share right); reward", ylim=(0, 1))
+    left, right = ax.dataLim.intervalx
+    ax.set_xlim(min(0.0, left), right + 0.08 * max(1.0, right))
+
+
+def _add_seconds_axis(ax: "Axes", seconds: Sequence[tuple[int, float]]) -> None:
+    import numpy as np
+
+    steps, times = np.array(seconds, dtype=float).T
+    # beyond the measured ends the axis goes on at the mean pace, so that the mapping stays one to one
+    pace = max((times[-1] - times[0]) / (steps[-1] - steps[0]), 1e-9)
+
+    def to_seconds(step: Any) -> Any:
+        beyond = np.where(step < steps[0], step - steps[0], np.where(step > steps[-1], step - steps[-1], 0))
+        return np.interp(step, steps, times) + beyond * pace
+
+    def to_steps(second: Any) -> Any:
+        beyond = np.where(second < times[0], second - times[0], np.where(second > times[-1], second - times[-1], 0))
+        return np.interp(second, times, steps) + beyond / pace
+
+    top = ax.secondary_xaxis("top", functions=(to_seconds, to_steps))
+    top.set_xlabel("time since the start [s]")
+
+
+def _seconds(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """(step, seconds since the start) where known: as recorded, else steps added up."""
+    if recorded := {row["step"]: row["time/since_start_s"] for row in rows if "time/since_start_s" in row}:
+        return sorted(recorded.items())
+    total, found = 0.0, [(0, 0.0)]
+    for row in rows:
+        if "time/step_s" in row:
+            total += row["time/step_s"]
+            found.append((row["step"], total))
+    return found
+
+
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    found = [(row["step"], row[key]) for row in rows if key in row]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _save(fig: "Figure", path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    fig.savefig(path)
+    plt.close(fig)
+    return path
+
+
+def main(argv: Sequence[str]) -> int:
+    if len(argv) != 1:
+        sys.stderr.write(f"{len(argv)} folders were given: write python -m l0fast.report.plots RUN_DIR\n")
+        return 2
+    try:
+        paths = draw(Path(argv[0]))
+    except UsageError as e:
+        sys.stderr.write(f"{e}\n")
+        return 2
+    sys.stdout.writelines(f"{path}\n" for path in paths)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

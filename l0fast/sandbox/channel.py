@@ -1,0 +1,229 @@
+"""The host's end of a session: bytes -> frames -> a strict state machine -> the coroutine that waits.
+
+    STARTING -ready-> IDLE -exec-> RUNNING -call-> CALLING -ret-> RUNNING -done-> IDLE          anything else -> LOST
+
+`FrameParser` and `SessionState` are pure. `Channel` is the asyncio Protocol around them: a session may say one thing at
+a time, so one future is all that ever waits, and every way to lose a session resolves it with SandboxError.
+A session is not trusted: what it sends is bounded (128 KiB a frame, one frame per answer), typed, and only ever its
+own words.
+"""
+
+import asyncio
+import enum
+import struct
+from dataclasses import dataclass
+from typing import Any, cast
+
+import orjson
+
+from l0fast.errors import SandboxError
+
+MAX_FRAME = 128 * 1024
+"""Longest JSON text taken from a session [bytes]."""
+
+_length = struct.Struct("<I")
+
+
+class ProtocolError(SandboxError):
+    """A session said something it must not; it has been ended for it."""
+
+
+class FrameParser:
+    """Cuts a byte stream into frames. Holds at most one frame and what one `feed` brought."""
+
+    def __init__(self, max_frame: int = MAX_FRAME):
+        self._max_frame = max_frame
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
+        """The frames that `data` completes. Raises ProtocolError; the parser is of no use after that."""
+        buffer = self._buffer
+        buffer += data
+        frames = []
+        start = 0
+        while len(buffer) - start >= 4:
+            (size,) = _length.unpack_from(buffer, start)
+            if size > self._max_frame:
+                raise ProtocolError(f"the session announced a frame of {size} bytes, more than {self._max_frame}")
+            end = start + 4 + size
+            if len(buffer) < end:
+                break
+            frames.append(_decode(bytes(buffer[start + 4 : end])))
+            start = end
+        del buffer[:start]
+        return frames
+
+    @property
+    def held_bytes(self) -> int:
+        return len(self._buffer)
+
+
+def _decode(body: bytes) -> dict[str, Any]:
+    try:
+        frame = orjson.loads(body)
+    except orjson.JSONDecodeError as e:
+        raise ProtocolError(f"the session sent a frame that is no JSON: {e}") from e
+    if not isinstance(frame, dict):
+        raise ProtocolError(f"the session sent a JSON {type(frame).__name__}, where a frame is an object")
+    return frame
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """A frame for the session. Raises TypeError where a value isn't JSON-like."""
+    body = orjson.dumps(message)
+    return _length.pack(len(body)) + body
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    id: int
+    name: str
+    args: list[Any]
+    kw: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    error: tuple[str, str, str] | None
+    """Exception class, text, traceback."""
+    dropped: int
+    """Bytes the session itself cut from the middle of its output [bytes]."""
+
+
+Event = Ready | Call | Done
+
+
+class State(enum.Enum):
+    STARTING = "starting"
+    IDLE = "idle"
+    RUNNING = "running"
+    CALLING = "calling"
+    LOST = "lost"
+
+
+class SessionState:
+    """Which frame may come next."""
+
+    def __init__(self) -> None:
+        self.state = State.STARTING
+        self.cell = 0
+        self._call_id = 0
+
+    def start_cell(self) -> int:
+        assert self.state is State.IDLE, f"a cell can't start while the session is {self.state.value}"
+        self.state = State.RUNNING
+        self.cell += 1
+        return self.cell
+
+    def answer_call(self) -> None:
+        assert self.state is State.CALLING, f"nothing to answer while the session is {self.state.value}"
+        self.state = State.RUNNING
+
+    def received(self, frame: dict[str, Any]) -> Event:
+        """The frame's meaning. Raises ProtocolError where it may not come now, or isn't well formed."""
+        match self.state, frame:
+            case State.STARTING, {"op": "ready"}:
+                self.state = State.IDLE
+                return Ready()
+            case State.RUNNING, {"op": "call", "id": int(id_), "name": str(name), "args": list(args), "kw": dict(kw)}:
+                self._call_id += 1
+                if id_ != self._call_id:
+                    raise ProtocolError(f"the session made call {id_} where call {self._call_id} was next")
+                self.state = State.CALLING
+                return Call(id_, name, args, kw)
+            case State.RUNNING, {"op": "done", "n": self.cell, "err": None, "dropped": int(dropped)} if dropped >= 0:
+                self.state = State.IDLE
+                return Done(None, dropped)
+            case State.RUNNING, {
+                "op": "done",
+                "n": self.cell,
+                "err": {"name": str(name), "value": str(value), "traceback": str(traceback)},
+                "dropped": int(dropped),
+            } if dropped >= 0:
+                self.state = State.IDLE
+                return Done((name, value, traceback), dropped)
+        op = frame.get("op")
+        raise ProtocolError(f"the session sent {str(op)[:40]!r} while {self.state.value}, or sent it malformed")
+
+
+class Channel(asyncio.Protocol):
+    """One session's frames. `ask` sends and waits for the one event that may follow."""
+
+    def __init__(self) -> None:
+        self._parser = FrameParser()
+        self._machine = SessionState()
+        self._transport: asyncio.Transport | None = None
+        self._next: asyncio.Future[Event] | None = None
+        self._lost: SandboxError | None = None
+
+    @property
+    def state(self) -> State:
+        return State.LOST if self._lost is not None else self._machine.state
+
+    def open(self, tools: list[dict[str, str]], seed: int) -> "asyncio.Future[Event]":
+        return self._ask({"op": "open", "seed": seed, "tools": tools})
+
+    def execute(self, code: str, timeout_s: float) -> "asyncio.Future[Event]":
+        self._check()
+        n = self._machine.start_cell()
+        return self._ask({"op": "exec", "n": n, "code": code, "timeout": timeout_s})
+
+    def answer(self, id: int, *, value: Any = None, error: tuple[str, str] | None = None) -> "asyncio.Future[Event]":
+        self._check()
+        message: dict[str, Any] = {"op": "ret", "id": id}
+        if error is None:
+            message["val"] = value
+        else:
+            message["err"] = {"name": error[0], "value": error[1]}
+        data = encode(message)
+        self._machine.answer_call()
+        return self._send(data)
+
+    def lose(self, error: SandboxError) -> None:
+        """The session is gone: whoever waits, and whoever asks later, gets `error`. The first cause stays."""
+        if self._lost is None:
+            self._lost = error
+            if self._next is not None and not self._next.done():
+                self._next.set_exception(error)
+                # nobody waits any more where the asking coroutine was cancelled
+                self._next.exception()
+            if self._transport is not None:
+                self._transport.abort()
+
+    def _ask(self, message: dict[str, Any]) -> "asyncio.Future[Event]":
+        return self._send(encode(message))
+
+    def _send(self, data: bytes) -> "asyncio.Future[Event]":
+        self._check()
+        assert self._transport is not None
+        self._next = asyncio.get_running_loop().create_future()
+        self._transport.write(data)
+        return self._next
+
+    def _check(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are no asyncio.Transport by class, only in what they do
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._lost is not None:
+            return
+        try:
+            for frame in self._parser.feed(data):
+                event = self._machine.received(frame)
+                assert self._next is not None
+                if not self._next.done():
+                    self._next.set_result(event)
+        except ProtocolError as e:
+            self.lose(e)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lose(SandboxError("the session ended by itself: its process exited or closed its socket"))

@@ -1,0 +1,91 @@
+"""The way from the zygote's rights to a session's, in an order that matters.
+
+    own process group -> limits -> uid -> folder -> parent-death signal -> Landlock -> seccomp
+
+The folder is made by the uid that will own it, in a parent where everybody may create and nobody may list; the death
+signal comes after the uid, which clears it; seccomp comes last, because it denies what the others need.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+from typing import Any
+
+from . import landlock, seccomp
+
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER, PR_GET_SECCOMP = 1, 38, 36, 21
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def prctl(option: int, value: int) -> int:
+    result = _libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl({option}): {os.strerror(code)}")
+    return result
+
+
+class Jail:
+    """Everything that can be prepared before the fork."""
+
+    def __init__(self, config: dict[str, Any]):
+        self.uid_base: int | None = config["uid_base"]
+        limits = dict(config["limits"])
+        if self.uid_base is None:
+            # the kernel counts all processes of a uid, and this one is shared
+            limits["NPROC"] = _processes_of(os.getuid()) + config["shared_nproc"]
+        self._limits = [(getattr(resource, f"RLIMIT_{name}"), (value, value)) for name, value in limits.items()]
+        self.seccomp = _has_seccomp()
+        self._filter = seccomp.Filter() if self.seccomp else None
+        self.landlock = landlock.Landlock(config["read"], DEVICES)
+        self._zygote = os.getpid()
+
+    def enter(self, folder: str, uid: int | None) -> None:
+        """Become a session. Called in the fork; on any error the fork must exit."""
+        os.setsid()
+        with open("/proc/self/oom_score_adj", "wb", buffering=0) as f:
+            f.write(b"900")
+        for limit, value in self._limits:
+            resource.setrlimit(limit, value)
+        if uid is not None:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+        os.mkdir(folder, 0o700)
+        os.chdir(folder)
+        os.environ["HOME"] = os.environ["TMPDIR"] = folder
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self._zygote:
+            raise OSError("the zygote has gone")
+        if self.landlock.abi:
+            self.landlock.restrict(folder)
+        self.landlock.close()
+        if self._filter is not None:
+            self._filter.install()
+
+
+def _has_seccomp() -> bool:
+    try:
+        return prctl(PR_GET_SECCOMP, 0) >= 0
+    except OSError:
+        # EINVAL: a kernel without it
+        return False
+
+
+def _processes_of(uid: int) -> int:
+    """Threads of this uid, as the kernel counts them."""
+    count = 0
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                if os.stat(f"/proc/{name}").st_uid == uid:
+                    count += len(os.listdir(f"/proc/{name}/task"))
+            except OSError:
+                # it has just ended
+                continue
+    return count

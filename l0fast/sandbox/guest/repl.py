@@ -1,0 +1,152 @@
+"""What a cell means.
+
+    code -> ast -> statements run in __main__ -> the last expression's repr, also bound to `_`
+                        |- an exception -> its traceback, the cell's own lines only, printed and returned
+                        '- time is up  -> Timeout raised inside the cell, and again until it gives in
+
+Tracebacks are short and say the same on every machine: no frames of this program, no addresses, no host paths, no
+column marks (they differ between Python versions).
+"""
+
+from __future__ import annotations
+
+# signal.signal spends longer on enums than a small cell takes
+import _signal
+import ast
+import linecache
+import os
+import signal
+import sys
+import traceback
+import types
+from typing import Any
+
+from .output import Output
+from .tools import Timeout, ToolCalls
+
+GUEST_DIR = os.path.dirname(os.path.abspath(__file__)) + os.sep
+MAX_TRACEBACK = 8 * 1024
+"""Longest traceback shown [characters]."""
+MAX_FRAMES = 12
+"""Frames of one exception shown; deeper ones lose their middle [frames]."""
+MAX_CHAIN = 3
+"""Exceptions shown of a chain of causes."""
+TIMER_REPEAT_S = 0.2
+"""A cell that swallowed its Timeout gets the next one this much later [s]."""
+
+
+class Repl:
+    def __init__(self, output: Output, calls: ToolCalls):
+        self._output = output
+        self._calls = calls
+        self._armed = False
+        self._timeout = 0.0
+        self._cells: dict[str, Any] = {}
+        main = types.ModuleType("__main__")
+        sys.modules["__main__"] = main
+        self.namespace = main.__dict__
+
+    def run(self, n: int, code: str, timeout: float) -> dict | None:
+        """Run one cell; None, or its error as {name, value, traceback}."""
+        self._output.reset()
+        _signal.signal(signal.SIGALRM, self._on_alarm)
+        self._timeout = timeout
+        self._calls.begin()
+        error: BaseException | None = None
+        try:
+            try:
+                self._armed = True
+                signal.setitimer(signal.ITIMER_REAL, timeout, TIMER_REPEAT_S)
+                self._run(f"<cell {n}>", code)
+            finally:
+                self._armed = False
+        except BaseException as e:  # noqa: BLE001 - whatever a cell raises is its result, SystemExit too
+            self._armed = False
+            error = e
+        finally:
+            # a thread may still wait for a tool: its answer must come before the cell can end
+            self._calls.end()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if error is None:
+            return None
+        text = format_error(error)
+        self._output.write(text)
+        value = _safe_str(error)[:4096]
+        # frames hold the cell's locals, and the traceback would keep them alive
+        error.__traceback__ = None
+        return {"name": type(error).__name__[:256], "value": value, "traceback": text}
+
+    def _run(self, filename: str, code: str) -> None:
+        lines = code.splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines[-1] += "\n"
+        linecache.cache[filename] = (len(code), None, lines, filename)
+        tree = compile(code, filename, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
+        last = None
+        if tree.body and isinstance(tree.body[-1], ast.Expr):
+            last = ast.Expression(tree.body.pop().value)
+        if tree.body:
+            exec(compile(tree, filename, "exec", dont_inherit=True), self.namespace)
+        if last is not None:
+            value = eval(compile(last, filename, "eval", dont_inherit=True), self.namespace)
+            if value is not None:
+                self.namespace["_"] = value
+                self._output.write(repr(value) + "\n")
+
+    def _on_alarm(self, signum: int, frame: object) -> None:
+        if self._armed and not self._calls.waiting:
+            raise Timeout(f"the cell ran longer than {self._timeout:g} s")
+
+
+def format_error(error: BaseException) -> str:
+    """The traceback, oldest cause first."""
+    chain = []
+    link: BaseException | None = error
+    joint = ""
+    while link is not None and len(chain) < MAX_CHAIN:
+        chain.append(_format_one(link) + joint)
+        if link.__cause__ is not None:
+            joint = "\nThe above exception was the direct cause of the following exception:\n\n"
+            link = link.__cause__
+        elif link.__context__ is not None and not link.__suppress_context__ and not isinstance(error, Timeout):
+            joint = "\nDuring handling of the above exception, another exception occurred:\n\n"
+            link = link.__context__
+        else:
+            break
+    text = "".join(reversed(chain))
+    if len(text) > MAX_TRACEBACK:
+        half = MAX_TRACEBACK // 2
+        text = f"{text[:half]}\n[... {len(text) - 2 * half} characters cut ...]\n{text[-half:]}"
+    return text
+
+
+def _format_one(error: BaseException) -> str:
+    frames = []
+    for frame, lineno in traceback.walk_tb(error.__traceback__):
+        name = frame.f_code.co_filename
+        # what called the cell (this program, or the parser) is not its business, nor is the inside of a tool's stub
+        if name.startswith(GUEST_DIR) or not (frames or name.startswith("<cell ")):
+            continue
+        line = linecache.getline(name, lineno).strip()
+        where = f'  File "{_short(name)}", line {lineno}, in {frame.f_code.co_name}\n'
+        frames.append(where + (f"    {line}\n" if line else ""))
+    if len(frames) > MAX_FRAMES:
+        half = MAX_FRAMES // 2
+        frames[half:-half] = [f"  [... {len(frames) - 2 * half} frames cut ...]\n"]
+    head = ["Traceback (most recent call last):\n"] if frames else []
+    return "".join(head + frames + traceback.format_exception_only(type(error), error))
+
+
+def _short(filename: str) -> str:
+    """A library's file by its name below sys.path."""
+    for folder in sys.path:
+        if folder and filename.startswith(folder + os.sep):
+            return filename[len(folder) + 1 :]
+    return filename if filename.startswith("<") else os.path.basename(filename)
+
+
+def _safe_str(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException as e:  # noqa: BLE001 - the cell's own __str__ may raise anything
+        return f"<str() of this exception raised {type(e).__name__}>"

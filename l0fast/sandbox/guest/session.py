@@ -1,0 +1,70 @@
+"""A session's life after its fork: open, cells, the host's end of file."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import sys
+
+from .frames import Frames
+from .output import Output
+from .repl import Repl
+from .tools import ToolCalls, define_tools
+
+
+def serve(sock: socket.socket, output_fd: int, output_limit: int) -> None:
+    """Answer the host until it goes away."""
+    frames = Frames(sock)
+    first = frames.recv()
+    if first is None:
+        return
+    output = Output(output_fd, output_limit)
+    calls = ToolCalls(frames)
+    repl = Repl(output, calls)
+    define_tools(calls, first["tools"], repl.namespace)
+    _seed(first["seed"])
+    pid = os.getpid()
+    frames.send({"op": "ready"})
+    while True:
+        message = frames.recv()
+        if message is None:
+            return
+        error = repl.run(message["n"], message["code"], message["timeout"])
+        if os.getpid() != pid:
+            # a child that the cell forked and that ran to its end: the socket is its parent's
+            os._exit(0 if error is None else 1)
+        frames.send({"op": "done", "n": message["n"], "err": error, "dropped": output.dropped})
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
+
+
+def warm_up() -> None:
+    """Run the whole path once before any fork: what it imports and compiles is then shared by all sessions."""
+    ours, theirs = socket.socketpair()
+    output_fd = os.memfd_create("warm-up", os.MFD_CLOEXEC)
+    saved = os.dup(1), os.dup(2)
+    main, stdout, stderr = sys.modules["__main__"], sys.stdout, sys.stderr
+    host = Frames(ours)
+    tool = {"name": "notes.add", "signature": "(text: str) -> str", "doc": "Add a note."}
+    host.send({"op": "open", "seed": 0, "tools": [tool]})
+    host.send({"op": "exec", "n": 1, "code": "x = [notes.add('a')]\nprint(x)\nx", "timeout": 60.0})
+    host.send({"op": "ret", "id": 1, "val": "a"})
+    host.send({"op": "exec", "n": 2, "code": "import json\njson.loads(nothing)", "timeout": 60.0})
+    host.send({"op": "exec", "n": 3, "code": "1 +", "timeout": 60.0})
+    ours.shutdown(socket.SHUT_WR)
+    try:
+        serve(theirs, output_fd, 1024)
+    finally:
+        for fd, copy in zip((1, 2), saved):
+            os.dup2(copy, fd)
+            os.close(copy)
+        sys.modules["__main__"], sys.stdout, sys.stderr = main, stdout, stderr
+        os.close(output_fd)
+        ours.close()
+        theirs.close()

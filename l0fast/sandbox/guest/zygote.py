@@ -1,0 +1,353 @@
+"""The shard's first process: forks sessions, ends them, and outlives none of them.
+
+    control socket (SEQPACKET, JSON, one message each)
+        host -> zygote   config{...}   start{sid} + [session socket, output memfd]   kill{sid}
+        zygote -> host   ready{python, landlock, seccomp, problem}   started{sid, pid}   ended{sid, status, error}
+    SIGCHLD -> reap: a session's first process -> kill its group -> reap the group -> remove its folder -> ended
+    end of file or SIGTERM -> end every session, remove every folder, exit
+
+It runs no agent code, has one thread and keeps no descriptor of a session. A session's processes share a process group
+that they can't leave (seccomp), and a uid of their own where there is root to give one:
+
+* killpg(SIGKILL) reaches a whole group at once, forks under way included. The first process stays a zombie until then,
+  so the group's number can't be anybody else's.
+* kill as uid: setresuid(uid + OFF, uid, 0), kill(-1), back. Complete in one call, can't be answered in kind, and takes
+  no CAP_KILL. uid + OFF is nobody's, so the session has no right over the zygote meanwhile.
+* waitpid(-group) is complete too: whoever is left is a child of this process (it is PID 1 or the subreaper) by the
+  time its own parent can be waited for.
+"""
+
+from __future__ import annotations
+
+import _sitebuiltins
+import builtins
+import errno
+import gc
+import importlib
+import json
+import os
+import secrets
+import select
+import signal
+import socket
+import sys
+from typing import Any
+
+from .files import remove_tree
+from .jail import PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, Jail, prctl
+from .session import serve, warm_up
+
+MAX_MESSAGE = 64 * 1024
+SESSION_SOCKET, OUTPUT_FILE = 3, 4
+"""Descriptors of a session, beside 0, 1 and 2."""
+
+
+class _Session:
+    def __init__(self, sid: int, pid: int, uid: int | None, folder: str):
+        self.sid = sid
+        self.pid = pid
+        self.uid = uid
+        self.folder = folder
+        self.ending = False
+        self.status: int | None = None
+
+
+class Zygote:
+    def __init__(self, control: socket.socket, config: dict[str, Any]):
+        self._control = control
+        self._root: str = config["root"]
+        self._limit: int = config["output_limit"]
+        self._uid_off: int = config["uid_count"] // 2
+        self._keep: list[int] = config["keep_fds"]
+        self._next = 0
+        self._by_sid: dict[int, _Session] = {}
+        self._by_pid: dict[int, _Session] = {}
+        self._parent = os.getppid()
+        self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
+        self._stop = False
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, self._on_term)
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        self.jail = Jail(config)
+
+    def _on_term(self, *_: object) -> None:
+        self._stop = True
+
+    def run(self) -> None:
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        poll.register(self._wake_r, select.POLLIN)
+        try:
+            while not self._stop and os.getppid() == self._parent:
+                ready = dict(poll.poll())
+                if self._wake_r in ready:
+                    try:
+                        os.read(self._wake_r, 4096)
+                    except BlockingIOError:
+                        pass
+                    self._reap()
+                if self._control.fileno() in ready and not self._receive():
+                    return
+        finally:
+            self._end_all()
+
+    def _receive(self) -> bool:
+        """Carry out one message; False at the end of file."""
+        data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 2, socket.MSG_CMSG_CLOEXEC)
+        if not data:
+            return False
+        message = json.loads(data)
+        if message["op"] == "start":
+            try:
+                self._start(message["sid"], fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+        else:
+            session = self._by_sid.get(message["sid"])
+            if session is not None:
+                self._end(session)
+        return True
+
+    def _start(self, sid: int, fds: list[int]) -> None:
+        number = self._next
+        self._next += 1
+        uid = None if self.jail.uid_base is None else self.jail.uid_base + number
+        # nobody can list the parent, so a name that can't be guessed keeps even same-uid siblings out
+        folder = os.path.join(self._root, secrets.token_hex(8))
+        try:
+            pid = os.fork()
+        except OSError as e:
+            self._tell(ev="ended", sid=sid, status=None, error=f"fork: {e.strerror}")
+            return
+        if pid == 0:
+            self._become_session(folder, uid, *fds)
+        session = _Session(sid, pid, uid, folder)
+        self._by_sid[sid] = self._by_pid[pid] = session
+        self._tell(ev="started", sid=sid, pid=pid)
+
+    def _become_session(self, folder: str, uid: int | None, sock_fd: int, output_fd: int) -> None:
+        status = 1
+        try:
+            _forget_the_zygote(sock_fd, output_fd, self._keep + self.jail.landlock.fds)
+            self.jail.enter(folder, uid)
+            sock = socket.socket(fileno=SESSION_SOCKET)
+            gc.enable()
+            serve(sock, OUTPUT_FILE, self._limit)
+            status = 0
+        except BaseException as e:  # noqa: BLE001 - a fork must never return into the zygote's loop
+            os.write(2, f"session: {type(e).__name__}: {e}\n".encode("utf-8", "replace")[:4096])
+        finally:
+            os._exit(status)
+
+    def trial(self) -> str | None:
+        """What is wrong with sessions here, found out by one that tries what it must and must not be able to do."""
+        r, w = os.pipe2(os.O_CLOEXEC)
+        number = self._next
+        self._next += 1
+        uid = None if self.jail.uid_base is None else self.jail.uid_base + number
+        folder = os.path.join(self._root, secrets.token_hex(8))
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.close(r)
+                signal.set_wakeup_fd(-1)
+                os.write(w, (_try_out(self.jail, folder, uid) or "").encode()[:4096])
+            finally:
+                os._exit(0)
+        os.close(w)
+        with open(r, "rb") as report:
+            problem = report.read().decode()
+        session = _Session(-1, pid, uid, folder)
+        self._by_sid[-1] = self._by_pid[pid] = session
+        self._end(session)
+        return problem or None
+
+    def _end(self, session: _Session) -> None:
+        """Kill all of it; the rest follows from SIGCHLD."""
+        if session.ending:
+            return
+        session.ending = True
+        for kill in (os.kill, os.killpg):
+            try:
+                kill(session.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                # not yet its own group, or already another uid's: one of the ways reaches it
+                pass
+        if session.uid is not None:
+            self._kill_as(session.uid)
+
+    def _kill_as(self, uid: int) -> None:
+        os.setresuid(uid + self._uid_off, uid, 0)
+        try:
+            os.kill(-1, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            # nobody left
+            pass
+        finally:
+            os.setresuid(0, 0, 0)
+        # a change of uid clears it
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                break
+            if dead is None:
+                break
+            session = self._by_pid.get(dead.si_pid)
+            if session is None:
+                # somebody's orphan
+                os.waitpid(dead.si_pid, 0)
+                continue
+            # while its first process is a zombie, the group's number can't be anybody else's
+            self._end(session)
+            _, status = os.waitpid(session.pid, 0)
+            session.status = os.waitstatus_to_exitcode(status)
+            del self._by_pid[session.pid]
+        for session in [s for s in self._by_sid.values() if s.status is not None]:
+            if not self._drain(session):
+                continue
+            del self._by_sid[session.sid]
+            error = self._remove(session)
+            if session.sid >= 0:
+                self._tell(ev="ended", sid=session.sid, status=session.status, error=error)
+
+    def _drain(self, session: _Session) -> bool:
+        """Reap what is left of a killed group; True when nothing is."""
+        while True:
+            try:
+                pid, _ = os.waitpid(-session.pid, os.WNOHANG)
+            except ChildProcessError:
+                return True
+            if pid == 0:
+                return False
+
+    def _remove(self, session: _Session) -> str | None:
+        if session.uid is not None:
+            os.setegid(session.uid)
+            os.seteuid(session.uid)
+        try:
+            remove_tree(session.folder)
+        except OSError as e:
+            return f"its folder could not be removed: {e.strerror}"
+        finally:
+            if session.uid is not None:
+                os.seteuid(0)
+                os.setegid(0)
+                prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        return None
+
+    def _end_all(self) -> None:
+        self._control.close()
+        for session in self._by_sid.values():
+            self._end(session)
+        while self._by_sid:
+            self._reap()
+            if self._by_sid:
+                # woken by the next SIGCHLD; the timeout is for one that came in between
+                select.select([self._wake_r], [], [], 0.05)
+        try:
+            os.rmdir(self._root)
+        except OSError as e:
+            # a mount point goes with its namespace
+            if e.errno not in (errno.EBUSY, errno.EROFS, errno.ENOENT, errno.EACCES, errno.EPERM):
+                raise
+
+    def _tell(self, **message: Any) -> None:
+        try:
+            self._control.send(json.dumps(message).encode())
+        except OSError:
+            # the host has gone, or is closing us; the end of file is next
+            pass
+
+
+def _forget_the_zygote(sock_fd: int, output_fd: int, keep: list[int]) -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # through copies above, so that neither target overwrites the other source
+    copies = [os.dup(sock_fd), os.dup(output_fd)]
+    os.dup2(copies[1], 1)
+    os.dup2(copies[1], 2)
+    os.dup2(copies[0], SESSION_SOCKET, inheritable=False)
+    os.dup2(copies[1], OUTPUT_FILE, inheritable=False)
+    low = OUTPUT_FILE + 1
+    for fd in sorted(fd for fd in keep if fd >= low):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, 4096)
+
+
+def _try_out(jail: Jail, folder: str, uid: int | None) -> str | None:
+    try:
+        jail.enter(folder, uid)
+    except OSError as e:
+        return f"a session can't be confined: {e}"
+    try:
+        with open("try", "w") as f:
+            f.write("x")
+    except OSError as e:
+        return f"a session can't write in its folder: {e}"
+    try:
+        with open(os.__file__, "rb") as f:
+            f.read(1)
+        # has not been imported so far, and needs a folder of the standard library to be readable
+        importlib.import_module("colorsys")
+    except (OSError, ImportError) as e:
+        return f"a session can't read the standard library: {e}"
+    if jail.landlock.abi:
+        try:
+            os.listdir("/")
+        except PermissionError:
+            pass
+        else:
+            return "Landlock is there but denies nothing"
+    if jail.seccomp:
+        try:
+            socket.socket().close()
+        except PermissionError:
+            pass
+        else:
+            return "seccomp is there but denies nothing"
+    return None
+
+
+def main(control_fd: int) -> None:
+    control = socket.socket(fileno=control_fd)
+    control.set_inheritable(False)
+    config = json.loads(control.recv(MAX_MESSAGE))
+    os.umask(0o077)
+    # how this interpreter found its library; another one must not look there
+    os.environ.pop("PYTHONHOME", None)
+    # the folder this program was found in is no business of the sessions
+    sys.path[:] = [p for p in sys.path if p not in ("", config["program"])] + config["site"]
+    # what `site` would have defined
+    builtins.help = _sitebuiltins._Helper()
+    builtins.exit = _sitebuiltins.Quitter("exit", "end of file")
+    builtins.quit = _sitebuiltins.Quitter("quit", "end of file")
+    for name in config["preload"]:
+        importlib.import_module(name)
+    warm_up()
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise RuntimeError(f"importing {', '.join(config['preload'])} started threads, which a fork would lose")
+    zygote = Zygote(control, config)
+    # what exists now is shared by all sessions: keep their collectors from touching, and so copying, it
+    gc.collect()
+    gc.disable()
+    gc.freeze()
+    problem = zygote.trial()
+    ready = {
+        "ev": "ready",
+        "python": sys.version.split()[0],
+        "landlock": zygote.jail.landlock.abi,
+        "seccomp": zygote.jail.seccomp,
+        "problem": problem,
+    }
+    control.send(json.dumps(ready).encode())
+    zygote.run()

@@ -1,0 +1,281 @@
+"""Zygotes on this machine: under bubblewrap, or as plain processes.
+
+    bwrap     pid, net, ipc, uts and mount namespaces of its own; sees /usr, Python and nothing else; folders on a
+              tmpfs of limited size. As root it keeps CAP_SETUID and CAP_SETGID, to give each session a uid; as a user
+              it lives in a user namespace and sessions share a uid.
+    process   the same program without any of that: limits, seccomp, Landlock and, as root, a uid a session.
+
+Not covered by either: CPU and memory of a shard as a whole (no cgroup), kernel bugs. Not covered by `process` in
+addition: disk space, and the list of the machine's processes.
+"""
+
+import asyncio
+import os
+import random
+import shutil
+import socket
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from signal import SIGKILL
+from typing import Any
+
+from l0fast.config import SandboxConfig
+from l0fast.errors import SandboxError, boundary
+from l0fast.sandbox.guest.files import remove_tree
+
+GUEST = Path(__file__).resolve().parent
+"""The folder that holds the package `guest`."""
+OUTPUT_BYTES = 32 * 1024
+"""What a cell's output is cut to, in its middle [bytes]."""
+
+# appended, not put first: a module of ours must not be taken for one of the standard library
+_BOOT = "import sys; sys.path.append(sys.argv[1]); from guest.zygote import main; main(int(sys.argv[2]))"
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+_ETC = ("/etc/ld.so.cache", "/etc/localtime", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/etc/alternatives")
+_FOLDER_MB_PER_SESSION = 8
+_UIDS_PER_SHARD = 1 << 16
+_FIRST_UID, _LAST_UID = 1 << 30, 1 << 31
+_SWEEP_TIMEOUT_S = 5.0
+
+
+def guest_config(config: SandboxConfig) -> dict[str, Any]:
+    """What every zygote is told, whatever it runs in."""
+    limits = {
+        "AS": config.memory_mb << 20,
+        "CPU": 600,
+        "NPROC": 32,
+        "FSIZE": 32 << 20,
+        "NOFILE": 128,
+        "STACK": 8 << 20,
+        "CORE": 0,
+        "MEMLOCK": 0,
+        "MSGQUEUE": 0,
+    }
+    return {
+        "limits": limits,
+        "shared_nproc": 8 * config.sessions_per_shard + 64,
+        "preload": list(config.preload),
+        "output_limit": OUTPUT_BYTES,
+    }
+
+
+def _environment() -> dict[str, str]:
+    """All that a session sees of an environment. Libraries must not start threads before a fork."""
+    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
+    return {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", **threads}
+
+
+def _site_folders(config: SandboxConfig) -> list[str]:
+    """Where preloads come from. Without preloads a session has the standard library alone, on every machine alike."""
+    return sorted({sysconfig.get_path(p) for p in ("purelib", "platlib")}) if config.preload else []
+
+
+def _closed_to_others(path: str) -> bool:
+    """True where some folder on the way can't be entered by a uid that is nobody's."""
+    return any(not p.stat().st_mode & 0o001 for p in (Path(path).resolve(), *Path(path).resolve().parents))
+
+
+class _Uids:
+    """A block of uids no other shard on this machine has, held by an abstract socket's name."""
+
+    def __init__(self) -> None:
+        for _ in range(100):
+            self.base = random.SystemRandom().randrange(_FIRST_UID, _LAST_UID, _UIDS_PER_SHARD)
+            self._lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            try:
+                self._lock.bind(f"\0l0fast-uids-{self.base}")
+                return
+            except OSError:
+                self._lock.close()
+        raise SandboxError("no free block of uids found: too many sandboxes on this machine")
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+class LocalLaunched:
+    """A zygote that is a child of this process, or of the bwrap that is."""
+
+    def __init__(self, control: socket.socket, process: asyncio.subprocess.Process, uids: _Uids | None, root: str | None):
+        self.control = control
+        self._process = process
+        self._uids = uids
+        self._root = root
+        self._exit = asyncio.create_task(process.communicate())
+
+    async def exited(self) -> str:
+        _, stderr = await asyncio.shield(self._exit)
+        return stderr[-4096:].decode("utf-8", "replace").strip()
+
+    def kill(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+
+    async def clean(self, pids: list[int]) -> None:
+        try:
+            if self._root is not None:
+                # a zygote that ended by itself has left nothing, and this finds nothing
+                await asyncio.to_thread(_sweep, set(pids), self._uids.base if self._uids else None)
+                await asyncio.to_thread(remove_tree, self._root)
+        finally:
+            if self._uids is not None:
+                self._uids.close()
+
+
+class LocalBackend:
+    """Starts zygotes of one kind, "bwrap" or "process"."""
+
+    def __init__(self, kind: str, config: SandboxConfig):
+        self.kind = kind
+        self._config = config
+        self.config = guest_config(config)
+        self._root = os.geteuid() == 0
+
+    async def launch(self) -> tuple[LocalLaunched, dict[str, Any]]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        uids = _Uids() if self._root else None
+        opened: list[int] = []
+        root = None
+        try:
+            with boundary(SandboxError, f"start a {self.kind} zygote"):
+                if self.kind == "bwrap":
+                    argv, env, config = self._bwrap()
+                else:
+                    root = tempfile.mkdtemp(prefix="l0fast-")
+                    os.chmod(root, 0o1733 if self._root else 0o700)
+                    argv, env, config = self._process(root, opened)
+                config |= {"uid_base": uids.base if uids else None, "uid_count": _UIDS_PER_SHARD}
+                process = await asyncio.create_subprocess_exec(
+                    *argv,
+                    str(theirs.fileno()),
+                    pass_fds=(theirs.fileno(), *opened),
+                    env=env,
+                    cwd="/",
+                    # a Ctrl-C at the terminal is for the driver, which then closes its sandbox
+                    start_new_session=True,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    stderr=asyncio.subprocess.PIPE,
+                )
+        except BaseException:
+            ours.close()
+            if uids is not None:
+                uids.close()
+            if root is not None:
+                os.rmdir(root)
+            raise
+        finally:
+            theirs.close()
+            for fd in opened:
+                os.close(fd)
+        return LocalLaunched(ours, process, uids, root), {**self.config, **config}
+
+    def _process(self, root: str, opened: list[int]) -> tuple[list[str], dict[str, str], dict[str, Any]]:
+        env = _environment()
+        site = _site_folders(self._config)
+
+        def reach(folder: str) -> str:
+            # A Python below /root, say, is closed to the sessions' uids. A descriptor of its folder opens it, and
+            # nothing beside it, without a change to the folders on the way.
+            if not (self._root and _closed_to_others(folder)):
+                return folder
+            fd = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+            opened.append(fd)
+            return f"/proc/self/fd/{fd}"
+
+        prefix = reach(sys.base_prefix)
+        if prefix != sys.base_prefix:
+            env["PYTHONHOME"] = prefix
+        site = [reach(folder) for folder in site]
+        config = {
+            "root": root,
+            "program": str(GUEST),
+            "site": site,
+            "read": [*_SYSTEM, *_ETC, prefix, *site],
+            "keep_fds": list(opened),
+        }
+        return [*_python(), str(GUEST)], env, config
+
+    def _bwrap(self) -> tuple[list[str], dict[str, str], dict[str, Any]]:
+        bwrap = shutil.which("bwrap")
+        if bwrap is None:
+            raise SandboxError("bubblewrap is not installed (Debian: apt-get install bubblewrap)")
+        argv = [bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+        if self._root:
+            argv += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        else:
+            argv += ["--unshare-user"]
+        # as PID 1 the zygote takes its namespace with it, however it ends
+        argv += ["--die-with-parent", "--new-session", "--as-pid-1", "--proc", "/proc", "--dev", "/dev"]
+        for path in _SYSTEM:
+            if os.path.islink(path):
+                argv += ["--symlink", os.readlink(path), path]
+            elif os.path.isdir(path):
+                argv += ["--ro-bind", path, path]
+        for path in _ETC:
+            argv += ["--ro-bind-try", path, path]
+        site = _site_folders(self._config)
+        for folder in (sys.base_prefix, *site):
+            if not folder.startswith("/usr"):
+                # bwrap makes the folders on the way for its own user alone
+                for parent in reversed(Path(folder).parents[:-1]):
+                    argv += ["--perms", "0755", "--dir", str(parent)]
+                argv += ["--ro-bind", folder, folder]
+        size = (_FOLDER_MB_PER_SESSION * self._config.sessions_per_shard) << 20
+        argv += ["--ro-bind", str(GUEST / "guest"), "/l0fast/guest"]
+        argv += ["--perms", "1733" if self._root else "0700", "--size", str(size), "--tmpfs", "/agent"]
+        argv += ["--remount-ro", "/", "--chdir", "/", "--"]
+        config = {
+            "root": "/agent",
+            "program": "/l0fast",
+            "site": site,
+            "read": [*_SYSTEM, *_ETC, sys.base_prefix, *site],
+            "keep_fds": [],
+        }
+        return [*argv, *_python(), "/l0fast"], _environment(), config
+
+
+def _python() -> Sequence[str]:
+    """The interpreter itself, not a virtual environment's link to it; its own folders alone on the path."""
+    executable = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    return executable, "-S", "-s", "-B", "-c", _BOOT
+
+
+def _sweep(pids: set[int], uid_base: int | None) -> None:
+    """Kill what a zygote that was killed itself left behind: its sessions' process groups, or all with their uids.
+
+    A group's number can't be given away while a member lives. Where uids are shared, a member is also one of ours.
+    """
+    deadline = time.monotonic() + _SWEEP_TIMEOUT_S
+    while True:
+        groups = set()
+        for entry in os.scandir("/proc"):
+            if not entry.name.isdigit():
+                continue
+            try:
+                uid = entry.stat().st_uid
+                with open(f"/proc/{entry.name}/stat", "rb") as f:
+                    # "pid (name, which may hold anything) state ppid pgrp ..."
+                    state, _, group = f.read().rpartition(b")")[2].split()[:3]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if state in (b"Z", b"X"):
+                continue
+            mine = uid_base <= uid < uid_base + _UIDS_PER_SHARD if uid_base is not None else int(group) in pids
+            if mine:
+                groups.add(int(group))
+        if not groups:
+            return
+        for group in groups:
+            try:
+                os.killpg(group, SIGKILL)
+            except ProcessLookupError:
+                continue
+        if time.monotonic() > deadline:
+            raise SandboxError(f"processes of groups {sorted(groups)} are still there after SIGKILL")
+        time.sleep(0.01)

@@ -1,0 +1,165 @@
+"""The pool: sessions leased from shards that are started ahead of need and rebuilt when they die.
+
+    SandboxPool.session()  ->  the least loaded shard that is alive and has a place (else wait, with a deadline)
+    _keep(slot), one each  ->  start a shard | wait until it is lost or used up | clean up after it | again
+
+Who waits for whom: an episode waits for a place, at most `start_timeout_s`; a place is freed by the zygote's word that
+nothing of a session is left. A lost session or shard is SandboxError in the episodes it held and nobody else's; a
+shard that fails to start `MAX_FAILURES` times in a row closes its slot, and with the last slot gone every lease says why.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+from l0fast.errors import SandboxError
+from l0fast.sandbox.base import Session, ToolSpec
+from l0fast.sandbox.local import OUTPUT_BYTES
+from l0fast.sandbox.session import PoolSession
+from l0fast.sandbox.shard import Backend, Lease, Shard
+
+MAX_FAILURES = 3
+"""Failed starts in a row before a slot is given up."""
+STARTS_AT_ONCE = 8
+"""Sessions being started at once; a zygote forks one after the other, so more would only wait there [sessions]."""
+CELL_TIMEOUT_S = 30.0
+"""Soft limit of a cell that names none [s]."""
+GRACE_S = 3.0
+"""From a cell's soft limit to its hard one [s]."""
+
+
+class SandboxPool:
+    """Sandbox of `num_shards` zygotes with `sessions_per_shard` places each."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        num_shards: int,
+        sessions_per_shard: int,
+        start_timeout_s: float,
+        grace_s: float = GRACE_S,
+    ):
+        self.kind = backend.kind
+        self._backend = backend
+        self._num_shards = num_shards
+        self._per_shard = sessions_per_shard
+        self._start_timeout_s = start_timeout_s
+        self._grace_s = grace_s
+        self._shards: dict[int, Shard] = {}
+        self._keepers: list[asyncio.Task[None]] = []
+        self._starts = asyncio.Semaphore(STARTS_AT_ONCE)
+        self._change = asyncio.Event()
+        self._last_failure: SandboxError | None = None
+
+    @property
+    def shards(self) -> list[Shard]:
+        return list(self._shards.values())
+
+    async def start(self) -> None:
+        """Start all shards. Raises SandboxError where one can't be, with nothing left behind."""
+        # the first alone: what is wrong with this machine is then said once
+        results: list[Shard | BaseException] = [await Shard.start(self._backend, self._start_timeout_s)]
+        rest = (Shard.start(self._backend, self._start_timeout_s) for _ in range(self._num_shards - 1))
+        results += await asyncio.gather(*rest, return_exceptions=True)
+        shards = [r for r in results if isinstance(r, Shard)]
+        failures = [r for r in results if isinstance(r, BaseException)]
+        if failures:
+            for shard in shards:
+                await shard.close()
+            raise failures[0]
+        self.report = shards[0].report
+        for slot, shard in enumerate(shards):
+            self._place(slot, shard)
+            self._keepers.append(asyncio.create_task(self._keep(slot), name=f"sandbox shard {slot}"))
+
+    async def close(self) -> None:
+        """End every session and every zygote; back when nothing is left. Raises what a keeper died of."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        results = await asyncio.gather(*self._keepers, return_exceptions=True)
+        results += await asyncio.gather(*(s.close() for s in self._shards.values()), return_exceptions=True)
+        self._shards.clear()
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    @asynccontextmanager
+    async def session(self, tools: Mapping[str, ToolSpec], *, seed: int) -> AsyncIterator[Session]:
+        """Lease a fresh session; leaving the block ends it and all it started. Raises SandboxError."""
+        shard, lease = await self._lease(tools, seed)
+        try:
+            yield PoolSession(
+                lease.channel,
+                lease.output,
+                tools,
+                end=lambda: shard.kill(lease),
+                output_bytes=OUTPUT_BYTES,
+                timeout_s=CELL_TIMEOUT_S,
+                grace_s=self._grace_s,
+            )
+        finally:
+            await shard.end(lease)
+
+    async def _lease(self, tools: Mapping[str, ToolSpec], seed: int) -> tuple[Shard, Lease]:
+        for spec in tools.values():
+            _check(spec)
+        limit = asyncio.timeout(self._start_timeout_s)
+        try:
+            async with limit, self._starts:
+                while True:
+                    free = [s for s in self._shards.values() if s.open and s.load < self._per_shard]
+                    if free:
+                        shard = min(free, key=lambda s: s.load)
+                        return shard, await shard.lease(tools.values(), seed, self._start_timeout_s)
+                    if not any(self._alive(keeper) for keeper in self._keepers):
+                        raise SandboxError(f"no shard is left: {self._last_failure}") from self._last_failure
+                    self._change.clear()
+                    await self._change.wait()
+        except TimeoutError as e:
+            if not limit.expired():
+                raise
+            raise SandboxError(
+                f"no session could be had within {self._start_timeout_s:g} s: {self._num_shards} shards have "
+                f"{self._per_shard} places each"
+            ) from e
+
+    def _alive(self, keeper: "asyncio.Task[None]") -> bool:
+        if keeper.done() and not keeper.cancelled():
+            # a bug in there is a bug here
+            keeper.result()
+        return not keeper.done()
+
+    def _place(self, slot: int, shard: Shard) -> None:
+        shard.on_change = self._change.set
+        self._shards[slot] = shard
+        self._change.set()
+
+    async def _keep(self, slot: int) -> None:
+        """Rebuild the slot's shard whenever it is lost or has no uid left to give."""
+        failures = 0
+        while failures < MAX_FAILURES:
+            old = self._shards.get(slot)
+            if old is not None:
+                await old.finished()
+                await old.close()
+                del self._shards[slot]
+            try:
+                self._place(slot, await Shard.start(self._backend, self._start_timeout_s))
+                failures = 0
+            except SandboxError as e:
+                failures += 1
+                self._last_failure = e
+        self._change.set()
+
+
+def _check(spec: ToolSpec) -> None:
+    owner, _, name = spec.name.rpartition(".")
+    if not (name.isidentifier() and (not owner or owner.isidentifier())):
+        raise ValueError(f"tool name {spec.name!r} is no Python name: use a name, or owner.name")
+    try:
+        compile(f"def {name}{spec.signature}: pass", "<signature>", "exec")
+    except SyntaxError as e:
+        raise ValueError(
+            f"tool {spec.name!r} has the signature {spec.signature!r}, which is no Python: write (name: type) -> type"
+        ) from e

@@ -1,0 +1,112 @@
+"""Which sandbox this machine can have: the strongest that works, or the one asked for by name, or a refusal."""
+
+import math
+import os
+import platform
+import resource
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from l0fast.config import SandboxConfig
+from l0fast.errors import SandboxError, UsageError
+from l0fast.sandbox.base import Sandbox
+from l0fast.sandbox.guest.seccomp import TABLES
+from l0fast.sandbox.local import LocalBackend
+from l0fast.sandbox.pool import SandboxPool
+from l0fast.sandbox.shard import Report
+
+CORES_PER_SHARD = 2
+NO_DOCKER = "the docker backend is not part of this version"
+
+
+@asynccontextmanager
+async def open_sandbox(config: SandboxConfig, *, max_sessions: int, log: Callable[[str], None]) -> AsyncIterator[Sandbox]:
+    """A pool with places for `max_sessions`; leaving the block ends it all.
+
+    "auto" takes bwrap, else process where seccomp and Landlock are both active. One line through `log` says which, and
+    what is missing. Raises UsageError where none is safe here, or the one asked for doesn't work.
+    """
+    _check_platform()
+    _check_descriptors(max_sessions)
+    if config.kind == "docker":
+        raise UsageError(f"sandbox.kind = 'docker': {NO_DOCKER}; use --sandbox.kind bwrap, process or auto")
+    kinds = ("bwrap", "process") if config.kind == "auto" else (config.kind,)
+    refused = [f"docker ({NO_DOCKER})"] if config.kind == "auto" else []
+    for kind in kinds:
+        pool = _pool(kind, config, max_sessions)
+        try:
+            await pool.start()
+        except SandboxError as e:
+            refused.append(f"{kind} ({e})")
+            continue
+        try:
+            unsafe = _unsafe(kind, pool.report)
+            if unsafe and config.kind == "auto":
+                refused.append(f"{kind} ({unsafe})")
+                continue
+            log(_say(kind, pool.report, pool, refused))
+            yield pool
+            return
+        finally:
+            await pool.close()
+    raise UsageError(
+        f"sandbox.kind = {config.kind!r}: none is safe here: {'; '.join(refused)}; install bubblewrap, or accept the "
+        f"risk with --sandbox.kind process"
+        if config.kind == "auto"
+        else f"sandbox.kind = {config.kind!r} does not work here: {'; '.join(refused)}; use --sandbox.kind auto"
+    )
+
+
+def _pool(kind: str, config: SandboxConfig, max_sessions: int) -> SandboxPool:
+    needed = math.ceil(max_sessions / config.sessions_per_shard)
+    wanted = min(max_sessions, (os.cpu_count() or 1) // CORES_PER_SHARD)
+    return SandboxPool(
+        LocalBackend(kind, config),
+        num_shards=max(needed, wanted, 1),
+        sessions_per_shard=config.sessions_per_shard,
+        start_timeout_s=config.start_timeout_s,
+    )
+
+
+def _unsafe(kind: str, report: Report) -> str | None:
+    """Why this must not be taken unasked."""
+    if kind == "bwrap":
+        return None
+    if not report.seccomp or not report.landlock:
+        missing = [name for name, there in (("seccomp", report.seccomp), ("Landlock", report.landlock)) if not there]
+        return f"this kernel has no {' and no '.join(missing)}"
+    if not report.own_uids and report.landlock < 6:
+        return f"Landlock ABI {report.landlock} lets a session signal this process; 6 or root is needed"
+    return None
+
+
+def _say(kind: str, report: Report, pool: SandboxPool, refused: list[str]) -> str:
+    has, lacks = [], []
+    (has if report.own_uids else lacks).append("a uid per session")
+    (has if report.seccomp else lacks).append("seccomp")
+    (has if report.landlock else lacks).append(f"Landlock ABI {report.landlock}" if report.landlock else "Landlock")
+    if kind == "process":
+        lacks += ["namespaces", "a limit on disk"]
+    lacks.append("a limit on a shard's CPU and memory")
+    why = f"; not {', not '.join(refused)}" if refused else ""
+    return f"sandbox: {kind}, Python {report.python}, {len(pool.shards)} shard(s), with {', '.join(has)}; without {', '.join(lacks)}{why}"
+
+
+def _check_platform() -> None:
+    machine = platform.machine()
+    if sys.platform != "linux" or machine not in TABLES:
+        raise UsageError(f"the sandbox needs Linux on {' or '.join(TABLES)}, and this is {sys.platform} on {machine}")
+
+
+def _check_descriptors(max_sessions: int) -> None:
+    needed = 2 * max_sessions + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= needed or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UsageError(
+            f"{max_sessions} sessions need {needed} open files and the limit here is {hard}: raise it (ulimit -n), or "
+            f"lower the number of open episodes"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

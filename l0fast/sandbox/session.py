@@ -1,0 +1,107 @@
+"""One agent's session, seen from the host: cells in, results out, its tool calls answered in between."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+from l0fast.errors import SandboxError, ToolError
+from l0fast.sandbox.base import CellError, CellResult, ToolSpec
+from l0fast.sandbox.channel import Call, Channel, Done, Event, ProtocolError, State
+from l0fast.sandbox.output import OutputFile
+
+MAX_CALLS = 64
+"""Tool calls one cell may make; more are answered with ToolError, and twice as many end the session."""
+
+
+class PoolSession:
+    """Cells run in the coroutine that asks for them, and so do their tool calls: cancelling it stops both.
+
+    Two time limits a cell. The soft one is raised inside it as `Timeout`, and the session goes on; a tool that is
+    still running then is cancelled. The hard one, `grace_s` later, is for cells that can't be interrupted (a C loop, a
+    stopped process, a swallowed Timeout): it ends the session, and SandboxError is raised.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        output: OutputFile,
+        tools: Mapping[str, ToolSpec],
+        end: Callable[[], None],
+        *,
+        output_bytes: int,
+        timeout_s: float,
+        grace_s: float,
+    ):
+        self._channel = channel
+        self._output = output
+        self._tools = {spec.name: spec for spec in tools.values()}
+        self._end = end
+        self._output_bytes = output_bytes
+        self._timeout_s = timeout_s
+        self._grace_s = grace_s
+
+    async def execute(self, code: str, *, timeout_s: float | None = None) -> CellResult:
+        """Run one cell; state stays for the next.
+
+        A cell that fails or times out is a result with an `error`. Raises SandboxError where the session is lost, and
+        whatever a tool raised that isn't ToolError or TypeError, after ending the session.
+        """
+        if timeout_s is None:
+            timeout_s = self._timeout_s
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s = {timeout_s} leaves a cell no time: give a positive number of seconds")
+        if self._channel.state in (State.RUNNING, State.CALLING):
+            raise RuntimeError("a session runs one cell at a time: await the last execute() before the next")
+        loop = asyncio.get_running_loop()
+        began = time.perf_counter()
+        soft = loop.time() + timeout_s
+        limit = asyncio.timeout_at(soft + self._grace_s)
+        try:
+            async with limit:
+                event = await self._channel.execute(code, timeout_s)
+                calls = 0
+                while isinstance(event, Call):
+                    calls += 1
+                    event = await self._answer(event, calls, soft)
+        except BaseException as e:
+            error = SandboxError("the session was left in the middle of a cell")
+            if limit.expired() and isinstance(e, TimeoutError):
+                error = SandboxError(
+                    f"the session was ended: its cell did not stop within {self._grace_s:g} s of its {timeout_s:g} s"
+                )
+            elif isinstance(e, ProtocolError):
+                error = e
+            # before anything else: a cell that nobody waits for must not go on
+            self._channel.lose(error)
+            self._end()
+            if isinstance(e, TimeoutError) and limit.expired():
+                raise error from e
+            raise
+        assert isinstance(event, Done)
+        error = CellError(name=event.error[0], value=event.error[1], traceback=event.error[2]) if event.error else None
+        text = self._output.take(self._output_bytes, event.dropped)
+        return CellResult(output=text, error=error, wall_s=time.perf_counter() - began)
+
+    async def _answer(self, call: Call, calls: int, soft: float) -> Event:
+        spec = self._tools.get(call.name)
+        if spec is None:
+            raise ProtocolError(f"the session called {call.name[:80]!r}, a tool it does not have")
+        if calls > MAX_CALLS:
+            if calls > 2 * MAX_CALLS:
+                raise ProtocolError(f"the session made more than {2 * MAX_CALLS} tool calls in one cell")
+            return await self._channel.answer(
+                call.id, error=("ToolError", f"a cell may make at most {MAX_CALLS} tool calls")
+            )
+        limit = asyncio.timeout_at(soft)
+        try:
+            async with limit:
+                value = await spec.call(*call.args, **call.kw)
+        except (ToolError, TypeError) as e:
+            return await self._channel.answer(call.id, error=(type(e).__name__, str(e)))
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            return await self._channel.answer(
+                call.id, error=("Timeout", f"the cell ran out of time while it waited for {call.name}()")
+            )
+        return await self._channel.answer(call.id, value=value)

@@ -1,0 +1,37 @@
+"""What became of an episode: right, or which of the ways to be wrong. For people and plots; nothing learns from it."""
+
+from collections.abc import Iterable
+
+from l0fast.tasks.rewards import exact_match, normalize_answer
+from l0fast.tasks.world import Plan
+from l0fast.types import Trajectory
+
+OUTCOMES = ("right", "one_hop_only", "wrong_field", "invented_or_miscopied", "no_answer", "failed")
+
+
+def outcome(trajectory: Trajectory, plan: Plan) -> str:
+    """One of OUTCOMES.
+
+    "one_hop_only" submitted what the first of two look-ups gives, "wrong_field" something else that it had seen,
+    "invented_or_miscopied" something it had not, "no_answer" nothing or "unknown".
+    """
+    if trajectory.status.failed:
+        return "failed"
+    if trajectory.exact_match:
+        return "right"
+    answer = normalize_answer(trajectory.answer or "")
+    if answer in ("", "unknown"):
+        return "no_answer"
+    if exact_match(answer, [hop.value for hop in plan.hops[:-1]]):
+        return "one_hop_only"
+    seen = normalize_answer(" ".join([trajectory.task.question, *(turn.output or "" for turn in trajectory.turns)]))
+    return "wrong_field" if f" {answer} " in f" {seen} " else "invented_or_miscopied"
+
+
+def outcome_shares(trajectories: Iterable[Trajectory], plan_of: "dict[str, Plan]") -> dict[str, float]:
+    """Share of each outcome; `plan_of` by task id."""
+    counts = dict.fromkeys(OUTCOMES, 0)
+    for trajectory in trajectories:
+        counts[outcome(trajectory, plan_of[trajectory.task.id])] += 1
+    total = sum(counts.values()) or 1
+    return {name: count / total for name, count in counts.items()}

@@ -1,0 +1,354 @@
+"""One training run, from settings to summary: this file wires the rooms, what they do is theirs.
+
+    world -> questions -> rollouts: NBAgent x engine x sandbox -> groups -> learner -> weights -> engine -> next questions
+             held-out questions: before, every few steps, after; everything is written to the run's folder
+
+Who waits for whom: the loop in `_train` for a step's worth of groups, then for the learner, then for the engine to take
+the new weights; only then are the next questions admitted, so every token is sampled from the policy it trains.
+Leaving a block ends what it started: processes, sessions, files.
+"""
+
+import asyncio
+import itertools
+import random
+import signal
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from l0fast import __version__
+from l0fast.agent.chat import Chat
+from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
+from l0fast.cli import Invocation
+from l0fast.config import RunConfig
+from l0fast.engine.base import Engine
+from l0fast.engine.transformers import check_model_folder, transformers_engine
+from l0fast.errors import UsageError
+from l0fast.ipc import shared_weights
+from l0fast.learner.client import LearnerClient, learner
+from l0fast.metrics import LoopLag, ProcessTreeMemory, StepClock
+from l0fast.report.live import Live
+from l0fast.report.plots import PlotError, draw_in_subprocess
+from l0fast.rollout.rollouts import Groups, play_all, rollouts
+from l0fast.rollout.sampling import DynamicSampling
+from l0fast.run_dir import RunDir, step_name
+from l0fast.sandbox import open_sandbox
+from l0fast.sandbox.base import Sandbox
+from l0fast.seeding import derive_seed
+from l0fast.tasks import load_world
+from l0fast.tasks.outcomes import outcome_shares
+from l0fast.tasks.rewards import exact_match, turn_rewards
+from l0fast.tasks.world import World
+from l0fast.tools.local_search import LocalSearch, search_tool
+from l0fast.types import Group, Task, Trajectory
+
+MODELS = Path(__file__).parent / "models"
+"""Policies that ship, a folder each."""
+
+
+async def run(invocation: Invocation) -> int:
+    """Run to the end, or to Ctrl-C or SIGTERM; the summary is written either way. Returns the exit code."""
+    started = time.monotonic()
+    config = invocation.config
+    check(config)
+    with (
+        RunDir.create(invocation.run_dir, config) as run_dir,
+        Live(config.num_steps, invocation.run_dir, log=run_dir.log) as live,
+    ):
+        live.phase(f"l0fast {__version__}, recipe {invocation.recipe}, writing {invocation.run_dir}")
+        training = Training(config, run_dir, live, started)
+        interrupted = await _until_interrupted(training.run())
+        if interrupted:
+            live.phase(f"interrupted after {training.step} steps; what was done is kept")
+        else:
+            try:
+                await draw_in_subprocess(run_dir.path)
+            except PlotError as e:
+                # everything they show is written; they can be drawn again
+                live.phase(f"no pictures: {e}")
+        summary = training.summary()
+        run_dir.summary(summary)
+        live.close(summary)
+    return 130 if interrupted else 0
+
+
+def check(config: RunConfig) -> None:
+    """All that can be found wrong before anything starts. Raises UsageError."""
+    folder = model_folder(config.model.path)
+    Chat(folder).continuation("", closed=True)
+    check_model_folder(folder, config.agent.context_tokens)
+    try:
+        load_world(config.task).heldout_tasks(config.eval.questions, two_hop_share=config.task.two_hop_share)
+    except ValueError as e:
+        raise UsageError(f"eval.questions = {config.eval.questions}: {e}") from e
+
+
+def model_folder(path: str) -> Path:
+    """A folder, or the name of a policy that ships. Raises UsageError."""
+    folder = MODELS / path if (MODELS / path).is_dir() else Path(path)
+    if not folder.is_dir():
+        ships = ", ".join(sorted(p.name for p in MODELS.iterdir()))
+        raise UsageError(
+            f"model.path = {path!r} is neither a folder nor a policy that ships ({ships}): give one of them"
+        )
+    return folder
+
+
+async def _until_interrupted(work: Coroutine[Any, Any, None]) -> bool:
+    """Await `work`. The first SIGINT or SIGTERM cancels it, which is then True; a second one kills as usual."""
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    interrupted = False
+
+    def release() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+    def interrupt() -> None:
+        nonlocal interrupted
+        interrupted = True
+        release()
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not interrupted:
+            raise
+    finally:
+        release()
+    return interrupted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rooms:
+    """What a run works with."""
+
+    world: World
+    agent: NBAgent
+    """Searches the training corpus."""
+    evaluator: NBAgent
+    """The same agent, searching everything."""
+    engine: Engine
+    learner: LearnerClient
+
+
+@dataclass(slots=True)
+class Training:
+    config: RunConfig
+    run_dir: RunDir
+    live: Live
+    started: float
+    """On time.monotonic."""
+    step: int = 0
+    """Optimizer steps taken."""
+    episodes: int = 0
+    failed_episodes: int = 0
+    tokens_generated: int = 0
+    first_episode_s: float | None = None
+    results: dict[str, Any] = field(default_factory=dict)
+    """Held-out accuracies for the summary."""
+    lag: LoopLag = field(default_factory=LoopLag)
+    memory: ProcessTreeMemory = field(default_factory=ProcessTreeMemory)
+    clock: StepClock = field(default_factory=StepClock)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tg:
+            meters = [tg.create_task(self.lag.run(), name="loop lag"), tg.create_task(self.memory.run(), name="memory")]
+            async with self._rooms() as rooms:
+                await self._train(rooms)
+            for meter in meters:
+                meter.cancel()
+
+    async def _train(self, rooms: Rooms) -> None:
+        config, rollout = self.config, self.config.rollout
+        await self._evaluate(rooms, "before", config.eval.questions, greedy=True)
+        sampling = DynamicSampling(
+            drop_rate=rollout.drop_rate,
+            max_drops=rollout.max_drop_rounds * rollout.groups_per_step,
+            rng=random.Random(derive_seed(config.seed, "dynamic sampling")),
+        )
+
+        async def play(task: Task, number: int, index: int, attempt: int) -> Trajectory:
+            seed = derive_seed(config.seed, "episode", number, index, attempt)
+            return await self._play(rooms.agent, task, index=index, temperature=rollout.temperature, seed=seed)
+
+        async with rollouts(
+            play,
+            self._questions(rooms.world),
+            group_size=rollout.group_size,
+            max_open_groups=rollout.max_open_groups,
+            max_refills=rollout.max_refills,
+            sampling=sampling,
+        ) as groups:
+            self.clock.take_step()
+            while self.step < config.num_steps:
+                await self._step(rooms, groups)
+        await rooms.learner.save(self.run_dir.model_path)
+        await self._evaluate(rooms, "after", config.eval.questions, greedy=True)
+        await self._evaluate_transfer(rooms)
+
+    async def _step(self, rooms: Rooms, groups: Groups) -> None:
+        """One optimizer step, and what is told of it."""
+        config = self.config
+        batch = await groups.take(config.rollout.groups_per_step)
+        with self.clock.part("learn"):
+            learned = await rooms.learner.step(batch, self.step + 1)
+        self.step += 1
+        with self.clock.part("sync"):
+            await rooms.engine.update_weights(self.step)
+        metrics = {"step": self.step} | self._rollout_metrics(rooms.world, batch, groups.dropped)
+        metrics |= {f"learner/{name}": value for name, value in learned.items()}
+        evaluation = config.eval
+        if evaluation.every and self.step % evaluation.every == 0 and self.step < config.num_steps:
+            metrics |= await self._evaluate(rooms, f"step {self.step}", evaluation.curve_questions, greedy=False)
+        await self.run_dir.trajectories(
+            step_name(self.step), [t for group in batch for t in (*group.trajectories, *group.failures)]
+        )
+        groups.done(len(batch))
+        metrics |= self.clock.take_step() | self.lag.take_step()
+        metrics |= {"time/since_start_s": time.monotonic() - self.started}
+        step_s = metrics["time/step_s"]
+        metrics |= {
+            "rollout/episodes_per_s": metrics["rollout/episodes"] / step_s,
+            "rollout/tokens_per_s": metrics["rollout/tokens"] / step_s,
+        }
+        self.run_dir.metrics(metrics)
+        self.live.step(metrics)
+
+    async def _play(self, agent: NBAgent, task: Task, *, index: int, temperature: float, seed: int) -> Trajectory:
+        """One episode with its rewards, counted."""
+        trajectory = await agent.run_episode(task, index=index, temperature=temperature, seed=seed)
+        self.episodes += 1
+        self.failed_episodes += trajectory.status.failed
+        self.tokens_generated += sum(len(turn.response_ids) for turn in trajectory.turns)
+        if self.first_episode_s is None and not trajectory.status.failed:
+            self.first_episode_s = time.monotonic() - self.started
+        return replace(
+            trajectory,
+            rewards=turn_rewards(trajectory),
+            exact_match=not trajectory.status.failed and exact_match(trajectory.answer, task.answers),
+            started_s=trajectory.started_s - self.started,
+        )
+
+    def _questions(self, world: World) -> Iterable[Task]:
+        rng = random.Random(derive_seed(self.config.seed, "questions"))
+        # a task may come up again: its groups are told apart by number, its trajectories by their seeds
+        return (world.train_task(rng, two_hop_share=self.config.task.two_hop_share) for _ in itertools.count())
+
+    async def _evaluate(self, rooms: Rooms, name: str, num_questions: int, *, greedy: bool) -> dict[str, float]:
+        """Ask held-out questions, sampled at T = 1 and, where wanted, greedily."""
+        tasks = rooms.world.heldout_tasks(num_questions, two_hop_share=self.config.task.two_hop_share)
+        played = await self._ask(rooms, tasks, temperature=1.0)
+        metrics = {"eval/sampled": _accuracy(played)}
+        await self.run_dir.trajectories(f"eval_{name.replace(' ', '_')}", played)
+        if greedy:
+            greedily = await self._ask(rooms, tasks, temperature=0.0)
+            metrics["eval/greedy"] = _accuracy(greedily)
+            await self.run_dir.trajectories(f"eval_{name.replace(' ', '_')}_greedy", greedily)
+            self.results |= {
+                f"eval_accuracy_{name}": metrics["eval/sampled"],
+                f"eval_greedy_{name}": metrics["eval/greedy"],
+                f"eval_outcomes_{name}": _outcomes(rooms.world, played),
+            }
+        self.live.evaluation(name, metrics)
+        return metrics
+
+    async def _evaluate_transfer(self, rooms: Rooms) -> None:
+        """Chains of look-ups that were never trained on, with names that were never seen."""
+        tasks = rooms.world.untrained_chain_tasks(self.config.eval.transfer_questions)
+        for kind, temperature in (("accuracy", 1.0), ("greedy", 0.0)):
+            played = await self._ask(rooms, tasks, temperature=temperature)
+            self.results[f"untrained_chains_{kind}_after"] = _accuracy(played)
+
+    async def _ask(self, rooms: Rooms, tasks: Sequence[Task], *, temperature: float) -> list[Trajectory]:
+        async def play(task: Task) -> Trajectory:
+            seed = derive_seed(self.config.seed, "evaluation", task.id)
+            return await self._play(rooms.evaluator, task, index=0, temperature=temperature, seed=seed)
+
+        return await play_all(play, tasks, max_open=self.config.engine.slots)
+
+    def _rollout_metrics(self, world: World, batch: Sequence[Group], dropped: Sequence[Group]) -> dict[str, float]:
+        trajectories = [t for group in batch for t in group.trajectories]
+        failures = [t for group in batch for t in group.failures]
+        n = len(trajectories)
+        turns = [turn for t in trajectories for turn in t.turns]
+        return {
+            "rollout/exact_match": _accuracy(trajectories),
+            "rollout/reward": sum(t.reward for t in trajectories) / n,
+            "rollout/turns_mean": len(turns) / n,
+            "rollout/episodes": n + len(failures),
+            "rollout/tokens": sum(len(turn.response_ids) for turn in turns),
+            "rollout/failed": len(failures),
+            "rollout/equal_groups": sum(group.all_equal for group in batch),
+            "rollout/dropped_groups": len(dropped),
+        } | {f"outcome/{name}": share for name, share in _outcomes(world, trajectories).items()}
+
+    def summary(self) -> dict[str, Any]:
+        """What a run comes down to; after an interruption, as far as it got."""
+        return {
+            **self.results,
+            "eval_questions": self.config.eval.questions,
+            "wall_s": time.monotonic() - self.started,
+            "first_episode_s": self.first_episode_s,
+            "peak_pss_mb": self.memory.peak_mb,
+            "steps": self.step,
+            "episodes": self.episodes,
+            "failed_episodes": self.failed_episodes,
+            "tokens_generated": self.tokens_generated,
+            "loop_lag_p99_ms": self.lag.take_run()["loop/lag_p99_ms"],
+            "seed": self.config.seed,
+            "version": __version__,
+        }
+
+    @asynccontextmanager
+    async def _rooms(self) -> AsyncIterator[Rooms]:
+        """Everything a run works with, started; ended in reverse order."""
+        config, log_dir = self.config, self.run_dir.path
+        folder = model_folder(config.model.path)
+        world = load_world(config.task)
+        chat = Chat(folder)
+        open_episodes = max(config.rollout.max_open_groups * config.rollout.group_size, config.engine.slots)
+        async with open_sandbox(config.sandbox, max_sessions=open_episodes, log=self.live.phase) as sandbox:
+            with shared_weights(folder) as weights:
+                self.live.phase("starting engine and learner")
+                async with (
+                    transformers_engine(
+                        config.engine, folder, max_tokens=config.agent.context_tokens, weights=weights, log_dir=log_dir
+                    ) as engine,
+                    learner(config, folder, weights=weights, log_dir=log_dir) as learner_client,
+                ):
+                    yield Rooms(
+                        world=world,
+                        agent=self._agent(chat, engine, sandbox, world.train_corpus),
+                        evaluator=self._agent(chat, engine, sandbox, world.full_corpus),
+                        engine=engine,
+                        learner=learner_client,
+                    )
+
+    def _agent(self, chat: Chat, engine: Engine, sandbox: Sandbox, corpus: Sequence[str]) -> NBAgent:
+        config = self.config
+        return NBAgent(
+            chat=chat,
+            engine=engine,
+            sandbox=sandbox,
+            tools=(search_tool(LocalSearch(corpus), config.task.search_results),),
+            config=config.agent,
+            limits=EpisodeLimits(max_turns=config.rollout.max_turns, timeout_s=config.rollout.episode_timeout_s),
+            part=self.clock.part,
+        )
+
+
+def _accuracy(trajectories: Sequence[Trajectory]) -> float:
+    """Share of right answers among the trajectories that were not lost."""
+    counted = [t.exact_match for t in trajectories if not t.status.failed]
+    return sum(counted) / len(counted) if counted else 0.0
+
+
+def _outcomes(world: World, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    return outcome_shares(trajectories, {t.task.id: world.plan(t.task) for t in trajectories})

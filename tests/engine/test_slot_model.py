@@ -1,0 +1,138 @@
+"""The slab model against transformers' own attention, and the sampler against the distribution it claims."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from l0fast.engine import slot_model
+from l0fast.engine.sampling import uniforms
+from l0fast.engine.slot_model import SlotModel, sample
+from tests.engine.tiny import VOCAB, full_logprobs, tiny_model
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": VOCAB,
+    "initializer_range": 0.25,
+}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES))]
+)
+def test_the_usual_architectures_pass_the_check(make, tmp_path):
+    make().save_pretrained(tmp_path)
+    SlotModel(tmp_path, num_slots=2, max_len=32).check()
+
+
+def test_an_architecture_that_does_more_to_its_logits_is_refused(tmp_path):
+    config = Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=1.0, layer_types=["full_attention"] * 2)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM gives other logits here"):
+        SlotModel(tmp_path, num_slots=2, max_len=32).check()
+
+
+def test_sliding_windows_are_refused(tmp_path):
+    tiny_model(
+        0, layer_types=["full_attention", "sliding_attention"], sliding_window=8, use_sliding_window=True
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="sliding-window"):
+        SlotModel(tmp_path, num_slots=2, max_len=32)
+
+
+@pytest.mark.parametrize("columns", [3, 1024])
+@pytest.mark.parametrize("slots", [[0, 1, 2], [1, 2, 4], [1, 4, 7]])
+def test_prefill_and_decode_equal_a_full_forward(folder, model, monkeypatch, columns, slots):
+    """In pieces or whole; rows that fill the head of the slab, nearly fill it, and are scattered."""
+    monkeypatch.setattr(slot_model, "_PREFILL_COLUMNS", columns)
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (9, 20, 13)]
+    ours = SlotModel(folder, num_slots=8, max_len=24)
+    slots_n, zeros = np.array(slots), np.zeros(3, np.int64)
+    ours.prefill(slots_n, zeros, [row[:2] for row in rows])
+    logits = [ours.prefill(slots_n, zeros + 2, [row[2:-3] for row in rows])]
+    for back in (3, 2, 1):
+        positions = np.array([len(row) - back for row in rows])
+        logits.append(ours.decode(slots_n, np.array([row[-back] for row in rows]), positions))
+    got = torch.stack(logits, dim=1).log_softmax(-1)
+    expected = torch.stack([full_logprobs(model, row.tolist())[-4:] for row in rows])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_samples_follow_the_distribution():
+    """Chi-square over 40,000 draws: the 99.9 % point of 15 degrees of freedom is 37.7."""
+    torch.manual_seed(0)
+    n, logits = 40_000, torch.randn(16)
+    temperature = 0.7
+    ids, logprobs = sample(
+        logits.expand(n, -1),
+        temperatures_n=np.full(n, temperature, np.float32),
+        seeds_n=np.arange(n, dtype=np.uint64),
+        positions_n=np.full(n, 17),
+    )
+    probs = (logits / temperature).softmax(-1)
+    expected = probs.double().numpy() * n
+    counts = np.bincount(ids, minlength=16)
+    assert expected.min() > 5
+    assert ((counts - expected) ** 2 / expected).sum() < 37.7
+    np.testing.assert_allclose(logprobs, probs.log().numpy()[ids], atol=1e-6)
+
+
+def test_an_impossible_id_is_never_sampled():
+    logits = torch.full((3, 5), float("-inf"))
+    logits[:, [1, 3]] = 0.0
+    for lowest in (0.0, 0.5, 1 - 2.0**-24):
+        original = slot_model.uniforms
+        slot_model.uniforms = lambda seeds, positions, u=lowest: np.full(len(seeds), u, np.float32)
+        try:
+            ids, _ = sample(
+                logits,
+                temperatures_n=np.ones(3, np.float32),
+                seeds_n=np.zeros(3, np.uint64),
+                positions_n=np.zeros(3, np.int64),
+            )
+        finally:
+            slot_model.uniforms = original
+        assert set(ids.tolist()) <= {1, 3}
+
+
+def test_a_row_does_not_see_its_batch():
+    torch.manual_seed(1)
+    logits = torch.randn(64, 32)
+    temperatures = np.tile(np.array([0.0, 1.0, 0.5, 2.0], np.float32), 16)
+    seeds, positions = np.arange(64, dtype=np.uint64) % 7, np.arange(64) % 5
+    together, logprobs = sample(logits, temperatures_n=temperatures, seeds_n=seeds, positions_n=positions)
+    for i in range(64):
+        one = slice(i, i + 1)
+        ids, lp = sample(logits[one], temperatures_n=temperatures[one], seeds_n=seeds[one], positions_n=positions[one])
+        assert ids[0] == together[i]
+        assert abs(lp[0] - logprobs[i]) < 1e-6
+    assert together[0] == logits[0].argmax()
+
+
+def test_logits_that_are_not_finite_are_a_loud_failure():
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sample(
+            torch.full((1, 4), float("nan")),
+            temperatures_n=np.ones(1, np.float32),
+            seeds_n=np.zeros(1, np.uint64),
+            positions_n=np.zeros(1, np.int64),
+        )
+
+
+def test_uniforms_are_uniform_and_independent_along_both_axes():
+    seeds, positions = np.arange(400, dtype=np.uint64)[:, None], np.arange(400)[None, :]
+    u = uniforms(seeds, positions).astype(np.float64)
+    assert u.min() >= 0
+    assert u.max() < 1
+    # 160,000 draws: mean and lag correlations within 5 standard errors
+    assert abs(u.mean() - 0.5) < 5 * 0.2887 / 400
+    centred = (u - 0.5) * np.sqrt(12)
+    assert abs((centred[1:] * centred[:-1]).mean()) < 5 / 400
+    assert abs((centred[:, 1:] * centred[:, :-1]).mean()) < 5 / 400
+    counts = np.histogram(u, bins=100, range=(0, 1))[0]
+    assert ((counts - 1600) ** 2 / 1600).sum() < 148

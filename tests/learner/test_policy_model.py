@@ -1,0 +1,229 @@
+"""The optimizer step: exactly the gradient of the turns, however they were merged and packed."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from l0fast.config import LearnerConfig
+from l0fast.errors import UsageError
+from l0fast.learner.packing import pack_rows, row_of
+from l0fast.learner.policy_model import PolicyModel, learning_rate
+from l0fast.learner.segments import segments_of
+
+KL_COEF = 0.1
+
+
+@pytest.fixture
+def policy(model_path):
+    return PolicyModel(model_path, LearnerConfig(kl_coef=KL_COEF), num_steps=10, temperature=1.0)
+
+
+@pytest.fixture
+def batch(make):
+    """Two groups of episodes, some trimmed, and an advantage for each turn."""
+    rng = np.random.default_rng(3)
+    shapes = [[(3, None), (4, 2), (1, None)], [(5, 3), (2, None)]]
+    groups = [[make.episode(rng, n, trim, i) for i, (n, trim) in enumerate(group)] for group in shapes]
+    return [[(trajectory, rng.normal(size=len(trajectory.turns))) for trajectory in group] for group in groups]
+
+
+def packs_of(batch, budget):
+    return pack_rows(
+        [[row_of(s, t, adv) for t, adv in group for s in segments_of(t)] for group in batch],
+        budget,
+    )
+
+
+def gradients(policy, packs):
+    """Mean loss over the sampled tokens of `packs`, and its gradients by name."""
+    policy.model.zero_grad(set_to_none=True)
+    count = sum(len(pack.predictors) for pack in packs)
+    loss = 0.0
+    for pack in packs:
+        loss_sum, _ = policy.forward(pack, policy.reference_logprobs(pack))
+        (loss_sum / count).backward()
+        loss += loss_sum.item() / count
+    return loss, {name: p.grad.clone() for name, p in policy.model.named_parameters()}
+
+
+def move_away(policy):
+    """The KL term has no gradient at the reference itself."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p += 0.02 * torch.randn_like(p)
+
+
+def per_turn_gradients(policy, model_path, batch):
+    """The definition: each turn a row of its own through the stock model, log_softmax of everything, plain autograd."""
+    stock = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation="eager")
+    reference = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation="eager")
+    stock.load_state_dict(policy.model.state_dict())
+    losses = []
+    for trajectory, advantages in [pair for group in batch for pair in group]:
+        for turn, advantage in zip(trajectory.turns, advantages, strict=True):
+            ids = torch.tensor([turn.prompt_ids + turn.response_ids])
+            sampled = slice(len(turn.prompt_ids) - 1, -1)
+            targets = torch.tensor(turn.response_ids)[:, None]
+            lp = torch.log_softmax(stock(ids).logits[0, sampled], -1).gather(1, targets)[:, 0]
+            with torch.no_grad():
+                ref = torch.log_softmax(reference(ids).logits[0, sampled], -1).gather(1, targets)[:, 0]
+            kl = torch.exp(ref - lp) - (ref - lp) - 1
+            losses.append(-advantage * torch.exp(lp - lp.detach()) + KL_COEF * kl)
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in stock.named_parameters()}
+
+
+def assert_same(ours, theirs):
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-6)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, grad in theirs[1].items():
+        assert grad.abs().max() > 1e-3, f"{name}: a gradient of nothing tests nothing"
+        worst = (ours[1][name] - grad).abs().max().item()
+        # the loss of this random model is steep: what counts is small beside the gradient, and below 1e-6 where it is of size 1
+        assert worst < 1e-6 * max(1.0, grad.abs().max().item()), f"{name}: max |dg| {worst:.1e} of {grad.abs().max():.1e}"
+
+
+def test_merged_and_packed_turns_have_the_gradients_of_single_turns(policy, model_path, batch):
+    move_away(policy)
+    packs = packs_of(batch, 64)
+    turns = sum(len(t.turns) for group in batch for t, _ in group)
+    assert sum(len(pack.cu_seqlens) - 1 for pack in packs) < turns, "nothing was merged"
+    assert len(packs) > 1
+    assert_same(gradients(policy, packs), per_turn_gradients(policy, model_path, batch))
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_the_cut_into_packs_changes_nothing(policy, batch, budget):
+    move_away(policy)
+    assert_same(gradients(policy, packs_of(batch, budget)), gradients(policy, packs_of(batch, 100)))
+
+
+def test_a_step_follows_the_advantages(policy, batch):
+    packs = packs_of(batch, 64)
+    before = [policy.forward(pack, None if policy.reference is None else policy.reference_logprobs(pack))[1].logprobs for pack in packs]
+    metrics = policy.step(packs)
+    after = [policy.forward(pack, policy.reference_logprobs(pack))[1].logprobs for pack in packs]
+    gained = sum((torch.from_numpy(p.advantages) * (b - a)).sum() for p, a, b in zip(packs, before, after, strict=True))
+    assert gained > 0
+    assert metrics["skipped"] is None
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6), "the first step is taken at the reference"
+    assert metrics["clip_fraction"] == 0, "the ratio is 1"
+    assert metrics["sampled_tokens"] == sum(len(p.predictors) for p in packs)
+    assert metrics["tokens"] == sum(p.num_tokens for p in packs)
+    assert policy.step(packs)["kl"] > 1e-6
+
+
+def test_the_mismatch_compares_policy_and_sampler(policy, batch):
+    packs = packs_of(batch, 64)
+    logprobs = np.concatenate(
+        [policy.forward(pack, policy.reference_logprobs(pack))[1].logprobs.numpy() for pack in packs]
+    )
+    d = logprobs - np.concatenate([pack.sampler_logprobs for pack in packs])
+    metrics = policy.step(packs)
+    assert metrics["mismatch_k1"] == pytest.approx(-d.mean(), rel=1e-4)
+    assert metrics["mismatch_k3"] == pytest.approx((np.exp(d) - d - 1).mean(), rel=1e-4)
+    assert metrics["mismatch_max"] == pytest.approx(np.abs(d).max(), rel=1e-4)
+
+
+def test_a_masked_token_leaves_the_denominator(policy, batch):
+    packs = packs_of(batch, 64)
+    packs[0].loss_weights[1:] = 0
+    metrics = policy.step(packs)
+    assert metrics["sampled_tokens"] == 1 + sum(len(p.predictors) for p in packs[1:])
+    counted = [p.advantages[p.loss_weights > 0] for p in packs]
+    assert metrics["loss"] == pytest.approx(-np.concatenate(counted).mean(), abs=1e-5)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_not_taken_and_says_so(policy, batch, poison):
+    packs = packs_of(batch, 64)
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    packs[0].advantages[0] = poison
+    metrics = policy.step(packs)
+    assert "not finite" in metrics["skipped"]
+    for name, p in policy.model.named_parameters():
+        assert torch.equal(p, before[name])
+    packs[0].advantages[0] = 1.0
+    metrics = policy.step(packs)
+    assert metrics["skipped"] is None
+    assert all(p.isfinite().all() for p in policy.model.parameters())
+    assert metrics["lr"] == learning_rate(1, 10, policy.config), "the schedule goes on"
+
+
+def test_a_batch_without_sampled_tokens_is_refused(policy, batch):
+    packs = packs_of(batch, 1000)
+    packs[0].loss_weights[:] = 0
+    with pytest.raises(ValueError, match="no sampled token"):
+        policy.step(packs)
+
+
+def test_gradients_are_clipped_and_reported_as_they_were(model_path, batch):
+    norms = {}
+    for clip in (1e-3, 1e9):
+        policy = PolicyModel(model_path, LearnerConfig(grad_clip=clip), num_steps=10, temperature=1.0)
+        norms[clip] = policy.step(packs_of(batch, 64))["grad_norm"]
+        left = torch.nn.utils.get_total_norm([p.grad for p in policy.model.parameters()]).item()
+        assert left == pytest.approx(min(clip, norms[clip]), rel=1e-3)
+    assert norms[1e-3] == pytest.approx(norms[1e9])
+
+
+def test_only_matrices_decay(model_path, batch):
+    policy = PolicyModel(model_path, LearnerConfig(lr=0.5, weight_decay=0.9, warmup_steps=0), num_steps=10, temperature=1.0)
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    for p in policy.model.parameters():
+        p.grad = torch.zeros_like(p)
+    policy.optimizer.step()
+    for name, p in policy.model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (0.55 if p.ndim >= 2 else 1.0))
+
+
+def test_no_kl_term_loads_no_reference(model_path, batch):
+    policy = PolicyModel(model_path, LearnerConfig(kl_coef=0), num_steps=10, temperature=1.0)
+    assert policy.reference is None
+    assert policy.step(packs_of(batch, 64))["kl"] == 0
+
+
+def test_the_temperature_is_that_of_the_sampler(model_path, batch):
+    policy = PolicyModel(model_path, LearnerConfig(), num_steps=10, temperature=0.5)
+    (pack,) = packs_of(batch, 10_000)
+    _, stats = policy.forward(pack, policy.reference_logprobs(pack))
+    stock = AutoModelForCausalLM.from_pretrained(model_path)
+    row = torch.from_numpy(pack.token_ids[: pack.cu_seqlens[1]])
+    with torch.no_grad():
+        logprobs = torch.log_softmax(stock(row[None]).logits[0] / 0.5, -1)
+    at, target = int(pack.predictors[0]), int(pack.target_ids[0])
+    assert stats.logprobs[0].item() == pytest.approx(logprobs[at, target].item(), abs=1e-5)
+
+
+def test_the_learning_rate_rises_then_falls_linearly():
+    config = LearnerConfig(lr=1.0, warmup_steps=3, final_lr_ratio=0.1)
+    rates = [learning_rate(step, 13, config) for step in range(15)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    np.testing.assert_allclose(np.diff(rates[3:13]), -0.1)
+    np.testing.assert_allclose(rates[12:], 0.1)
+
+
+def test_the_learning_rate_of_a_run_shorter_than_its_warm_up():
+    config = LearnerConfig(lr=1.0, warmup_steps=3)
+    assert [learning_rate(step, 2, config) for step in range(2)] == [0.25, 0.5]
+    assert learning_rate(0, 1, LearnerConfig(lr=1.0, warmup_steps=0)) == 1.0
+
+
+def test_published_weights_are_the_models(policy):
+    tensors = {name: torch.zeros_like(p) for name, p in policy.model.named_parameters()}
+    policy.publish(tensors)
+    for name, p in policy.model.named_parameters():
+        assert torch.equal(tensors[name], p)
+    tensors.pop("model.norm.weight")
+    with pytest.raises(ValueError, match=r"differ in \['model.norm.weight'\]"):
+        policy.publish(tensors)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="can't be loaded as a model"):
+        PolicyModel(tmp_path, LearnerConfig(), num_steps=1, temperature=1.0)

@@ -1,0 +1,160 @@
+"""The run folder: what is written can be read back, nothing is overwritten, and the event loop is not held up."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+from blockbuster import blockbuster_ctx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from l0fast.config import RunConfig
+from l0fast.errors import UsageError
+from l0fast.metrics import LoopLag
+from l0fast.run_dir import RunDir, read_config, read_metrics, read_summary, read_trajectories, step_name
+from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
+
+
+def turn(text: str = "<think>Let me look it up.</think><code>search('Oslo')</code>", tokens: int = 3) -> Turn:
+    return Turn(
+        prompt_ids=(1, 2, 3),
+        response_ids=tuple(range(tokens)),
+        sampler_logprobs=(-0.125,) * tokens,
+        finish_reason="stop",
+        policy_version=4,
+        text=text,
+        output="['Oslo is the capital of Norway.']",
+        well_formed=True,
+        generate_s=0.25,
+        execute_s=0.001,
+    )
+
+
+def trajectory(text: str = "Norway", turns: int = 2, tokens: int = 3) -> Trajectory:
+    return Trajectory(
+        task=Task(id="q1", question=f"Where is {text}?", answers=("Norway",), kind="city>country", hops=2),
+        index=5,
+        status=TrajectoryStatus.COMPLETED,
+        turns=(turn(tokens=tokens),) * turns,
+        answer=text,
+        rewards=(0.05, 0.9),
+        exact_match=True,
+        started_s=1.5,
+        wall_s=0.7,
+    )
+
+
+def test_the_settings_read_back_as_they_were(tmp_path: Path):
+    config = RunConfig.model_validate(
+        {"seed": 3, "sandbox": {"preload": ["json"]}, "learner": {"betas": [0.8, 0.9], "permute_advantages": True}}
+    )
+    with RunDir.create(tmp_path / "a" / "run", config) as run_dir:
+        assert read_config(run_dir.path) == config
+
+
+def test_a_recipe_made_from_a_run_gives_the_same_run(tmp_path: Path):
+    from l0fast.cli import parse
+
+    config = RunConfig.model_validate({"num_steps": 9, "rollout": {"temperature": 0.5}})
+    with RunDir.create(tmp_path / "run", config) as run_dir:
+        assert parse([str(run_dir.path / "config.toml"), "--run-dir", str(tmp_path / "b")]).config == config
+
+
+def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds files"):
+        RunDir.create(tmp_path, RunConfig())
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_row_is_on_disk_when_metrics_returns(tmp_path: Path):
+    with RunDir.create(tmp_path / "run", RunConfig()) as run_dir:
+        run_dir.metrics({"step": 1, "loss/kl": np.float32(0.5)})
+        run_dir.metrics({"step": 2, "loss/kl": float("nan")})
+        assert read_metrics(run_dir.path) == [{"step": 1, "loss/kl": 0.5}, {"step": 2, "loss/kl": None}]
+
+
+def test_a_broken_line_is_named(tmp_path: Path):
+    with RunDir.create(tmp_path / "run", RunConfig()) as run_dir:
+        run_dir.metrics({"step": 1})
+        with (run_dir.path / "metrics.jsonl").open("a") as file:
+            file.write('{"step":')
+        with pytest.raises(UsageError, match=r"metrics\.jsonl, line 2"):
+            read_metrics(run_dir.path)
+
+
+def test_the_summary_is_replaced_as_a_whole(tmp_path: Path):
+    with RunDir.create(tmp_path / "run", RunConfig()) as run_dir:
+        assert read_summary(run_dir.path) == {}
+        run_dir.summary({"steps": 1})
+        with pytest.raises(TypeError):
+            run_dir.summary({"steps": object()})
+        assert read_summary(run_dir.path) == {"steps": 1}
+        run_dir.summary({"steps": 2})
+        assert read_summary(run_dir.path) == {"steps": 2}
+        assert not list(run_dir.path.glob("*partial*"))
+
+
+def test_the_log_keeps_lines_in_order(tmp_path: Path):
+    with RunDir.create(tmp_path / "run", RunConfig()) as run_dir:
+        run_dir.log("one")
+        run_dir.log("two")
+        lines = (run_dir.path / "log.txt").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["one", "two"]
+
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(question=any_text, answer=st.none() | any_text, advantage=st.floats(allow_nan=False, allow_infinity=False))
+def test_trajectories_read_back_as_they_were(tmp_path_factory, question: str, answer: str | None, advantage: float):
+    played = [trajectory(question), trajectory()]
+    object.__setattr__(played[1], "answer", answer)
+    with RunDir.create(tmp_path_factory.mktemp("run"), RunConfig()) as run_dir:
+        path = asyncio.run(run_dir.trajectories(step_name(12), played, [[advantage, 0.5], []]))
+    assert path.name == "step_0012.jsonl"
+    read = read_trajectories(path)
+    for before, after in zip(played, read, strict=True):
+        for name in Trajectory.__dataclass_fields__:
+            assert getattr(before, name) == getattr(after, name)
+    assert [t.advantages for t in read] == [(advantage, 0.5), ()]
+    assert read[0].turns[0].response_ids == (0, 1, 2)
+    assert read[0].reward == pytest.approx(0.95)
+
+
+def test_a_line_is_plain_json(tmp_path: Path):
+    with RunDir.create(tmp_path / "run", RunConfig()) as run_dir:
+        path = asyncio.run(run_dir.trajectories("eval_before", [trajectory()]))
+    (line,) = path.read_bytes().splitlines()
+    row = orjson.loads(line)
+    assert (row["task"]["question"], row["status"], row["advantages"]) == ("Where is Norway?", "completed", [])
+
+
+def test_advantages_must_be_given_for_all_or_none(tmp_path: Path):
+    with RunDir.create(tmp_path / "run", RunConfig()) as run_dir, pytest.raises(ValueError, match="2 trajectories"):
+        asyncio.run(run_dir.trajectories("x", [trajectory()] * 2, [[1.0]]))
+
+
+def test_no_such_file_is_one_sentence(tmp_path: Path):
+    with pytest.raises(UsageError, match="can't be read"):
+        read_trajectories(tmp_path / "x.jsonl")
+
+
+def test_writing_many_trajectories_leaves_the_loop_free(tmp_path: Path):
+    played = [trajectory(turns=5, tokens=72)] * 600
+
+    async def main() -> tuple[LoopLag, float]:
+        lag = LoopLag()
+        with RunDir.create(tmp_path / "run", RunConfig()) as run_dir, blockbuster_ctx():
+            watch = asyncio.create_task(lag.run())
+            await asyncio.sleep(0)
+            await run_dir.trajectories("eval_after", played)
+            watch.cancel()
+        return lag, (run_dir.path / "trajectories/eval_after.jsonl").stat().st_size / 1e6
+
+    lag, megabytes = asyncio.run(main())
+    assert megabytes > 2
+    # the median, since a busy machine adds late wakings of its own; 3-15 ms without pauses
+    assert lag.whole_run.percentile(50) < 2.5

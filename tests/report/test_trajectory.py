@@ -1,0 +1,78 @@
+"""Reading one trajectory in the terminal."""
+
+from pathlib import Path
+
+import pytest
+
+from l0fast.trajectory import main
+
+
+@pytest.fixture
+def read(run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*words: str) -> str:
+        assert main([str(run_dir), *words]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_it_shows_question_words_output_rewards_and_right_answers(read):
+    text = read("--step", "1")
+    for part in (
+        "Which currency is used where Bergen lies?",
+        "krone, NOK",
+        "<think>I should look it up.</think><code>",
+        "search('Bergen')",
+        "Bergen is in Norway",
+        "reward +0.050  advantage +0.500",
+        "no code [bold]",
+        "No code was run.",
+        "malformed",
+        "right",
+    ):
+        assert part in text
+
+
+def test_without_a_choice_it_is_the_last_steps_first(read):
+    assert "step_0004.jsonl, line 1 of 4" in read()
+
+
+def test_worst_best_and_failed_pick_their_own(read):
+    assert "line 3 of 4" in read("--worst")
+    assert "line 2 of 4" in read("--worst", "--index", "1")
+    assert "line 1 of 4" in read("--best")
+    failed = read("--failed")
+    assert "line 4 of 4" in failed
+    assert "the shard died" in failed
+    assert "none submitted" in failed
+
+
+def test_the_models_words_can_not_steer_the_terminal(read):
+    text = read()
+    assert "\x1b" not in text
+    assert "\\x1b[2J" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--step", "9"], "step_0009: there is step_0001, step_0004"),
+        (["--eval", "after"], "eval_after"),
+        (["--index", "4"], "--index goes from 0 to 3"),
+        (["--step", "1", "--failed"], "0 failed trajectories"),
+    ],
+)
+def test_what_is_not_there_is_one_sentence(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], words: list[str], part: str
+):
+    assert main([str(run_dir), *words]) == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert error.count("\n") == 1
+
+
+def test_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([str(tmp_path)]) == 2
+    assert "holds no trajectories" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""A real sandbox of each kind, shared by the tests of a file, and the loop it lives on."""
+
+import asyncio
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+
+from l0fast.config import SandboxConfig
+from l0fast.sandbox.local import LocalBackend
+from l0fast.sandbox.pool import SandboxPool
+
+
+def _why_no_bwrap() -> str | None:
+    if shutil.which("bwrap") is None:
+        return "bubblewrap is not installed"
+    argv = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "true"]
+    tried = subprocess.run(argv, capture_output=True, text=True, timeout=20)
+    return f"bubblewrap does not work here: {tried.stderr.strip()}" if tried.returncode else None
+
+
+NO_BWRAP = _why_no_bwrap()
+
+
+@pytest.fixture(
+    scope="module", params=["process", pytest.param("bwrap", marks=pytest.mark.skipif(bool(NO_BWRAP), reason=NO_BWRAP or ""))]
+)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def make_pool(kind: str, *, num_shards: int = 1, sessions_per_shard: int = 16, grace_s: float = 0.4, **config: Any) -> SandboxPool:
+    config = {"kind": kind, "sessions_per_shard": sessions_per_shard, "memory_mb": 256, **config}
+    return SandboxPool(
+        LocalBackend(kind, SandboxConfig(**config)),
+        num_shards=num_shards,
+        sessions_per_shard=sessions_per_shard,
+        start_timeout_s=20.0,
+        grace_s=grace_s,
+    )
+
+
+@pytest.fixture(scope="session")
+def new_pool() -> Callable[..., SandboxPool]:
+    """A pool that the test starts and closes itself."""
+    return make_pool
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
+    """Runs a coroutine on the module's loop, where its sandbox lives; no test takes longer than this."""
+    with asyncio.Runner() as runner:
+        yield lambda coroutine: runner.run(asyncio.wait_for(coroutine, 60))
+
+
+@pytest.fixture(scope="module")
+def pool(kind: str, run: Callable[..., Any]) -> Iterator[SandboxPool]:
+    pool = make_pool(kind)
+    run(pool.start())
+    yield pool
+    run(pool.close())
+
+
+@pytest.fixture(scope="session")
+def processes() -> Callable[[Callable[[int, int, bytes], bool]], list[int]]:
+    """Pids for which `(pid, uid, command line) -> bool` holds."""
+
+    def find(wanted: Callable[[int, int, bytes], bool]) -> list[int]:
+        found = []
+        for entry in os.scandir("/proc"):
+            if entry.name.isdigit():
+                try:
+                    with open(f"/proc/{entry.name}/cmdline", "rb") as f:
+                        line = f.read()
+                    # a zombie has no command line, and is nobody's leftover but its parent's
+                    if line and wanted(int(entry.name), entry.stat().st_uid, line):
+                        found.append(int(entry.name))
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+        return found
+
+    return find
