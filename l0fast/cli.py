@@ -32,7 +32,7 @@ RECIPES = Path(__file__).parent / "recipes"
 SMOKE: dict[str, Any] = {
     "num_steps": 2,
     "rollout": {"groups_per_step": 4, "max_open_groups": 4},
-    "eval": {"questions": 48, "every": 0, "curve_questions": 48},
+    "eval": {"questions": 48, "every": 0, "curve_questions": 48, "transfer_questions": 24},
 }
 """What --smoke changes: the same path, as short as it gets."""
 

@@ -146,6 +146,8 @@ class EvalConfig(Config):
     """Steps between sampled evaluations for the curve; 0 for none [steps]."""
     curve_questions: PositiveInt = 200
     """Held-out questions of those in-between evaluations; the first of the fixed ones, all where there are fewer [questions]."""
+    transfer_questions: PositiveInt = 200
+    """Held-out questions of the chains that are never trained on, asked after training [questions]."""
 
 
 class RunConfig(Config):

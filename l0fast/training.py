@@ -171,7 +171,7 @@ class Training:
         sampling = DynamicSampling(
             drop_rate=rollout.drop_rate,
             max_drops=rollout.max_drop_rounds * rollout.groups_per_step,
-            rng=random.Random(derive_seed(config.seed, "dynamic sampling")),
+            seed=config.seed,
         )
 
         async def play(task: Task, number: int, index: int, attempt: int) -> Trajectory:

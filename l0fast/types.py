@@ -99,6 +99,8 @@ class Group:
     task: Task
     trajectories: tuple[Trajectory, ...]
     failures: tuple[Trajectory, ...] = ()
+    number: int = 0
+    """Place in the order of admission."""
 
     @property
     def all_equal(self) -> bool:

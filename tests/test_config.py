@@ -254,6 +254,16 @@ def test_help_names_every_setting_and_loads_nothing_heavy():
     assert wall_s < 5
 
 
+def test_the_command_answers_bad_input_with_one_line_and_exit_code_2():
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-m", "l0fast.run", "--rollout.group-sise", "3"]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "did you mean --rollout.group-size?" in done.stderr
+    assert list(Path().iterdir()) == []
+
+
 def _flags(model: type[BaseModel], prefix: str = "--") -> list[str]:
     flags = []
     for name, field in model.model_fields.items():

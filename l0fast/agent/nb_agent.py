@@ -108,7 +108,7 @@ class NBAgent:
             if action.complaint is None:
                 with episode.live_cell(), self.part("execute"):
                     cell = await session.execute(action.code, timeout_s=config.cell_timeout_s)
-                output = shorten(_shown(cell, config.traceback), config.output_chars)
+                output = shorten(_shown(cell, config.traceback).rstrip(), config.output_chars)
                 error = cell.error.name if cell.error else None
             episode.turns.append(
                 Turn(

@@ -36,7 +36,7 @@ def system_prompt(style: Literal["compact", "full"], tools: Iterable[ToolSpec], 
 
 def output_message(output: str, notepad: str = "") -> str:
     """The message a cell is answered with; `notepad` is given where it changed."""
-    return f"<output>\n{output.rstrip()}\n</output>" + (f"\n{notepad}" if notepad else "")
+    return f"<output>\n{output}\n</output>" + (f"\n{notepad}" if notepad else "")
 
 
 def shorten(text: str, limit: int) -> str:

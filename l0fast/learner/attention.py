@@ -64,7 +64,9 @@ def packed_attention(
         )
     lengths = torch.diff(cu_seqlens).tolist()
     if sum(lengths) != query.shape[2]:
-        raise ValueError(f"cu_seqlens covers {sum(lengths)} tokens but the pack has {query.shape[2]}; end it with the pack's length")
+        raise ValueError(
+            f"cu_seqlens covers {sum(lengths)} tokens but the pack has {query.shape[2]}; end it with the pack's length"
+        )
     grouped = query.shape[1] != key.shape[1]
     rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     outputs = [

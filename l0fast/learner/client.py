@@ -61,7 +61,9 @@ class LearnerClient:
         await self._worker.call("save", timeout_s=self._config.learner.step_timeout_s, path=str(path.absolute()))
 
 
-def batch_payload(groups: Sequence[Group], config: RunConfig, policy_version: int) -> tuple[bytearray, dict[str, float]]:
+def batch_payload(
+    groups: Sequence[Group], config: RunConfig, policy_version: int
+) -> tuple[bytearray, dict[str, float]]:
     """The packs of a batch, serialised, and what was seen of its advantages. The same groups and version give the same bytes."""
     # its own stream a step, so that a run that goes on later permutes as the uninterrupted one did
     rng = np.random.default_rng([config.seed, policy_version])
@@ -75,7 +77,9 @@ def batch_payload(groups: Sequence[Group], config: RunConfig, policy_version: in
         for group, per_trajectory in zip(groups, advantages, strict=True)
     ]
     if not any(map(len, rows)):
-        raise ValueError(f"the {len(groups)} groups of this step hold no sampled token, so there is nothing to learn from")
+        raise ValueError(
+            f"the {len(groups)} groups of this step hold no sampled token, so there is nothing to learn from"
+        )
     flat = np.concatenate([turns for per_trajectory in advantages for turns in per_trajectory])
     stats = {"advantages_mean": float(flat.mean()), "advantages_std": float(flat.std())}
     return to_bytes(pack_rows(rows, config.learner.pack_tokens)), stats

@@ -165,7 +165,11 @@ def from_bytes(payload: bytearray | memoryview | bytes) -> list[Pack]:
     arrays = []
     for dtype, shape in layout:
         start += -start % ALIGNMENT
-        array = np.frombuffer(payload, dtype, count=int(np.prod(shape)), offset=start) if np.prod(shape) else np.empty(0, dtype)
+        array = (
+            np.frombuffer(payload, dtype, count=int(np.prod(shape)), offset=start)
+            if np.prod(shape)
+            else np.empty(0, dtype)
+        )
         arrays.append(array.reshape(shape))
         start += array.nbytes
     return [

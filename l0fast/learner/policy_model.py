@@ -31,7 +31,14 @@ from l0fast.learner import attention
 from l0fast.learner.packing import Pack
 from l0fast_kernels.policy_head import HeadStats, policy_head, token_logprobs
 
-TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
 """Files of a model folder that belong to its tokenizer."""
 
 
@@ -143,7 +150,9 @@ class PolicyModel:
         if self.reference is None:
             return None
         hidden = predictor_states(self.reference, pack)
-        return token_logprobs(hidden, self.reference.lm_head.weight, torch.from_numpy(pack.target_ids), self.temperature)
+        return token_logprobs(
+            hidden, self.reference.lm_head.weight, torch.from_numpy(pack.target_ids), self.temperature
+        )
 
     def publish(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the weights into tensors of the same names and shapes. Tied weights are there once.
@@ -174,7 +183,9 @@ def load_model(model_path: Path) -> PreTrainedModel:
             model_path, dtype=torch.float32, attn_implementation=attention.NAME, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as e:
-        raise UsageError(f"{model_path} can't be loaded as a model ({e}); give a folder written by save_pretrained()") from e
+        raise UsageError(
+            f"{model_path} can't be loaded as a model ({e}); give a folder written by save_pretrained()"
+        ) from e
     return model.eval()
 
 

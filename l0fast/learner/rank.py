@@ -34,9 +34,7 @@ def main() -> None:
     config = LearnerConfig.model_validate(args["config"])
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     torch.manual_seed(args["seed"])
-    policy = PolicyModel(
-        Path(args["model_path"]), config, num_steps=args["num_steps"], temperature=args["temperature"]
-    )
+    policy = PolicyModel(Path(args["model_path"]), config, num_steps=args["num_steps"], temperature=args["temperature"])
     weights = SharedWeights.attach(args["weights"])
     publish(policy, weights, 0)
     channel.ready(parameters=sum(p.numel() for p in policy.model.parameters()), threads=torch.get_num_threads())

@@ -44,7 +44,7 @@ class Groups:
     """Groups dropped since the last `take`."""
 
     async def take(self, num_groups: int) -> list[Group]:
-        """A step's worth of groups. Their room stays taken until `done`."""
+        """A step's worth of groups, in the order of their admission. Their room stays taken until `done`."""
         self.dropped = []
         self.sampling.next_step()
         kept: list[Group] = []
@@ -55,7 +55,7 @@ class Groups:
             else:
                 self.dropped.append(group)
                 self.room.release()
-        return kept
+        return sorted(kept, key=lambda group: group.number)
 
     def done(self, num_groups: int) -> None:
         """The learner has consumed these, and the engine has the weights it made of them: admit as many."""
@@ -106,7 +106,7 @@ async def rollouts(
                 for i in range(group_size)
             ]
         groups.queue.put_nowait(
-            Group(task=task, trajectories=tuple(p.result() for p in places), failures=tuple(failures))
+            Group(task=task, trajectories=tuple(p.result() for p in places), failures=tuple(failures), number=number)
         )
 
     async def _produce() -> None:

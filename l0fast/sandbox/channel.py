@@ -130,25 +130,31 @@ class SessionState:
             case State.STARTING, {"op": "ready"}:
                 self.state = State.IDLE
                 return Ready()
-            case State.RUNNING, {"op": "call", "id": int(id_), "name": str(name), "args": list(args), "kw": dict(kw)}:
+            case State.RUNNING, {"op": "call", "id": id_, "name": str(name), "args": list(args), "kw": dict(kw)} if (
+                _is_count(id_)
+            ):
                 self._call_id += 1
                 if id_ != self._call_id:
                     raise ProtocolError(f"the session made call {id_} where call {self._call_id} was next")
                 self.state = State.CALLING
                 return Call(id_, name, args, kw)
-            case State.RUNNING, {"op": "done", "n": self.cell, "err": None, "dropped": int(dropped)} if dropped >= 0:
-                self.state = State.IDLE
-                return Done(None, dropped)
-            case State.RUNNING, {
-                "op": "done",
-                "n": self.cell,
-                "err": {"name": str(name), "value": str(value), "traceback": str(traceback)},
-                "dropped": int(dropped),
-            } if dropped >= 0:
-                self.state = State.IDLE
-                return Done((name, value, traceback), dropped)
+            case State.RUNNING, {"op": "done", "n": n, "err": err, "dropped": dropped} if (
+                _is_count(n) and n == self.cell and _is_count(dropped)
+            ):
+                match err:
+                    case None:
+                        self.state = State.IDLE
+                        return Done(None, dropped)
+                    case {"name": str(name), "value": str(value), "traceback": str(traceback)}:
+                        self.state = State.IDLE
+                        return Done((name, value, traceback), dropped)
         op = frame.get("op")
         raise ProtocolError(f"the session sent {str(op)[:40]!r} while {self.state.value}, or sent it malformed")
+
+
+def _is_count(value: object) -> bool:
+    # True is an int to isinstance, and equal to 1
+    return type(value) is int and value >= 0
 
 
 class Channel(asyncio.Protocol):

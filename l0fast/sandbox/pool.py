@@ -8,6 +8,7 @@ nothing of a session is left. A lost session or shard is SandboxError in the epi
 shard that fails to start `MAX_FAILURES` times in a row closes its slot, and with the last slot gone every lease says why.
 """
 
+import ast
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -158,8 +159,10 @@ def _check(spec: ToolSpec) -> None:
     if not (name.isidentifier() and (not owner or owner.isidentifier())):
         raise ValueError(f"tool name {spec.name!r} is no Python name: use a name, or owner.name")
     try:
-        compile(f"def {name}{spec.signature}: pass", "<signature>", "exec")
-    except SyntaxError as e:
+        (function,) = ast.parse(f"def {name}{spec.signature}: pass").body
+        if not isinstance(function, ast.FunctionDef) or len(function.body) > 1:
+            raise SyntaxError("more than a signature")
+    except (SyntaxError, ValueError) as e:
         raise ValueError(
             f"tool {spec.name!r} has the signature {spec.signature!r}, which is no Python: write (name: type) -> type"
         ) from e

@@ -25,7 +25,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2,
         head_dim=8,
         tie_word_embeddings=True,
-        initializer_range=0.2,  # far from uniform, so that a mistake shows
+        initializer_range=0.1,  # far from uniform, so that a mistake shows
     )
     Qwen3ForCausalLM(config).save_pretrained(path)
     (path / "tokenizer.json").write_text('{"stands": "for a tokenizer"}')
@@ -67,7 +67,9 @@ class Make:
     def group(self, trajectories, failures=()) -> Group:
         return Group(task=self.task, trajectories=tuple(trajectories), failures=tuple(failures))
 
-    def episode(self, rng: np.random.Generator, num_turns: int, trim_at: int | None = None, index: int = 0) -> Trajectory:
+    def episode(
+        self, rng: np.random.Generator, num_turns: int, trim_at: int | None = None, index: int = 0
+    ) -> Trajectory:
         """Prompts grow by concatenation; turn `trim_at` starts from a fresh prompt."""
         ids = lambda low, high: tuple(int(i) for i in rng.integers(0, VOCABULARY, rng.integers(low, high)))  # noqa: E731
         turns, prompt = [], ids(3, 9)

@@ -30,7 +30,9 @@ def groups(make):
     rng = np.random.default_rng(7)
     trajectories = [make.episode(rng, 2, index=i) for i in range(4)]
     scored = [
-        make.trajectory([make.turn(t.prompt_ids, t.response_ids, [0.0] * len(t.response_ids)) for t in episode.turns], [1.0, 1.0])
+        make.trajectory(
+            [make.turn(t.prompt_ids, t.response_ids, [0.0] * len(t.response_ids)) for t in episode.turns], [1.0, 1.0]
+        )
         for episode in trajectories
     ]
     return [make.group(scored[:2]), make.group(scored[2:])]
@@ -53,7 +55,9 @@ def test_two_steps_learn_publish_and_save(model_path, tmp_path, groups):
     start, end, metrics = asyncio.run(main())
     nll = [m["mismatch_k1"] for m in metrics]
     assert nll[0] > nll[1] > nll[2]
-    assert {"loss", "grad_norm", "kl", "entropy", "lr", "forward_backward_s", "reference_s", "optimizer_s"} <= metrics[0].keys()
+    assert {"loss", "grad_norm", "kl", "entropy", "lr", "forward_backward_s", "reference_s", "optimizer_s"} <= metrics[
+        0
+    ].keys()
     assert (tmp_path / "learner.log").exists()
 
     # the same steps in this process
@@ -74,13 +78,18 @@ def test_two_steps_learn_publish_and_save(model_path, tmp_path, groups):
         torch.testing.assert_close(end[name], p.detach(), rtol=0, atol=1e-6)
 
 
-def test_the_death_of_the_child_is_an_error_and_nothing_is_left(model_path, groups):
+def test_a_stuck_child_and_a_dead_one_are_errors_and_nothing_is_left(model_path, groups):
+    config = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update={"step_timeout_s": 0.5})})
+
     async def main():
         with shared_weights(model_path) as weights:
-            async with learner(CONFIG, model_path, weights=weights, log_dir=None) as client:
+            async with learner(config, model_path, weights=weights, log_dir=None) as client:
+                os.kill(client.pid, signal.SIGSTOP)
+                with pytest.raises(LearnerError, match=r"did not answer 'step' in 0\.5 s"):
+                    await client.step(groups, 1)
                 os.kill(client.pid, signal.SIGKILL)
                 with pytest.raises(LearnerError, match="was killed by SIGKILL"):
-                    await client.step(groups, 1)
+                    await client.step(groups, 2)
             return client.pid
 
     pid = asyncio.run(main())
@@ -95,19 +104,3 @@ def test_a_model_that_does_not_load_is_an_error_with_last_words(model_path, tmp_
 
     with pytest.raises(LearnerError, match="can't be loaded as a model"):
         asyncio.run(main())
-
-
-def test_a_child_that_misses_its_deadline_is_an_error(model_path, groups):
-    config = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update={"step_timeout_s": 0.5})})
-
-    async def main():
-        with shared_weights(model_path) as weights:
-            async with learner(config, model_path, weights=weights, log_dir=None) as client:
-                os.kill(client.pid, signal.SIGSTOP)
-                try:
-                    with pytest.raises(LearnerError, match="did not answer 'step' in 0.5 s"):
-                        await client.step(groups, 1)
-                finally:
-                    os.kill(client.pid, signal.SIGCONT)
-
-    asyncio.run(main())

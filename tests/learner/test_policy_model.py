@@ -84,8 +84,7 @@ def assert_same(ours, theirs):
     for name, grad in theirs[1].items():
         assert grad.abs().max() > 1e-3, f"{name}: a gradient of nothing tests nothing"
         worst = (ours[1][name] - grad).abs().max().item()
-        # the loss of this random model is steep: what counts is small beside the gradient, and below 1e-6 where it is of size 1
-        assert worst < 1e-6 * max(1.0, grad.abs().max().item()), f"{name}: max |dg| {worst:.1e} of {grad.abs().max():.1e}"
+        assert worst < 1e-6, f"{name}: max |dg| {worst:.1e} of {grad.abs().max():.1e}"
 
 
 def test_merged_and_packed_turns_have_the_gradients_of_single_turns(policy, model_path, batch):
@@ -105,7 +104,10 @@ def test_the_cut_into_packs_changes_nothing(policy, batch, budget):
 
 def test_a_step_follows_the_advantages(policy, batch):
     packs = packs_of(batch, 64)
-    before = [policy.forward(pack, None if policy.reference is None else policy.reference_logprobs(pack))[1].logprobs for pack in packs]
+    before = [
+        policy.forward(pack, None if policy.reference is None else policy.reference_logprobs(pack))[1].logprobs
+        for pack in packs
+    ]
     metrics = policy.step(packs)
     after = [policy.forward(pack, policy.reference_logprobs(pack))[1].logprobs for pack in packs]
     gained = sum((torch.from_numpy(p.advantages) * (b - a)).sum() for p, a, b in zip(packs, before, after, strict=True))
@@ -173,7 +175,9 @@ def test_gradients_are_clipped_and_reported_as_they_were(model_path, batch):
 
 
 def test_only_matrices_decay(model_path, batch):
-    policy = PolicyModel(model_path, LearnerConfig(lr=0.5, weight_decay=0.9, warmup_steps=0), num_steps=10, temperature=1.0)
+    policy = PolicyModel(
+        model_path, LearnerConfig(lr=0.5, weight_decay=0.9, warmup_steps=0), num_steps=10, temperature=1.0
+    )
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     for p in policy.model.parameters():
         p.grad = torch.zeros_like(p)

@@ -31,8 +31,12 @@ def test_a_span_is_preceded_by_its_prompt_and_holds_its_response(make, moves):
             assert segment.token_ids[: span.start] == turn.prompt_ids
             assert segment.token_ids[span.start : span.start + span.length] == turn.response_ids
             seen.append(span.turn)
-        assert len(segment.token_ids) == segment.spans[-1].start + segment.spans[-1].length, "nothing after the last response"
-    assert seen == [t for t, turn in enumerate(trajectory.turns) if turn.response_ids], "each sampled turn once, in order"
+        assert len(segment.token_ids) == segment.spans[-1].start + segment.spans[-1].length, (
+            "nothing after the last response"
+        )
+    assert seen == [t for t, turn in enumerate(trajectory.turns) if turn.response_ids], (
+        "each sampled turn once, in order"
+    )
 
 
 @given(episodes)

@@ -43,6 +43,7 @@ def test_a_process_that_fails_says_why(tmp_path: Path):
 def test_a_process_that_takes_too_long_is_ended(run_dir: Path):
     with pytest.raises(PlotError, match="not drawn within"):
         asyncio.run(draw_in_subprocess(run_dir, timeout_s=0.01))
+    assert not list((run_dir / "plots").iterdir())
 
 
 def test_a_run_that_took_no_step_has_no_pictures(tmp_path: Path):

@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -51,7 +51,7 @@ class World:
 
 
 def start(world: World, *, group_size=4, max_open_groups=3, max_refills=2, drop_rate=0.0, max_drops=100):
-    sampling = DynamicSampling(drop_rate=drop_rate, max_drops=max_drops, rng=random.Random(0))
+    sampling = DynamicSampling(drop_rate=drop_rate, max_drops=max_drops, seed=0)
     return rollouts(
         world.play,
         endless(),
@@ -136,6 +136,28 @@ def test_a_bug_ends_the_run_and_leaves_nothing():
     assert world.alive == 0
 
 
+def test_a_step_has_its_groups_in_the_order_of_admission():
+    world = World()
+
+    async def play(task: Task, number: int, index: int, attempt: int) -> Trajectory:
+        for _ in range(20 - 5 * number):  # the later ones finish first
+            await asyncio.sleep(0)
+        return await world.play(task, number, index, attempt)
+
+    async def main():
+        async with rollouts(
+            play,
+            endless(),
+            group_size=2,
+            max_open_groups=3,
+            max_refills=0,
+            sampling=DynamicSampling(drop_rate=0.0, max_drops=0, seed=0),
+        ) as groups:
+            return [group.number for group in await groups.take(3)]
+
+    assert asyncio.run(main()) == [0, 1, 2]
+
+
 def test_dropped_groups_make_room_for_others():
     world = World(right=lambda task, index: int(task.id[1:]) % 2 == 0 or index == 0)  # every other group all right
 
@@ -199,13 +221,13 @@ def group(*right: bool) -> Group:
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=4), max_size=30), st.floats(0, 1), st.integers(0, 5))
 def test_dynamic_sampling_drops_only_equal_groups_and_never_too_many(groups, drop_rate, max_drops):
-    sampling = DynamicSampling(drop_rate=drop_rate, max_drops=max_drops, rng=random.Random(1))
+    sampling = DynamicSampling(drop_rate=drop_rate, max_drops=max_drops, seed=1)
     verdicts = [(sampling.keep(group(*rights)), len(set(rights)) == 1) for rights in groups]
     assert all(keep or equal for keep, equal in verdicts)
     assert sum(not keep for keep, _ in verdicts) <= max_drops
 
 
 def test_a_drop_rate_of_a_half_drops_about_half():
-    sampling = DynamicSampling(drop_rate=0.5, max_drops=10**6, rng=random.Random(2))
-    kept = sum(sampling.keep(group(True, True)) for _ in range(2000))
+    sampling = DynamicSampling(drop_rate=0.5, max_drops=10**6, seed=2)
+    kept = sum(sampling.keep(replace(group(True, True), number=n)) for n in range(2000))
     assert 900 < kept < 1100

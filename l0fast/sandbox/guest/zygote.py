@@ -134,6 +134,8 @@ class Zygote:
         try:
             _forget_the_zygote(sock_fd, output_fd, self._keep + self.jail.landlock.fds)
             self.jail.enter(folder, uid)
+            # what a cell writes there as a module, the next can import
+            sys.path.insert(0, folder)
             sock = socket.socket(fileno=SESSION_SOCKET)
             gc.enable()
             serve(sock, OUTPUT_FILE, self._limit)

@@ -1,0 +1,182 @@
+"""NBAgent in a real sandbox, with an engine that says what the test tells it to."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from l0fast.agent.chat import Chat
+from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
+from l0fast.config import AgentConfig, SandboxConfig
+from l0fast.engine.base import EngineLoad, Sampled, Sampling
+from l0fast.errors import EngineError, SandboxError, ToolError
+from l0fast.learner.segments import segments_of
+from l0fast.sandbox import open_sandbox
+from l0fast.sandbox.base import ToolSpec
+from l0fast.types import Task, Trajectory, TrajectoryStatus
+
+TASK = Task(id="t", question="What is the capital of Norway?", answers=("Oslo",))
+
+
+class Scripted:
+    """An Engine that reads its responses from a list; the last one is repeated."""
+
+    def __init__(self, chat: Chat, responses: Sequence[str | Exception]):
+        self.chat, self.responses, self.prompts = chat, list(responses), []
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str) -> Sampled:
+        self.prompts.append(self.chat.decode(prompt_ids))
+        response = self.responses.pop(0) if len(self.responses) > 1 else self.responses[0]
+        if isinstance(response, Exception):
+            raise response
+        ids = tuple(self.chat.response(response))[: sampling.max_new_tokens]
+        return Sampled(response_ids=ids, sampler_logprobs=(-0.5,) * len(ids), finish_reason="stop", policy_version=3)
+
+    async def update_weights(self, policy_version: int) -> None:
+        raise NotImplementedError
+
+    async def load(self) -> EngineLoad:
+        raise NotImplementedError
+
+
+async def search(query: str) -> list[str]:
+    if not query:
+        raise ToolError("search needs a word")
+    return [f"The capital of {query} is Oslo."]
+
+
+SEARCH = ToolSpec(name="search", signature="(query: str) -> list[str]", doc="Looks it up.", call=search)
+
+
+def say(code: str) -> str:
+    return f"<think>a thought of some length</think><code>{code}</code>"
+
+
+def play(chat: Chat, *responses: str | Exception, timeout_s=30.0, max_turns=4, wrap: Callable = lambda sandbox: sandbox, **config):
+    engine = Scripted(chat, responses)
+
+    async def main() -> Trajectory:
+        async with open_sandbox(SandboxConfig(kind="auto"), max_sessions=2, log=lambda line: None) as sandbox:
+            agent = NBAgent(
+                chat=chat,
+                engine=engine,
+                sandbox=wrap(sandbox),
+                tools=(SEARCH,),
+                config=AgentConfig(**{"context_tokens": 2000, "max_new_tokens": 200} | config),
+                limits=EpisodeLimits(max_turns=max_turns, timeout_s=timeout_s),
+            )
+            return await agent.run_episode(TASK, index=0, temperature=1.0, seed=5)
+
+    return asyncio.run(main()), engine
+
+
+def test_an_episode_searches_remembers_and_submits(chat: Chat):
+    trajectory, engine = play(
+        chat, say('hits = search("Norway")\nhits'), say("answer = hits[0].split()[-1][:-1]\nanswer"), say("submit_final_answer(answer)")
+    )
+    assert trajectory.status is TrajectoryStatus.COMPLETED
+    assert trajectory.answer == "Oslo"
+    assert [turn.output for turn in trajectory.turns[:2]] == ["['The capital of Norway is Oslo.']", "'Oslo'"]
+    assert all(turn.well_formed and turn.error is None and turn.policy_version == 3 for turn in trajectory.turns)
+    assert engine.prompts[1].endswith("<output>\n['The capital of Norway is Oslo.']\n</output>\nassistant\n")
+    (segment,) = segments_of(trajectory)  # one append-only row
+    assert len(segment.spans) == 3
+
+
+def test_malformed_text_is_answered_with_a_complaint_and_nothing_runs(chat: Chat):
+    trajectory, engine = play(chat, "Oslo!", say('submit_final_answer("x")'))
+    first = trajectory.turns[0]
+    assert first.output is None
+    assert not first.well_formed
+    assert "write one <code>" in (first.complaint or "")
+    assert "write one <code>" in engine.prompts[1]
+
+
+@pytest.mark.parametrize(("traceback", "shown"), [("last_line", "ZeroDivisionError: division by zero"), ("full", "1/0")])
+def test_an_error_is_shown_and_the_session_lives(chat: Chat, traceback: str, shown: str):
+    trajectory, engine = play(chat, say("x = 7\n1/0"), say("submit_final_answer(x)"), traceback=traceback)
+    assert trajectory.turns[0].error == "ZeroDivisionError"
+    assert shown in (trajectory.turns[0].output or "")
+    assert ("Traceback" in (trajectory.turns[0].output or "")) == (traceback == "full")
+    assert trajectory.answer == "7"
+
+
+def test_a_tools_error_reaches_the_agent_as_an_exception(chat: Chat):
+    trajectory, _ = play(chat, say("try:\n    search('')\nexcept Exception as e:\n    submit_final_answer(type(e).__name__)"))
+    assert trajectory.answer == "ToolError"
+
+
+def test_only_the_first_answer_counts(chat: Chat):
+    trajectory, _ = play(chat, say('submit_final_answer("first")\nsubmit_final_answer("second")'))
+    assert trajectory.answer == "first"
+    assert len(trajectory.turns) == 1
+
+
+def test_turns_are_limited(chat: Chat):
+    trajectory, _ = play(chat, say("1 + 1"), max_turns=3)
+    assert trajectory.status is TrajectoryStatus.TRUNCATED_TURNS
+    assert len(trajectory.turns) == 3
+
+
+def test_a_context_that_may_not_be_trimmed_ends_the_episode(chat: Chat):
+    trajectory, _ = play(chat, say("'word ' * 60"), trim="none", context_tokens=400, max_new_tokens=100)
+    assert trajectory.status is TrajectoryStatus.TRUNCATED_CONTEXT
+
+
+def test_a_trim_keeps_variables_and_notepad_and_starts_a_new_row(chat: Chat):
+    trajectory, engine = play(
+        chat,
+        say("x = 41\nnotepad.add_facts('Oslo is in Norway')"),
+        say("'word ' * 100"),
+        say("'word ' * 100"),
+        say("submit_final_answer(x + 1)"),
+        context_tokens=560,
+        max_new_tokens=150,
+    )
+    assert trajectory.answer == "42"
+    assert "- Oslo is in Norway" in engine.prompts[1]  # shown as it changed
+    assert "Earlier turns were dropped" in engine.prompts[-1]
+    assert "- Oslo is in Norway" in engine.prompts[-1]
+    assert len(segments_of(trajectory)) > 1
+
+
+def test_a_cell_that_hangs_is_stopped_and_told(chat: Chat):
+    trajectory, _ = play(chat, say("while True: pass"), say('submit_final_answer("out")'), cell_timeout_s=0.3)
+    assert trajectory.turns[0].error == "Timeout"
+    assert trajectory.answer == "out"
+
+
+def test_a_lost_engine_is_recorded_with_its_cause(chat: Chat):
+    trajectory, _ = play(chat, say("1"), EngineError("it died"))
+    assert trajectory.status is TrajectoryStatus.FAILED_ENGINE
+    assert trajectory.cause == "it died"
+    assert len(trajectory.turns) == 1
+
+
+def test_a_lost_session_is_recorded_not_raised(chat: Chat):
+    trajectory, _ = play(chat, say("import os\nos._exit(3)"))
+    assert trajectory.status is TrajectoryStatus.FAILED_SANDBOX
+    assert trajectory.cause
+
+
+def test_the_deadline_ends_an_episode_that_waits(chat: Chat):
+    trajectory, _ = play(chat, say("while True: pass"), timeout_s=0.4, cell_timeout_s=20)
+    assert trajectory.status is TrajectoryStatus.FAILED_DEADLINE
+    assert "0.4 s" in (trajectory.cause or "")
+
+
+def test_a_bug_is_not_data(chat: Chat):
+    with pytest.raises(KeyError):
+        play(chat, KeyError("bug"))
+
+
+def test_a_session_that_can_not_start_is_recorded(chat: Chat):
+    class Broken:
+        kind = "broken"
+
+        def session(self, tools, *, seed):
+            raise SandboxError("no room")
+
+    trajectory, _ = play(chat, say("1"), wrap=lambda sandbox: Broken())
+    assert trajectory.status is TrajectoryStatus.FAILED_SANDBOX
+    assert trajectory.cause == "no room"

@@ -1,0 +1,322 @@
+"""The parser and the state machine that stand between a session's bytes and this process."""
+
+import asyncio
+import json
+import socket
+import struct
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from l0fast.errors import SandboxError
+from l0fast.sandbox.channel import (
+    MAX_FRAME,
+    Call,
+    Channel,
+    Done,
+    FrameParser,
+    ProtocolError,
+    Ready,
+    SessionState,
+    State,
+    encode,
+)
+from l0fast.sandbox.guest.frames import MAX_FRAME as GUEST_MAX_FRAME
+from l0fast.sandbox.guest.frames import Frames, FrameTooLong
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=10,
+)
+messages = st.dictionaries(st.text(max_size=8), json_values, max_size=4)
+
+
+def frame(body: bytes) -> bytes:
+    return struct.pack("<I", len(body)) + body
+
+
+def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
+    edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
+    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@given(st.lists(messages, max_size=5), st.lists(st.integers(0, 10_000), max_size=8))
+def test_frames_come_out_as_they_went_in_however_the_stream_is_cut(sent, cuts):
+    parser = FrameParser()
+    stream = b"".join(encode(message) for message in sent)
+    got = [message for piece in pieces(stream, cuts) for message in parser.feed(piece)]
+    assert got == sent
+    assert parser.held_bytes == 0
+
+
+def test_every_single_boundary_gives_the_same_frames():
+    stream = encode({"op": "ready"}) + encode({"op": "call", "text": "é" * 10})
+    for cut in range(len(stream) + 1):
+        parser = FrameParser()
+        assert len(parser.feed(stream[:cut]) + parser.feed(stream[cut:])) == 2
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=6))
+def test_garbage_gives_frames_or_the_protocols_own_error_and_holds_little(data, cuts):
+    parser = FrameParser(max_frame=64)
+    try:
+        for piece in pieces(data, cuts):
+            before = parser.held_bytes
+            for message in parser.feed(piece):
+                assert isinstance(message, dict)
+            assert parser.held_bytes <= min(before + len(piece), 4 + 64)
+    except ProtocolError:
+        pass
+
+
+def test_a_megabyte_of_garbage_ends_in_the_protocols_own_error():
+    parser = FrameParser()
+    data = bytes(range(256)) * 4096
+    with pytest.raises(ProtocolError):
+        for start in range(0, len(data), 4093):
+            parser.feed(data[start : start + 4093])
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"1", b"null", b'"x"', b"{", b'{"a":NaN}', b"\xff\xff", b'{"a":"\\ud800"}', b"[" * 100_000]
+)
+def test_a_frame_that_is_no_json_object_is_refused(body):
+    with pytest.raises(ProtocolError):
+        FrameParser().feed(frame(body))
+
+
+def test_a_frame_is_refused_by_its_length_alone_before_its_bytes_arrive():
+    body = b'{"a":"' + b"x" * (MAX_FRAME - 8) + b'"}'
+    assert FrameParser().feed(frame(body))
+    with pytest.raises(ProtocolError, match=str(MAX_FRAME + 1)):
+        FrameParser().feed(struct.pack("<I", MAX_FRAME + 1))
+
+
+READY = {"op": "ready"}
+CALL = {"op": "call", "id": 1, "name": "f", "args": [1], "kw": {"k": 2}}
+DONE = {"op": "done", "n": 1, "err": None, "dropped": 0}
+FAILED = {**DONE, "err": {"name": "E", "value": "v", "traceback": "t"}}
+
+
+def in_state(state: State) -> SessionState:
+    machine = SessionState()
+    if state is not State.STARTING:
+        machine.received(READY)
+    if state in (State.RUNNING, State.CALLING):
+        machine.start_cell()
+    if state is State.CALLING:
+        machine.received(CALL)
+    assert machine.state is state
+    return machine
+
+
+@pytest.mark.parametrize("state", [State.STARTING, State.IDLE, State.RUNNING, State.CALLING])
+@pytest.mark.parametrize("message", [READY, CALL, DONE, FAILED])
+def test_a_frame_may_come_in_its_own_state_only(state, message):
+    allowed = {
+        (State.STARTING, "ready"): (State.IDLE, Ready()),
+        (State.RUNNING, "call"): (State.CALLING, Call(1, "f", [1], {"k": 2})),
+        (State.RUNNING, "done"): (State.IDLE, Done(("E", "v", "t") if message is FAILED else None, 0)),
+    }
+    machine = in_state(state)
+    if (state, message["op"]) in allowed:
+        after, event = allowed[state, message["op"]]
+        assert machine.received(message) == event
+        assert machine.state is after
+    else:
+        with pytest.raises(ProtocolError, match=state.value):
+            machine.received(message)
+
+
+def test_a_whole_cell_with_two_calls():
+    machine = in_state(State.CALLING)
+    machine.answer_call()
+    machine.received({**CALL, "id": 2})
+    machine.answer_call()
+    assert machine.received(FAILED) == Done(("E", "v", "t"), 0)
+    assert machine.start_cell() == 2
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {**CALL, "id": 2},
+        {**CALL, "id": "1"},
+        {**CALL, "id": 1.0},
+        {**CALL, "id": True},
+        {**CALL, "name": None},
+        {**CALL, "args": {}},
+        {**CALL, "kw": []},
+        {k: v for k, v in CALL.items() if k != "kw"},
+        {**DONE, "n": 2},
+        {**DONE, "n": True},
+        {**DONE, "dropped": -1},
+        {**DONE, "dropped": "1"},
+        {**DONE, "dropped": True},
+        {**DONE, "err": {}},
+        {**DONE, "err": {"name": 1, "value": "", "traceback": ""}},
+        {k: v for k, v in DONE.items() if k != "err"},
+        {"op": "exec"},
+        {"op": ["done"]},
+        {},
+    ],
+)
+def test_a_malformed_frame_is_refused_where_its_like_may_come(message):
+    with pytest.raises(ProtocolError):
+        in_state(State.RUNNING).received(message)
+
+
+near_misses = st.fixed_dictionaries(
+    {},
+    optional={
+        "op": st.sampled_from(["ready", "call", "done", "exec", "ret"]) | json_values,
+        "id": st.integers(0, 3) | json_values,
+        "n": st.integers(0, 3) | json_values,
+        "name": st.just("f") | json_values,
+        "args": st.lists(json_values, max_size=2) | json_values,
+        "kw": messages | json_values,
+        "err": st.none() | st.just({"name": "E", "value": "v", "traceback": "t"}) | json_values,
+        "dropped": st.integers(-1, 3) | json_values,
+    },
+)
+
+
+@settings(max_examples=300)
+@given(st.lists(near_misses, max_size=12))
+def test_any_frames_whatever_keep_the_machine_in_its_states(frames):
+    machine = SessionState()
+    for message in frames:
+        try:
+            event = machine.received(message)
+        except ProtocolError:
+            continue
+        if isinstance(event, Call):
+            assert machine.state is State.CALLING
+            machine.answer_call()
+        else:
+            assert machine.state is State.IDLE
+            machine.start_cell()
+
+
+def connected(action):
+    """Runs `action(channel, peer socket)` with a Channel on a real socket."""
+
+    async def main():
+        ours, peer = socket.socketpair()
+        ours.setblocking(False)
+        peer.setblocking(False)
+        channel = Channel()
+        await asyncio.get_running_loop().create_unix_connection(lambda: channel, sock=ours)
+        try:
+            async with asyncio.timeout(10):
+                return await action(channel, peer)
+        finally:
+            channel.lose(SandboxError("over"))
+            peer.close()
+            # one turn of the loop for the transport to close
+            await asyncio.sleep(0)
+
+    return asyncio.run(main())
+
+
+async def started(channel, peer):
+    waiter = channel.open([], 1)
+    peer.send(encode(READY))
+    await waiter
+    peer.recv(4096)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(min_size=1, max_size=200) | messages.map(encode))
+def test_whatever_comes_while_a_cell_runs_its_waiter_is_released(data):
+    async def action(channel, peer):
+        await started(channel, peer)
+        waiter = channel.execute("1", 1.0)
+        peer.send(data)
+        peer.close()
+        try:
+            event = await waiter
+        except SandboxError:
+            assert channel.state is State.LOST
+        else:
+            assert isinstance(event, Call | Done)
+
+    connected(action)
+
+
+def test_end_of_file_releases_the_waiter_and_refuses_the_next():
+    async def action(channel, peer):
+        await started(channel, peer)
+        waiter = channel.execute("1", 1.0)
+        peer.close()
+        with pytest.raises(SandboxError, match="ended by itself"):
+            await waiter
+        with pytest.raises(SandboxError, match="ended by itself"):
+            channel.execute("2", 1.0)
+
+    connected(action)
+
+
+def test_an_unsolicited_frame_ends_an_idle_session():
+    async def action(channel, peer):
+        await started(channel, peer)
+        peer.send(encode(DONE))
+        while channel.state is not State.LOST:
+            await asyncio.sleep(0)
+        with pytest.raises(ProtocolError, match="idle"):
+            channel.execute("1", 1.0)
+
+    connected(action)
+
+
+def test_a_second_frame_in_the_same_packet_is_refused():
+    async def action(channel, peer):
+        await started(channel, peer)
+        waiter = channel.execute("1", 1.0)
+        peer.send(encode(CALL) + encode({**CALL, "id": 2}))
+        assert isinstance(await waiter, Call)
+        with pytest.raises(ProtocolError, match="calling"):
+            channel.answer(1, value=1)
+
+    connected(action)
+
+
+@given(messages)
+def test_guest_and_host_read_each_others_frames(message):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        guest = Frames(theirs)
+        guest.send(message)
+        assert FrameParser().feed(ours.recv(1 << 20)) == [message]
+        ours.send(encode(message))
+        assert guest.recv() == message
+
+
+def test_the_guest_reads_a_frame_that_arrives_byte_by_byte_and_none_at_the_end():
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.settimeout(5)
+        for byte in encode({"text": "é"}):
+            ours.send(bytes([byte]))
+        ours.send(encode({"n": 1})[:-1])
+        ours.close()
+        guest = Frames(theirs)
+        assert guest.recv() == {"text": "é"}
+        assert guest.recv() is None
+
+
+def test_both_sides_agree_on_the_longest_frame_and_the_guest_refuses_to_send_more():
+    assert MAX_FRAME == GUEST_MAX_FRAME
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        guest = Frames(theirs)
+        with pytest.raises(FrameTooLong):
+            guest.send({"text": "x" * MAX_FRAME})
+        guest.send({"a": "\ud800"})
+        (size,) = struct.unpack("<I", ours.recv(4))
+        assert json.loads(ours.recv(size)) == {"a": "?"}
+        assert orjson.loads(b"{}") == {}
