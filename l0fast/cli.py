@@ -113,7 +113,7 @@ def render_plan(invocation: Invocation) -> str:
     r, e, learner = c.rollout, c.eval, c.learner
     training = c.num_steps * r.groups_per_step * r.group_size
     curve = (c.num_steps - 1) // e.every if e.every else 0
-    evaluation = 4 * e.questions + curve * min(e.curve_questions, e.questions)
+    evaluation = 4 * e.questions + curve * min(e.curve_questions, e.questions) + 2 * e.transfer_questions
     control = (
         "; advantages permuted over trajectories: a control that can't learn" if learner.permute_advantages else ""
     )
@@ -125,7 +125,8 @@ def render_plan(invocation: Invocation) -> str:
         "task": f"{c.task.kind}, {c.task.two_hop_share:.0%} of the questions need two look-ups",
         "training": f"{c.num_steps} steps x {r.groups_per_step} groups x {r.group_size} episodes = {training:,} episodes "
         f"of at most {r.max_turns} turns",
-        "evaluation": f"{e.questions:,} held-out questions before and after, sampled and greedy{between} = "
+        "evaluation": f"{e.questions:,} held-out questions before and after, sampled and greedy{between}; "
+        f"{e.transfer_questions:,} on chains never trained = "
         f"{evaluation:,} episodes",
         "sandbox": c.sandbox.kind,
         "engine": f"{c.engine.kind}, {c.engine.slots} slots",

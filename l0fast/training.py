@@ -61,6 +61,8 @@ async def run(invocation: Invocation) -> int:
         live.phase(f"l0fast {__version__}, recipe {invocation.recipe}, writing {invocation.run_dir}")
         training = Training(config, run_dir, live, started)
         interrupted = await _until_interrupted(training.run())
+        summary = training.summary()
+        run_dir.summary(summary)
         if interrupted:
             live.phase(f"interrupted after {training.step} steps; what was done is kept")
         else:
@@ -69,8 +71,6 @@ async def run(invocation: Invocation) -> int:
             except PlotError as e:
                 # everything they show is written; they can be drawn again
                 live.phase(f"no pictures: {e}")
-        summary = training.summary()
-        run_dir.summary(summary)
         live.close(summary)
     return 130 if interrupted else 0
 
@@ -206,17 +206,18 @@ class Training:
         metrics |= {f"learner/{name}": value for name, value in learned.items()}
         evaluation = config.eval
         if evaluation.every and self.step % evaluation.every == 0 and self.step < config.num_steps:
-            metrics |= await self._evaluate(rooms, f"step {self.step}", evaluation.curve_questions, greedy=False)
+            with self.clock.part("evaluate"):
+                metrics |= await self._evaluate(rooms, f"step {self.step}", evaluation.curve_questions, greedy=False)
         await self.run_dir.trajectories(
             step_name(self.step), [t for group in batch for t in (*group.trajectories, *group.failures)]
         )
         groups.done(len(batch))
         metrics |= self.clock.take_step() | self.lag.take_step()
         metrics |= {"time/since_start_s": time.monotonic() - self.started}
-        step_s = metrics["time/step_s"]
+        training_s = metrics["time/step_s"] - metrics["time/evaluate_s"]
         metrics |= {
-            "rollout/episodes_per_s": metrics["rollout/episodes"] / step_s,
-            "rollout/tokens_per_s": metrics["rollout/tokens"] / step_s,
+            "rollout/episodes_per_s": metrics["rollout/episodes"] / training_s,
+            "rollout/tokens_per_s": metrics["rollout/tokens"] / training_s,
         }
         self.run_dir.metrics(metrics)
         self.live.step(metrics)

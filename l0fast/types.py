@@ -63,6 +63,8 @@ class Turn:
     """Exactly one <think> and one <code>, both long enough (l0.md, format reward)."""
     error: str | None = None
     """Name of the exception the cell ended with."""
+    start_s: float = 0.0
+    """Since the start of the episode [s]."""
     generate_s: float = 0.0
     execute_s: float = 0.0
 

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -105,6 +105,7 @@ FLAGS = [
 ]
 
 
+@settings(deadline=None)
 @given(flags=st.lists(st.sampled_from(FLAGS), unique_by=lambda f: f[0][0].partition("=")[0]), data=st.data())
 def test_the_recipe_may_stand_anywhere_among_the_flags(flags: list[tuple[list[str], dict]], data: st.DataObject):
     at = data.draw(st.integers(0, len(flags)))
@@ -220,12 +221,13 @@ def test_a_run_folder_that_holds_something_is_refused_even_for_a_dry_run():
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing():
     words = ["invented", "--dry-run", "--seed", "9", "--num-steps", "3", "--eval.every", "2", "--eval.questions", "100"]
+    words += ["--eval.transfer-questions", "10"]
     plan = render_plan(parse(words))
     for part in (
         "invented",
         "runs/invented-",
         "3 steps x 16 groups x 8 episodes = 384 episodes",
-        "500 episodes",
+        "520 episodes",
         "seed",
     ):
         assert part in plan

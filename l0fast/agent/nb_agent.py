@@ -50,8 +50,7 @@ class NBAgent:
 
     async def run_episode(self, task: Task, *, index: int, temperature: float, seed: int) -> Trajectory:
         """Play one episode. Never raises for what the world does: the status tells."""
-        episode = _Episode()
-        started = self.clock()
+        episode = _Episode(started=self.clock())
         status, cause = TrajectoryStatus.FAILED_DEADLINE, f"not over within {self.limits.timeout_s:g} s"
         deadline = asyncio.timeout(self.limits.timeout_s)
         try:
@@ -72,8 +71,8 @@ class NBAgent:
             turns=tuple(episode.turns),
             answer=episode.answer,
             cause=cause,
-            started_s=started,
-            wall_s=self.clock() - started,
+            started_s=episode.started,
+            wall_s=self.clock() - episode.started,
         )
 
     async def _turns(
@@ -122,6 +121,7 @@ class NBAgent:
                     complaint=action.complaint,
                     well_formed=action.well_formed,
                     error=error,
+                    start_s=t0 - episode.started,
                     generate_s=t1 - t0,
                     execute_s=self.clock() - t1,
                 )
@@ -168,6 +168,7 @@ def _shown(cell: CellResult, traceback: Literal["full", "last_line"]) -> str:
 class _Episode:
     """What the host knows of one episode, out of the session's reach."""
 
+    started: float
     turns: list[Turn] = field(default_factory=list)
     notepad: Notepad = field(default_factory=Notepad)
     answer: str | None = None

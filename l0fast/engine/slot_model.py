@@ -10,7 +10,7 @@ through a keyword argument that the layers pass on. An attention implementation 
 gets no mask made for it, so ours is built once a pass and not once a layer. Query heads that share a KV head are folded
 into the query axis: nothing is repeated. Decode is bound by reading the slab: n * K * length * D * 8 bytes a layer.
 
-Shape letters, this file only: S slots, n rows of this pass, T new tokens, L longest length, M max_len, H query heads,
+Shape letters, this file only: S slots, n rows of this pass (r: and those between them), T new tokens, L longest length, M max_len, H query heads,
 K key-value heads, G = H / K, D head dimension, V vocabulary.
 """
 
@@ -28,7 +28,7 @@ from l0fast.engine.sampling import uniforms
 _PREFILL_COLUMNS = 1024
 """Longest piece of a prompt computed in one pass; bounds the mask [tokens]."""
 _DENSE_SHARE = 0.6
-"""Decode attends over the slab in place where at least this share of its leading slots is running."""
+"""Decode attends over the slab in place where at least this share of the slots from first to last is running."""
 
 Ints = NDArray[np.int64]
 
@@ -185,44 +185,39 @@ class _Decode:
         self.columns_n = torch.from_numpy(positions_n)
         self.positions_nT = self.columns_n[:, None]
         self.length = int(positions_n.max()) + 1
-        span = int(slots_n.max()) + 1
-        self.span = span if len(slots_n) >= _DENSE_SHARE * span else None
+        first, end = int(slots_n[0]), int(slots_n[-1]) + 1
+        self.block = slice(first, end) if len(slots_n) >= _DENSE_SHARE * (end - first) else None
         columns_r = self.columns_n
-        if self.span is not None and self.span != len(slots_n):
-            # rows that do not run attend to column 0; nobody looks at what they get
-            columns_r = torch.zeros(span, dtype=torch.int64)
-            columns_r[self.slots_n] = self.columns_n
+        # rows of the block that do not run attend to column 0; nobody looks at what they get
+        self.rows_n = None
+        if self.block is not None and end - first > len(slots_n):
+            self.rows_n = self.slots_n - first
+            columns_r = torch.zeros(end - first, dtype=torch.int64)
+            columns_r[self.rows_n] = self.columns_n
         mask_rL = _causal(columns_r[:, None], self.length)
-        rows, K = len(mask_rL), model.keys_SKMD[0].shape[1]
-        self.mask = (
-            mask_rL[:, None, None].expand(rows, K, model.groups, self.length).reshape(rows * K, model.groups, -1)
-        )
+        r, K, G = len(mask_rL), model.keys_SKMD[0].shape[1], model.groups
+        self.mask = mask_rL[:, None, None].expand(r, K, G, self.length).reshape(r * K, G, self.length)
 
     def __call__(self, layer: int, query_nHTD: Tensor, key_nKTD: Tensor, value_nKTD: Tensor, scaling: float) -> Tensor:
         keys_SKMD, values_SKMD = self.model.keys_SKMD[layer], self.model.values_SKMD[layer]
         keys_SKMD[self.slots_n, :, self.columns_n] = key_nKTD[:, :, 0]
         values_SKMD[self.slots_n, :, self.columns_n] = value_nKTD[:, :, 0]
-        n, H, _, D = query_nHTD.shape
-        if self.span is None:
-            query, keys, values = query_nHTD, self._gathered(keys_SKMD), self._gathered(values_SKMD)
-        else:
-            keys, values = keys_SKMD[: self.span], values_SKMD[: self.span]
-            query = query_nHTD
-            if self.span != n:
-                query = query_nHTD.new_zeros(self.span, H, D)
-                query[self.slots_n] = query_nHTD[:, :, 0]
-        rows, K, columns, _ = keys.shape
-        scores = torch.baddbmm(
-            self.mask,
-            query.reshape(rows * K, H // K, D),
-            keys.view(rows * K, columns, D)[:, : self.length].transpose(1, 2),
-            alpha=scaling,
-        )
-        out = torch.bmm(scores.softmax(-1), values.view(rows * K, columns, D)[:, : self.length]).view(rows, 1, H, D)
-        return out if rows == n else out[self.slots_n]
+        _, H, _, D = query_nHTD.shape
+        query_rHD = query_nHTD[:, :, 0]
+        if self.rows_n is not None:
+            query_rHD = query_nHTD.new_zeros(len(self.mask) // keys_SKMD.shape[1], H, D)
+            query_rHD[self.rows_n] = query_nHTD[:, :, 0]
+        keys, values = self._rows(keys_SKMD), self._rows(values_SKMD)
+        query = query_rHD.reshape(len(keys), -1, D)
+        scores = torch.baddbmm(self.mask, query, keys.transpose(1, 2), alpha=scaling)
+        out_rHD = torch.bmm(scores.softmax(-1), values).view(-1, 1, H, D)
+        return out_rHD if self.rows_n is None else out_rHD[self.rows_n]
 
-    def _gathered(self, slab_SKMD: Tensor) -> Tensor:
-        return slab_SKMD[:, :, : self.length].index_select(0, self.slots_n)
+    def _rows(self, slab_SKMD: Tensor) -> Tensor:
+        """The rows to attend over, [r * K, L, D]: a view where they lie together, a copy where they are scattered."""
+        if self.block is not None:
+            return slab_SKMD[self.block].flatten(0, 1)[:, : self.length]
+        return slab_SKMD[:, :, : self.length].index_select(0, self.slots_n).flatten(0, 1)
 
 
 def _causal(positions: Tensor, length: int) -> Tensor:

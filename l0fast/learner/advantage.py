@@ -45,7 +45,9 @@ def leave_one_out(rewards: np.ndarray) -> np.ndarray:
     return np.zeros_like(rewards) if n < 2 else (rewards - rewards.mean()) * n / (n - 1)
 
 
-def gae(rewards: Sequence[float], values: Sequence[float], gamma: float, lam: float) -> tuple[np.ndarray, np.ndarray]:
+def gae(
+    rewards: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray, gamma: float, lam: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Generalised advantage estimates of one episode's turns, or of one turn's tokens.
 
     Args:

@@ -58,7 +58,7 @@ class LearnerClient:
 
     async def save(self, path: Path) -> None:
         """Write the policy as a model folder in Hugging Face form. Raises LearnerError."""
-        await self._worker.call("save", timeout_s=self._config.learner.step_timeout_s, path=str(path.absolute()))
+        await self._worker.call("save", timeout_s=self._config.learner.step_timeout_s, path=str(path))
 
 
 def batch_payload(
@@ -103,7 +103,7 @@ async def learner(
         "l0fast.learner.rank",
         args={
             "config": config.learner.model_dump(),
-            "model_path": str(model_path.absolute()),
+            "model_path": str(model_path),
             "num_steps": config.num_steps,
             "temperature": config.rollout.temperature,
             "seed": config.seed,

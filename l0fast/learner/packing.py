@@ -70,7 +70,7 @@ class Pack:
         return len(self.token_ids)
 
 
-def row_of(segment: Segment, trajectory: Trajectory, advantages: Sequence[float]) -> Row:
+def row_of(segment: Segment, trajectory: Trajectory, advantages: Sequence[float] | np.ndarray) -> Row:
     """Spread the advantage of each turn over the tokens it sampled.
 
     Args:
@@ -149,7 +149,7 @@ def to_bytes(packs: Sequence[Pack]) -> bytearray:
     payload = bytearray(len(header).to_bytes(8, "little") + header)
     for array in arrays:
         payload += b"\0" * (-len(payload) % ALIGNMENT)
-        payload += memoryview(array.reshape(-1)).cast("B") if array.size else b""
+        payload += array.tobytes()
     return payload
 
 

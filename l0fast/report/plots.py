@@ -206,30 +206,33 @@ def step_time(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 
 
 def timeline(trajectories: Sequence[SavedTrajectory], title: str) -> "Figure":
-    """A row an agent. Turns have lengths but no start times: waits are drawn where a row ends."""
+    """A row an agent: what it did, and where it waited for a place or a session."""
     import matplotlib.pyplot as plt
 
     played = sorted((t for t in trajectories if t.wall_s > 0), key=lambda t: (t.started_s, t.wall_s))
     start = played[0].started_s
     bars: dict[str, tuple[list[float], list[float], list[float]]] = {
-        name: ([], [], []) for name in ("generate", "execute", "wait")
+        name: ([], [], []) for name in ("wait", "generate", "execute")
     }
     for row, t in enumerate(played):
-        at, end = t.started_s - start, t.started_s - start + t.wall_s
-        pieces = [p for turn in t.turns for p in (("generate", turn.generate_s), ("execute", turn.execute_s))]
-        busy = sum(length for _, length in pieces)
-        for name, length in [*pieces, ("wait", max(0.0, end - at - busy))]:
+        began = t.started_s - start
+        pieces = [("wait", began, t.wall_s)]  # what is not drawn over
+        for turn in t.turns:
+            at = began + turn.start_s
+            pieces += [("generate", at, turn.generate_s), ("execute", at + turn.generate_s, turn.execute_s)]
+        for name, at, length in pieces:
             for values, value in zip(bars[name], (row, length, at), strict=True):
                 values.append(value)
-            at += length
+    busy = {name: sum(bars[name][1]) for name in bars}
+    busy["wait"] -= busy["generate"] + busy["execute"]
     fig, ax = plt.subplots(figsize=(8.4, 1.4 + 0.025 * max(40, len(played))), layout="constrained")
-    for name, colour in (("generate", BLUE), ("execute", ORANGE), ("wait", "#DDDDDD")):
+    for name, colour in (("wait", "#DDDDDD"), ("generate", BLUE), ("execute", ORANGE)):
         rows, lengths, lefts = bars[name]
-        share = sum(lengths) / sum(t.wall_s for t in played)
+        share = busy[name] / sum(t.wall_s for t in played)
         ax.barh(rows, lengths, 0.9, lefts, color=colour, lw=0, label=f"{name} ({share:.0%})")
     ax.set(xlabel="time since the first of them began [s]", ylabel="agent", ylim=(len(played) - 0.5, -0.5))
     ax.grid(False, axis="y")
-    ax.set_title(f"{title}: {len(played)} episodes (waits are drawn at the end of a row)", loc="left", fontsize=9)
+    ax.set_title(f"{title}: {len(played)} episodes", loc="left", fontsize=9)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 

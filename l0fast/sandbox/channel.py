@@ -175,12 +175,12 @@ class Channel(asyncio.Protocol):
         return self._ask({"op": "open", "seed": seed, "tools": tools})
 
     def execute(self, code: str, timeout_s: float) -> "asyncio.Future[Event]":
-        self._check()
+        self.check()
         n = self._machine.start_cell()
         return self._ask({"op": "exec", "n": n, "code": code, "timeout": timeout_s})
 
     def answer(self, id: int, *, value: Any = None, error: tuple[str, str] | None = None) -> "asyncio.Future[Event]":
-        self._check()
+        self.check()
         message: dict[str, Any] = {"op": "ret", "id": id}
         if error is None:
             message["val"] = value
@@ -205,13 +205,14 @@ class Channel(asyncio.Protocol):
         return self._send(encode(message))
 
     def _send(self, data: bytes) -> "asyncio.Future[Event]":
-        self._check()
+        self.check()
         assert self._transport is not None
         self._next = asyncio.get_running_loop().create_future()
         self._transport.write(data)
         return self._next
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise what the session was lost to, if it was."""
         if self._lost is not None:
             raise self._lost
 

@@ -102,6 +102,7 @@ class LocalLaunched:
 
     def __init__(self, control: socket.socket, process: asyncio.subprocess.Process, uids: _Uids | None, root: str | None):
         self.control = control
+        self.pid = process.pid
         self._process = process
         self._uids = uids
         self._root = root

@@ -42,10 +42,10 @@ class SandboxPool:
         grace_s: float = GRACE_S,
     ):
         self.kind = backend.kind
-        self._backend = backend
+        self.backend = backend
         self._num_shards = num_shards
         self._per_shard = sessions_per_shard
-        self._start_timeout_s = start_timeout_s
+        self.start_timeout_s = start_timeout_s
         self._grace_s = grace_s
         self._shards: dict[int, Shard] = {}
         self._keepers: list[asyncio.Task[None]] = []
@@ -60,8 +60,8 @@ class SandboxPool:
     async def start(self) -> None:
         """Start all shards. Raises SandboxError where one can't be, with nothing left behind."""
         # the first alone: what is wrong with this machine is then said once
-        results: list[Shard | BaseException] = [await Shard.start(self._backend, self._start_timeout_s)]
-        rest = (Shard.start(self._backend, self._start_timeout_s) for _ in range(self._num_shards - 1))
+        results: list[Shard | BaseException] = [await Shard.start(self.backend, self.start_timeout_s)]
+        rest = (Shard.start(self.backend, self.start_timeout_s) for _ in range(self._num_shards - 1))
         results += await asyncio.gather(*rest, return_exceptions=True)
         shards = [r for r in results if isinstance(r, Shard)]
         failures = [r for r in results if isinstance(r, BaseException)]
@@ -91,8 +91,7 @@ class SandboxPool:
         shard, lease = await self._lease(tools, seed)
         try:
             yield PoolSession(
-                lease.channel,
-                lease.output,
+                lease,
                 tools,
                 end=lambda: shard.kill(lease),
                 output_bytes=OUTPUT_BYTES,
@@ -105,14 +104,14 @@ class SandboxPool:
     async def _lease(self, tools: Mapping[str, ToolSpec], seed: int) -> tuple[Shard, Lease]:
         for spec in tools.values():
             _check(spec)
-        limit = asyncio.timeout(self._start_timeout_s)
+        limit = asyncio.timeout(self.start_timeout_s)
         try:
             async with limit, self._starts:
                 while True:
                     free = [s for s in self._shards.values() if s.open and s.load < self._per_shard]
                     if free:
                         shard = min(free, key=lambda s: s.load)
-                        return shard, await shard.lease(tools.values(), seed, self._start_timeout_s)
+                        return shard, await shard.lease(tools.values(), seed, self.start_timeout_s)
                     if not any(self._alive(keeper) for keeper in self._keepers):
                         raise SandboxError(f"no shard is left: {self._last_failure}") from self._last_failure
                     self._change.clear()
@@ -121,7 +120,7 @@ class SandboxPool:
             if not limit.expired():
                 raise
             raise SandboxError(
-                f"no session could be had within {self._start_timeout_s:g} s: {self._num_shards} shards have "
+                f"no session could be had within {self.start_timeout_s:g} s: {self._num_shards} shards have "
                 f"{self._per_shard} places each"
             ) from e
 
@@ -146,7 +145,7 @@ class SandboxPool:
                 await old.close()
                 del self._shards[slot]
             try:
-                self._place(slot, await Shard.start(self._backend, self._start_timeout_s))
+                self._place(slot, await Shard.start(self.backend, self.start_timeout_s))
                 failures = 0
             except SandboxError as e:
                 failures += 1

@@ -41,9 +41,9 @@ async def open_sandbox(config: SandboxConfig, *, max_sessions: int, log: Callabl
             refused.append(f"{kind} ({e})")
             continue
         try:
-            unsafe = _unsafe(kind, pool.report)
-            if unsafe and config.kind == "auto":
-                refused.append(f"{kind} ({unsafe})")
+            risk = unsafe(kind, pool.report)
+            if risk and config.kind == "auto":
+                refused.append(f"{kind} ({risk})")
                 continue
             log(_say(kind, pool.report, pool, refused))
             yield pool
@@ -69,7 +69,7 @@ def _pool(kind: str, config: SandboxConfig, max_sessions: int) -> SandboxPool:
     )
 
 
-def _unsafe(kind: str, report: Report) -> str | None:
+def unsafe(kind: str, report: Report) -> str | None:
     """Why this must not be taken unasked."""
     if kind == "bwrap":
         return None

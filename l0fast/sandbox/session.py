@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 from l0fast.errors import SandboxError, ToolError
 from l0fast.sandbox.base import CellError, CellResult, ToolSpec
-from l0fast.sandbox.channel import Call, Channel, Done, Event, ProtocolError, State
-from l0fast.sandbox.output import OutputFile
+from l0fast.sandbox.channel import Call, Done, Event, ProtocolError, State
+from l0fast.sandbox.shard import Lease
 
 MAX_CALLS = 64
 """Tool calls one cell may make; more are answered with ToolError, and twice as many end the session."""
@@ -23,8 +23,7 @@ class PoolSession:
 
     def __init__(
         self,
-        channel: Channel,
-        output: OutputFile,
+        lease: Lease,
         tools: Mapping[str, ToolSpec],
         end: Callable[[], None],
         *,
@@ -32,8 +31,8 @@ class PoolSession:
         timeout_s: float,
         grace_s: float,
     ):
-        self._channel = channel
-        self._output = output
+        self.lease = lease
+        self._channel = lease.channel
         self._tools = {spec.name: spec for spec in tools.values()}
         self._end = end
         self._output_bytes = output_bytes
@@ -63,6 +62,8 @@ class PoolSession:
                 while isinstance(event, Call):
                     calls += 1
                     event = await self._answer(event, calls, soft)
+                # an answer with something forbidden right behind it is no answer
+                self._channel.check()
         except BaseException as e:
             error = SandboxError("the session was left in the middle of a cell")
             if limit.expired() and isinstance(e, TimeoutError):
@@ -79,7 +80,7 @@ class PoolSession:
             raise
         assert isinstance(event, Done)
         error = CellError(name=event.error[0], value=event.error[1], traceback=event.error[2]) if event.error else None
-        text = self._output.take(self._output_bytes, event.dropped)
+        text = self.lease.output.take(self._output_bytes, event.dropped)
         return CellResult(output=text, error=error, wall_s=time.perf_counter() - began)
 
     async def _answer(self, call: Call, calls: int, soft: float) -> Event:

@@ -30,6 +30,8 @@ CLOSE_TIMEOUT_S = 5.0
 class Launched(Protocol):
     """A zygote that has been started, whatever it runs in."""
 
+    pid: int
+    """Of the process that was started."""
     control: socket.socket
     """This side of the control socket: SEQPACKET, not blocking."""
 
@@ -79,12 +81,15 @@ class Lease:
 
 
 class Shard:
-    def __init__(self, launched: Launched, *, max_starts: int | None):
-        self._launched = launched
+    def __init__(self, launched: Launched, config: dict[str, Any]):
+        self.config = config
+        """What the zygote was told."""
+        self.launched = launched
         self._control = launched.control
         self._loop = asyncio.get_running_loop()
         self._sids = itertools.count()
-        self._starts_left = max_starts
+        # half of the uids are for the zygote's own use, and one is for its trial
+        self.starts_left: int | None = None if config["uid_base"] is None else config["uid_count"] // 2 - 1
         self._leases: dict[int, Lease] = {}
         self._outbox: deque[tuple[bytes, tuple[int, ...]]] = deque()
         self._writing = False
@@ -101,8 +106,7 @@ class Shard:
         """A shard that is ready for sessions. Raises SandboxError with the zygote's own words."""
         async with asyncio.timeout(timeout_s) as limit:
             launched, config = await backend.launch()
-        uid_count = config["uid_count"] // 2 - 1 if config["uid_base"] is not None else None
-        shard = cls(launched, max_starts=uid_count)
+        shard = cls(launched, config)
         try:
             shard._post(orjson.dumps(config))
             async with asyncio.timeout_at(limit.when()):
@@ -112,6 +116,10 @@ class Shard:
         except TimeoutError as e:
             await shard.close(kill=True)
             raise SandboxError(f"a {backend.kind} sandbox did not start within {timeout_s:g} s") from e
+        except SandboxError as e:
+            await shard.close(kill=True)
+            words = await launched.exited()
+            raise SandboxError(f"{e}: {words.splitlines()[-1]}" if words else str(e)) from e
         except BaseException:
             await shard.close(kill=True)
             raise
@@ -131,7 +139,7 @@ class Shard:
     @property
     def open(self) -> bool:
         """Takes new sessions: alive, and with uids left that were never used."""
-        return not self._dead.done() and self._starts_left != 0
+        return not self._dead.done() and self.starts_left != 0
 
     async def finished(self) -> None:
         """Wait until the shard is lost, or has neither sessions nor uids left."""
@@ -140,8 +148,8 @@ class Shard:
     async def lease(self, tools: Iterable[ToolSpec], seed: int, timeout_s: float) -> Lease:
         """Fork a session. Raises SandboxError."""
         assert self.open
-        if self._starts_left is not None:
-            self._starts_left -= 1
+        if self.starts_left is not None:
+            self.starts_left -= 1
         with boundary(SandboxError, "start a session"):
             ours, theirs = socket.socketpair()
             try:
@@ -195,14 +203,14 @@ class Shard:
         self._fail(SandboxError("the sandbox has been closed"))
         pids = [lease.pid for lease in self._leases.values() if lease.pid is not None]
         if kill:
-            self._launched.kill()
+            self.launched.kill()
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._launched.exited()
+                await self.launched.exited()
         except TimeoutError:
-            self._launched.kill()
-            await self._launched.exited()
-        await self._launched.clean(pids)
+            self.launched.kill()
+            await self.launched.exited()
+        await self.launched.clean(pids)
 
     # -- the control socket
 
@@ -259,7 +267,7 @@ class Shard:
                 lease = self._leases.pop(sid)
                 lease.channel.lose(SandboxError(f"the session ended by itself ({error or f'exit status {status}'})"))
                 lease.ended.set_result(None)
-                if self._starts_left == 0 and not self._leases:
+                if self.starts_left == 0 and not self._leases:
                     self._finish()
                 self.on_change()
 

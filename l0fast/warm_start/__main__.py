@@ -96,7 +96,7 @@ def make(options: Options, console: Console) -> None:
     config = RunConfig()
     worlds = {kind: _worlds(kind, options.seed) for stage in RECIPES[options.recipe] for kind in stage.shares}
     home = worlds["real"][0] if "real" in worlds else worlds["invented"][0]
-    tokenizer = train_tokenizer(_tokenizer_texts(home, options.seed), VOCABULARY[options.recipe])
+    tokenizer = train_tokenizer(tokenizer_texts(home, options.seed), VOCABULARY[options.recipe])
     end = tokenizer.token_to_id("<|im_end|>")
     model = new_policy(
         tokenizer.get_vocab_size(),
@@ -136,7 +136,7 @@ def _worlds(kind: str, seed: int) -> list[World]:
     return [make_world(derive_seed("warm start", kind, seed, n)) for n in range(_NUM_WORLDS)]
 
 
-def _tokenizer_texts(world: World, seed: int) -> Iterator[str]:
+def tokenizer_texts(world: World, seed: int) -> Iterator[str]:
     """Each training name once, and the wording of everything else with one name in place of all others."""
     rng = random.Random(seed)
     names, mistakes = sorted(world.train_names), Mistakes(world)

@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l0fast.metrics import Histogram, LoopLag, ProcessTreeMemory, StepClock
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.02, 9e5), min_size=1), st.floats(0.1, 100))
 def test_a_histogram_is_right_to_two_percent(values: list[float], q: float):
     histogram = Histogram()
@@ -176,6 +177,7 @@ def test_a_part_that_spans_two_steps_is_shared_between_them():
     assert (taken["time/learn_s"], taken["time/other_s"], taken["time/step_s"]) == (5, 1, 6)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans(), st.integers(0, 50))))
 def test_parts_always_add_up_to_the_step(moves: list[tuple[str, bool, int]]):
     now = Time()

@@ -7,24 +7,23 @@ import numpy as np
 import orjson
 import pytest
 from blockbuster import blockbuster_ctx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
-from l0fast.metrics import LoopLag
 from l0fast.run_dir import RunDir, read_config, read_metrics, read_summary, read_trajectories, step_name
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
 
-def turn(text: str = "<think>Let me look it up.</think><code>search('Oslo')</code>", tokens: int = 3) -> Turn:
+def turn() -> Turn:
     return Turn(
         prompt_ids=(1, 2, 3),
-        response_ids=tuple(range(tokens)),
-        sampler_logprobs=(-0.125,) * tokens,
+        response_ids=(0, 1, 2),
+        sampler_logprobs=(-0.125,) * 3,
         finish_reason="stop",
         policy_version=4,
-        text=text,
+        text="<think>Let me look it up.</think><code>search('Oslo')</code>",
         output="['Oslo is the capital of Norway.']",
         well_formed=True,
         generate_s=0.25,
@@ -32,12 +31,12 @@ def turn(text: str = "<think>Let me look it up.</think><code>search('Oslo')</cod
     )
 
 
-def trajectory(text: str = "Norway", turns: int = 2, tokens: int = 3) -> Trajectory:
+def trajectory(text: str = "Norway") -> Trajectory:
     return Trajectory(
         task=Task(id="q1", question=f"Where is {text}?", answers=("Norway",), kind="city>country", hops=2),
         index=5,
         status=TrajectoryStatus.COMPLETED,
-        turns=(turn(tokens=tokens),) * turns,
+        turns=(turn(), turn()),
         answer=text,
         rewards=(0.05, 0.9),
         exact_match=True,
@@ -108,6 +107,7 @@ def test_the_log_keeps_lines_in_order(tmp_path: Path):
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 
 
+@settings(deadline=None, max_examples=50)
 @given(question=any_text, answer=st.none() | any_text, advantage=st.floats(allow_nan=False, allow_infinity=False))
 def test_trajectories_read_back_as_they_were(tmp_path_factory, question: str, answer: str | None, advantage: float):
     played = [trajectory(question), trajectory()]
@@ -142,19 +142,33 @@ def test_no_such_file_is_one_sentence(tmp_path: Path):
         read_trajectories(tmp_path / "x.jsonl")
 
 
-def test_writing_many_trajectories_leaves_the_loop_free(tmp_path: Path):
-    played = [trajectory(turns=5, tokens=72)] * 600
+def test_the_writer_sleeps_as_long_as_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # in made-up time: how late a real loop wakes depends on who else uses the machine
+    class Time:
+        now = worked = slept = 0.0
 
-    async def main() -> tuple[LoopLag, float]:
-        lag = LoopLag()
-        with RunDir.create(tmp_path / "run", RunConfig()) as run_dir, blockbuster_ctx():
-            watch = asyncio.create_task(lag.run())
-            await asyncio.sleep(0)
-            await run_dir.trajectories("eval_after", played)
-            watch.cancel()
-        return lag, (run_dir.path / "trajectories/eval_after.jsonl").stat().st_size / 1e6
+        def perf_counter(self) -> float:
+            self.now += 0.0001
+            self.worked += 0.0001
+            return self.now
 
-    lag, megabytes = asyncio.run(main())
-    assert megabytes > 2
-    # the median, since a busy machine adds late wakings of its own; 3-15 ms without pauses
-    assert lag.whole_run.percentile(50) < 2.5
+        def sleep(self, seconds: float) -> None:
+            assert seconds <= 0.001
+            self.now += seconds
+            self.slept += seconds
+
+    clock = Time()
+    with RunDir.create(tmp_path / "run", RunConfig()) as run_dir:
+        monkeypatch.setattr("l0fast.run_dir.time", clock)
+        path = asyncio.run(run_dir.trajectories("eval_after", [trajectory()] * 200))
+    assert len(read_trajectories(path)) == 200
+    assert clock.slept >= 0.7 * clock.worked > 0
+
+
+def test_writing_trajectories_does_not_block_the_loop(tmp_path: Path):
+    async def main(run_dir: RunDir) -> None:
+        with blockbuster_ctx():
+            await run_dir.trajectories("eval_after", [trajectory()])
+
+    with RunDir.create(tmp_path / "run", RunConfig()) as run_dir:
+        asyncio.run(main(run_dir))

@@ -59,7 +59,6 @@ def test_every_single_boundary_gives_the_same_frames():
         assert len(parser.feed(stream[:cut]) + parser.feed(stream[cut:])) == 2
 
 
-@settings(max_examples=300)
 @given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=6))
 def test_garbage_gives_frames_or_the_protocols_own_error_and_holds_little(data, cuts):
     parser = FrameParser(max_frame=64)
@@ -170,22 +169,21 @@ def test_a_malformed_frame_is_refused_where_its_like_may_come(message):
         in_state(State.RUNNING).received(message)
 
 
+junk = st.sampled_from([None, True, -1, 0, 1, 2, 2**63, 1.5, "", "f", "done", [], [1], {}, {"k": 1}])
 near_misses = st.fixed_dictionaries(
-    {},
+    {"op": st.sampled_from(["ready", "call", "call", "done", "done", "exec"]) | junk},
     optional={
-        "op": st.sampled_from(["ready", "call", "done", "exec", "ret"]) | json_values,
-        "id": st.integers(0, 3) | json_values,
-        "n": st.integers(0, 3) | json_values,
-        "name": st.just("f") | json_values,
-        "args": st.lists(json_values, max_size=2) | json_values,
-        "kw": messages | json_values,
-        "err": st.none() | st.just({"name": "E", "value": "v", "traceback": "t"}) | json_values,
-        "dropped": st.integers(-1, 3) | json_values,
+        "id": st.integers(0, 3) | junk,
+        "n": st.integers(0, 3) | junk,
+        "name": st.just("f") | junk,
+        "args": st.just([1]) | junk,
+        "kw": st.just({"k": 2}) | junk,
+        "err": st.just({"name": "E", "value": "v", "traceback": "t"}) | junk,
+        "dropped": junk,
     },
 )
 
 
-@settings(max_examples=300)
 @given(st.lists(near_misses, max_size=12))
 def test_any_frames_whatever_keep_the_machine_in_its_states(frames):
     machine = SessionState()
@@ -230,7 +228,7 @@ async def started(channel, peer):
     peer.recv(4096)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.binary(min_size=1, max_size=200) | messages.map(encode))
 def test_whatever_comes_while_a_cell_runs_its_waiter_is_released(data):
     async def action(channel, peer):

@@ -155,7 +155,9 @@ def test_threads_of_a_cell_take_turns(cells):
 def test_a_thread_that_waits_for_a_tool_when_time_is_up_does_not_break_the_session(cells, desk):
     code = "import threading\nt = threading.Thread(target=wait, daemon=True)\nt.start()\nt.join()"
     late, after = cells(code, "search('on', 1)", timeout_s=0.3)
-    assert late.error.name == "Timeout"
+    # the Timeout is raised in the thread that called; the cell's own comes only if the thread was slow to end
+    assert late.error is None or late.error.name == "Timeout"
+    assert "Timeout" in late.output
     assert desk.cancelled
     assert after.output == "['on 0']\n"
 

@@ -128,6 +128,7 @@ def test_any_listed_value_is_a_right_answer():
         ("The Bahamas", "bahamas"),
         ("ＴＯＫＹＯ", "tokyo"),
         ("Straße", "STRASSE"),
+        ("ℌelsinki", "helsinki"),
         ("Cote d'Ivoire", "cote divoire"),
         ("«Lyon»", "lyon"),
         ("New\u00a0York", "new york"),

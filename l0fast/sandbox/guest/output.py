@@ -7,6 +7,7 @@ file's middle whenever it outgrows four limits; subprocesses that flood it meet 
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -27,6 +28,8 @@ class BoundedFile(io.FileIO):
         """Nothing: a cell that says `sys.stdout.close()` must not take the output of the next ones with it."""
 
     def write(self, data) -> int:
+        # what a TextIOWrapper hands over is bytes; others may hand over any buffer
+        data = data if isinstance(data, bytes) else bytes(data)
         size = len(data)
         if size > 2 * self._half:
             self._write_all(data[: self._half])
@@ -42,19 +45,24 @@ class BoundedFile(io.FileIO):
         return size
 
     def _write_all(self, data) -> None:
-        written = super().write(data)
-        while written < len(data):
-            data = data[written:]
-            written = super().write(data)
+        while data:
+            try:
+                data = data[super().write(data) :]
+            except OSError as e:
+                # RLIMIT_FSIZE, reached by a subprocess: make room
+                if e.errno != errno.EFBIG or not self._compact():
+                    raise
 
-    def _compact(self) -> None:
+    def _compact(self) -> bool:
+        """Cut the middle out of the file if it has grown enough to be worth it."""
         size = os.fstat(self._file_fd).st_size
         if size <= 8 * self._half:
-            return
+            return False
         tail = os.pread(self._file_fd, self._half, size - self._half)
         os.ftruncate(self._file_fd, self._half)
         os.write(self._file_fd, tail)
         self.dropped += size - self._half - len(tail)
+        return True
 
 
 class Output:

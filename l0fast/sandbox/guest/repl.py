@@ -17,6 +17,7 @@ import linecache
 import os
 import signal
 import sys
+import threading
 import traceback
 import types
 from typing import Any
@@ -41,10 +42,12 @@ class Repl:
         self._calls = calls
         self._armed = False
         self._timeout = 0.0
-        self._cells: dict[str, Any] = {}
         main = types.ModuleType("__main__")
         sys.modules["__main__"] = main
-        self.namespace = main.__dict__
+        self.namespace: dict[str, Any] = main.__dict__
+        # errors that Python reports by itself, in the same form as a cell's own
+        sys.unraisablehook = lambda e: self._report("Exception ignored", e.exc_value)
+        threading.excepthook = lambda e: self._report("Exception in a thread", e.exc_value)
 
     def run(self, n: int, code: str, timeout: float) -> dict | None:
         """Run one cell; None, or its error as {name, value, traceback}."""
@@ -92,6 +95,10 @@ class Repl:
             if value is not None:
                 self.namespace["_"] = value
                 self._output.write(repr(value) + "\n")
+
+    def _report(self, what: str, error: BaseException | None) -> None:
+        if error is not None and not isinstance(error, SystemExit):
+            self._output.write(f"{what}: {format_error(error)}")
 
     def _on_alarm(self, signum: int, frame: object) -> None:
         if self._armed and not self._calls.waiting:

@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import sys
+import threading
 
 from .frames import Frames
 from .output import Output
@@ -65,6 +66,7 @@ def warm_up() -> None:
             os.dup2(copy, fd)
             os.close(copy)
         sys.modules["__main__"], sys.stdout, sys.stderr = main, stdout, stderr
+        sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
         os.close(output_fd)
         ours.close()
         theirs.close()

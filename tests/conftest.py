@@ -1,0 +1,31 @@
+"""A policy folder of the shipped kind: the real tokenizer recipe, a small random model."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# a busy machine is no failure
+settings.register_profile("l0fast", deadline=None)
+settings.load_profile("l0fast")
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from l0fast.tasks.geography import geography
+    from l0fast.warm_start.__main__ import tokenizer_texts
+    from l0fast.warm_start.tokenizer import save_tokenizer, train_tokenizer
+    from l0fast.warm_start.train import new_policy, save_policy
+
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer = train_tokenizer(tokenizer_texts(geography(), 0), vocab_size=512)
+    save_tokenizer(tokenizer, folder, context_tokens=640)
+    model = new_policy(
+        tokenizer.get_vocab_size(),
+        eos_token_id=tokenizer.token_to_id("<|im_end|>"),
+        pad_token_id=tokenizer.token_to_id("<|endoftext|>"),
+        context_tokens=640,
+        seed=0,
+    )
+    save_policy(model, folder)
+    return folder

@@ -1,0 +1,155 @@
+"""The parts of the way down, one by one."""
+
+import os
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from l0fast.sandbox.guest import seccomp
+from l0fast.sandbox.guest.files import remove_tree
+from l0fast.sandbox.output import OutputFile
+
+ALLOW, KILL, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
+
+
+def decide(code: bytes, arch: int, number: int, *args: int) -> int:
+    """Run the BPF program as the kernel would."""
+    data = struct.pack("<iIQ6Q", number, arch, 0, *(args + (0,) * 6)[:6])
+    program = list(struct.iter_unpack("<HBBI", code))
+    at, value = 0, 0
+    while True:
+        op, jump_true, jump_false, k = program[at]
+        at += 1
+        match op:
+            case 0x20:
+                (value,) = struct.unpack_from("<I", data, k)
+            case 0x54:
+                value &= k
+            case 0x15:
+                at += jump_true if value == k else jump_false
+            case 0x35:
+                at += jump_true if value >= k else jump_false
+            case 0x06:
+                return k
+
+
+@pytest.fixture(params=["x86_64", "aarch64"])
+def machine(request):
+    return request.param
+
+
+def test_every_denied_call_is_denied_and_no_other(machine):
+    code = seccomp.build_filter(machine)
+    arch, numbers = seccomp.TABLES[machine]
+    denied = {numbers[name] for name in seccomp.DENIED if name in numbers}
+    checked = {numbers[check[0]] for check in seccomp.CHECKED}
+    for number in range(600):
+        if number not in checked:
+            expected = EPERM if number in denied else ENOSYS if number == numbers["clone3"] else ALLOW
+            assert decide(code, arch, number) == expected, number
+
+
+def test_calls_are_judged_by_their_arguments(machine):
+    code = seccomp.build_filter(machine)
+    arch, numbers = seccomp.TABLES[machine]
+
+    def call(name, *args):
+        return decide(code, arch, numbers[name], *args) == ALLOW
+
+    assert call("clone", 0x11)
+    assert not call("clone", 0x10000000 | 0x11)
+    assert call("socketpair", 1, 1)
+    assert call("socketpair", 1, 5 | 0o2000000)
+    assert not call("socketpair", 1, 2)
+    assert not call("socketpair", 1, 3 | 0o2000000)
+    assert not call("socketpair", 16, 1)
+    assert call("kill", 5, 9)
+    assert not call("kill", 0xFFFFFFFF, 9)
+    assert not call("kill", (1 << 64) - 1, 9)
+    assert call("ioctl", 1, 0x5401)
+    assert not call("ioctl", 0, 0x5412)
+    assert call("prlimit64", 0, 7)
+    assert not call("prlimit64", 1234, 7)
+    assert call("personality", 0xFFFFFFFF)
+    assert not call("personality", 0x0040000)
+
+
+def test_another_architecture_is_killed_and_x32_does_not_exist(machine):
+    code = seccomp.build_filter(machine)
+    arch, numbers = seccomp.TABLES[machine]
+    assert decide(code, 0x40000003, 1) == KILL
+    if machine == "x86_64":
+        assert decide(code, arch, 0x40000000 | numbers["socket"]) == ENOSYS
+
+
+def test_every_checked_call_and_the_denied_of_both_machines_have_numbers():
+    for _, numbers in seccomp.TABLES.values():
+        assert {check[0] for check in seccomp.CHECKED} <= numbers.keys()
+        assert len(set(numbers.values())) == len(numbers)
+    of_x86 = {"iopl", "ioperm", "modify_ldt", "uselib", "ustat", "sysfs", "_sysctl"}
+    assert set(seccomp.DENIED) - of_x86 <= seccomp.TABLES["aarch64"][1].keys()
+    assert set(seccomp.DENIED) <= seccomp.TABLES["x86_64"][1].keys()
+
+
+def test_an_unknown_machine_is_refused_by_name():
+    with pytest.raises(ValueError, match="riscv64"):
+        seccomp.build_filter("riscv64")
+
+
+def test_a_tree_is_removed_whatever_was_done_to_it(tmp_path):
+    root = tmp_path / "root"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "keep").write_text("kept")
+    (root / "a" / "b" / "c").mkdir(parents=True)
+    (root / "a" / ".1").mkdir()
+    (root / ".1").mkdir()
+    (root / ".2").write_text("a name the remover itself would take")
+    (root / "a" / "b" / "link").symlink_to(other)
+    (root / "a" / "b" / "c" / "file").write_text("x")
+    (root / "a" / "b" / "c").chmod(0)
+    (root / "a").chmod(0)
+    root.chmod(0)
+    remove_tree(str(root))
+    assert not root.exists()
+    assert (other / "keep").read_text() == "kept"
+    remove_tree(str(root))
+
+
+def test_ten_thousand_levels_are_removed(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    here = os.getcwd()
+    try:
+        os.chdir(root)
+        for _ in range(10_000):
+            os.mkdir("d")
+            os.chdir("d")
+    finally:
+        os.chdir(here)
+    remove_tree(str(root))
+    assert not root.exists()
+
+
+@given(st.text(max_size=60), st.integers(2, 40), st.integers(0, 5))
+def test_output_is_cut_in_its_middle_between_characters(text, limit, dropped):
+    file = OutputFile()
+    try:
+        data = text.encode("utf-8", "replace")
+        os.write(file.fd, data)
+        shown = file.take(limit, dropped)
+        assert os.fstat(file.fd).st_size == 0
+        assert file.take(limit, 0) == ""
+    finally:
+        file.close()
+    whole = data.decode()
+    if len(data) <= limit and not (dropped and data):
+        assert shown == whole
+    else:
+        head, _, rest = shown.partition("\n[... ")
+        _, _, tail = rest.partition(" bytes cut ...]\n")
+        assert whole.startswith(head)
+        assert whole.endswith(tail)
+        assert len(head.encode()) + len(tail.encode()) <= limit

@@ -1,0 +1,204 @@
+"""The command as a user runs it: in a process of its own, with real engine, sandbox and learner on a tiny random policy."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from l0fast.run_dir import read_config, read_metrics, read_trajectories
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--engine.threads", "1", "--learner.threads", "1", "--rollout.max-turns", "2", "--agent.max-new-tokens", "8"]
+SUMMARY_KEYS = {
+    "eval_accuracy_before",
+    "eval_accuracy_after",
+    "eval_questions",
+    "eval_greedy_before",
+    "eval_greedy_after",
+    "wall_s",
+    "first_episode_s",
+    "peak_pss_mb",
+    "steps",
+    "episodes",
+    "failed_episodes",
+    "tokens_generated",
+    "loop_lag_p99_ms",
+    "seed",
+    "version",
+}
+
+
+def start(*args: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "l0fast.run", *args],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int) -> str:
+    out, _ = process.communicate(timeout=110)
+    assert process.returncode == code, out
+    return out
+
+
+def children_of(pid: int) -> set[int]:
+    """All descendants of a process."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        parents[int(stat.parent.name)] = int(fields[1])
+    found, frontier = set(), {pid}
+    while frontier := {child for child, parent in parents.items() if parent in frontier} - found:
+        found |= frontier
+    return found
+
+
+def wait_until_gone(pids: set[int], timeout_s: float = 5) -> set[int]:
+    """Those that are still there after a while."""
+    deadline = time.monotonic() + timeout_s
+    while (alive := {pid for pid in pids if Path(f"/proc/{pid}").exists()}) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return alive
+
+
+@pytest.fixture(scope="module")
+def smoke(policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("smoke") / "run"
+    out = finish(start("--smoke", "--run-dir", str(run_dir), "--model.path", str(policy_folder), *SMALL), 0)
+    assert "held-out accuracy" in out.splitlines()[-1]
+    assert "l0fast.trajectory" in out.splitlines()[-1]
+    return run_dir
+
+
+@pytest.mark.slow
+def test_smoke_leaves_a_complete_folder(smoke: Path):
+    summary = json.loads((smoke / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY_KEYS
+    assert summary["steps"] == 2
+    assert summary["failed_episodes"] == 0
+    assert {plot.name for plot in (smoke / "plots").iterdir()} >= {"learning_curve.png", "step_time.png"}
+    assert {file.name for file in (smoke / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert read_config(smoke).num_steps == 2
+    assert [row["step"] for row in read_metrics(smoke)] == [1, 2]
+    assert not list(smoke.rglob("*.partial"))
+
+
+@pytest.mark.slow
+def test_what_was_trained_on_is_written_with_ids_and_rewards(smoke: Path):
+    trajectories = read_trajectories(smoke / "trajectories" / "step_0001.jsonl")
+    assert len(trajectories) == 4 * 8
+    assert all(len(t.rewards) == len(t.turns) for t in trajectories)
+    assert all(len(turn.response_ids) == len(turn.sampler_logprobs) for t in trajectories for turn in t.turns)
+
+
+@pytest.mark.slow
+def test_the_final_model_is_the_trained_one_and_loads(smoke: Path, policy_folder: Path):
+    from safetensors.numpy import load_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(smoke / "model")
+    start_weights = load_file(policy_folder / "model.safetensors")
+    weights = dict(model.named_parameters())
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert abs(weights[name].detach().numpy() - start_weights[name]).max() > 1e-4
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_done_and_leaves_no_process(policy_folder: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    process = start(
+        "--run-dir", str(run_dir), "--model.path", str(policy_folder), "--eval.questions", "4", "--num-steps", "1000",
+        "--rollout.groups-per-step", "1", "--rollout.max-open-groups", "1", *SMALL,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 2/1000" in line:
+            break
+    children = children_of(process.pid)
+    assert len(children) >= 3  # engine, learner, sandbox
+    process.send_signal(signal.SIGINT)
+    out = finish(process, 130)
+    assert "interrupted after" in out
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["steps"] >= 2
+    assert len(read_metrics(run_dir)) == summary["steps"]
+    assert not wait_until_gone(children)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_no_process(policy_folder: Path, tmp_path: Path):
+    process = start("--run-dir", str(tmp_path / "run"), "--model.path", str(policy_folder), *SMALL)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "held-out accuracy before" in line:
+            break
+    children = children_of(process.pid)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    assert not wait_until_gone(children)
+
+
+@pytest.mark.slow
+def test_the_same_seed_with_the_simulated_engine_gives_the_same_run(policy_folder: Path, tmp_path: Path):
+    args = ["--smoke", "--model.path", str(policy_folder), "--engine.kind", "simulated", "--learner.threads", "1"]
+    runs = [
+        start(*args, "--run-dir", str(tmp_path / name), "--seed", seed)
+        for name, seed in [("a", "7"), ("b", "7"), ("c", "8")]
+    ]
+    for process in runs:
+        finish(process, 0)
+
+    def seen(name: str):
+        timings = ("time/", "loop/", "_s")
+        metrics = [
+            {
+                k: v
+                for k, v in row.items()
+                if not k.startswith(timings[:2]) and not k.endswith(timings[2]) and "_per_s" not in k
+            }
+            for row in read_metrics(tmp_path / name)
+        ]
+        played = [
+            [(turn.prompt_ids, turn.response_ids, turn.output) for turn in t.turns]
+            for file in sorted((tmp_path / name / "trajectories").iterdir())
+            for t in read_trajectories(file)
+        ]
+        return metrics, played
+
+    assert seen("a") == seen("b")
+    assert seen("a") != seen("c")
+
+
+@pytest.mark.parametrize(("args", "sentence"), [
+    (["--model.path", "/no/such/folder"], "neither a folder nor a policy that ships"),
+    (["--eval.questions", "1000000"], "held-out questions"),
+    (["--nmu-steps", "3"], "--num-steps"),
+    (["--resume", "runs/x"], "not in this version"),
+])  # fmt: skip
+def test_bad_input_is_one_sentence_and_nothing_is_written(args: list[str], sentence: str, tmp_path: Path):
+    out = finish(start("--run-dir", str(tmp_path / "run"), *args), 2)
+    assert sentence in out
+    assert len(out.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(policy_folder: Path, tmp_path: Path):
+    out = finish(
+        start("--dry-run", "--run-dir", str(tmp_path / "run"), "--model.path", str(policy_folder), "--seed", "3"), 0
+    )
+    assert "60 steps" in out
+    assert "seed" in out
+    assert not (tmp_path / "run").exists()
