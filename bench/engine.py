@@ -16,6 +16,7 @@ import random
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -68,7 +69,7 @@ async def engine_once(
     return wall_s, (await engine.stats()).cpu_s - before.cpu_s, [t.result() for t in tasks]
 
 
-def generate_once(model: Qwen3ForCausalLM, prompts: Prompts, new_tokens: int) -> tuple[float, float]:
+def generate_once(model: Any, prompts: Prompts, new_tokens: int) -> tuple[float, float]:
     longest = max(len(p) for p in prompts)
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -80,7 +81,7 @@ def generate_once(model: Qwen3ForCausalLM, prompts: Prompts, new_tokens: int) ->
     return time.perf_counter() - started, time.process_time() - cpu
 
 
-def logprob_error(model: Qwen3ForCausalLM, prompt: list[int], sampled: Sampled) -> float:
+def logprob_error(model: Any, prompt: list[int], sampled: Sampled) -> float:
     logits = model(input_ids=torch.tensor([[*prompt, *sampled.response_ids]])).logits[0, len(prompt) - 1 : -1]
     expected = logits.log_softmax(-1).gather(-1, torch.tensor(sampled.response_ids)[:, None])[:, 0]
     return float((expected - torch.tensor(sampled.sampler_logprobs)).abs().max())

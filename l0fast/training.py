@@ -25,9 +25,10 @@ from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.cli import Invocation
 from l0fast.config import RunConfig
 from l0fast.engine.base import Engine
+from l0fast.engine.simulated import SimulatedEngine
 from l0fast.engine.transformers import check_model_folder, transformers_engine
 from l0fast.errors import UsageError
-from l0fast.ipc import shared_weights
+from l0fast.ipc import SharedWeights, shared_weights
 from l0fast.learner.client import LearnerClient, learner
 from l0fast.metrics import LoopLag, ProcessTreeMemory, StepClock
 from l0fast.report.live import Live
@@ -39,11 +40,13 @@ from l0fast.sandbox import open_sandbox
 from l0fast.sandbox.base import Sandbox
 from l0fast.seeding import derive_seed
 from l0fast.tasks import load_world
+from l0fast.tasks.invented import invented_world
 from l0fast.tasks.outcomes import outcome_shares
 from l0fast.tasks.rewards import exact_match, turn_rewards
 from l0fast.tasks.world import World
 from l0fast.tools.local_search import LocalSearch, search_tool
 from l0fast.types import Group, Task, Trajectory
+from l0fast.warm_start.demonstrations import Demonstrator
 
 MODELS = Path(__file__).parent / "models"
 """Policies that ship, a folder each."""
@@ -134,6 +137,8 @@ class Rooms:
     """Searches the training corpus."""
     evaluator: NBAgent
     """The same agent, searching everything."""
+    transfer: dict[str, tuple[NBAgent, list[Task]]]
+    """What nothing was trained for: chains of look-ups left out, and another world."""
     engine: Engine
     learner: LearnerClient
 
@@ -168,6 +173,7 @@ class Training:
     async def _train(self, rooms: Rooms) -> None:
         config, rollout = self.config, self.config.rollout
         await self._evaluate(rooms, "before", config.eval.questions, greedy=True)
+        await self._evaluate_transfer(rooms, "before")
         sampling = DynamicSampling(
             drop_rate=rollout.drop_rate,
             max_drops=rollout.max_drop_rounds * rollout.groups_per_step,
@@ -191,7 +197,7 @@ class Training:
                 await self._step(rooms, groups)
         await rooms.learner.save(self.run_dir.model_path)
         await self._evaluate(rooms, "after", config.eval.questions, greedy=True)
-        await self._evaluate_transfer(rooms)
+        await self._evaluate_transfer(rooms, "after")
 
     async def _step(self, rooms: Rooms, groups: Groups) -> None:
         """One optimizer step, and what is told of it."""
@@ -245,11 +251,11 @@ class Training:
     async def _evaluate(self, rooms: Rooms, name: str, num_questions: int, *, greedy: bool) -> dict[str, float]:
         """Ask held-out questions, sampled at T = 1 and, where wanted, greedily."""
         tasks = rooms.world.heldout_tasks(num_questions, two_hop_share=self.config.task.two_hop_share)
-        played = await self._ask(rooms, tasks, temperature=1.0)
+        played = await self._ask(rooms.evaluator, tasks, temperature=1.0)
         metrics = {"eval/sampled": _accuracy(played)}
         await self.run_dir.trajectories(f"eval_{name.replace(' ', '_')}", played)
         if greedy:
-            greedily = await self._ask(rooms, tasks, temperature=0.0)
+            greedily = await self._ask(rooms.evaluator, tasks, temperature=0.0)
             metrics["eval/greedy"] = _accuracy(greedily)
             await self.run_dir.trajectories(f"eval_{name.replace(' ', '_')}_greedy", greedily)
             self.results |= {
@@ -260,17 +266,16 @@ class Training:
         self.live.evaluation(name, metrics)
         return metrics
 
-    async def _evaluate_transfer(self, rooms: Rooms) -> None:
-        """Chains of look-ups that were never trained on, with names that were never seen."""
-        tasks = rooms.world.untrained_chain_tasks(self.config.eval.transfer_questions)
-        for kind, temperature in (("accuracy", 1.0), ("greedy", 0.0)):
-            played = await self._ask(rooms, tasks, temperature=temperature)
-            self.results[f"untrained_chains_{kind}_after"] = _accuracy(played)
+    async def _evaluate_transfer(self, rooms: Rooms, when: str) -> None:
+        for name, (agent, tasks) in rooms.transfer.items():
+            played = await self._ask(agent, tasks, temperature=0.0)
+            self.results[f"transfer_{name}_greedy_{when}"] = _accuracy(played)
+            await self.run_dir.trajectories(f"transfer_{name}_{when}", played)
 
-    async def _ask(self, rooms: Rooms, tasks: Sequence[Task], *, temperature: float) -> list[Trajectory]:
+    async def _ask(self, agent: NBAgent, tasks: Sequence[Task], *, temperature: float) -> list[Trajectory]:
         async def play(task: Task) -> Trajectory:
             seed = derive_seed(self.config.seed, "evaluation", task.id)
-            return await self._play(rooms.evaluator, task, index=0, temperature=temperature, seed=seed)
+            return await self._play(agent, task, index=0, temperature=temperature, seed=seed)
 
         return await play_all(play, tasks, max_open=self.config.engine.slots)
 
@@ -313,24 +318,55 @@ class Training:
         config, log_dir = self.config, self.run_dir.path
         folder = model_folder(config.model.path)
         world = load_world(config.task)
+        # invented names for a policy of the real world, and other invented ones for a policy of invented ones
+        other = invented_world(config.task.world_seed + (config.task.kind == "invented"))
         chat = Chat(folder)
         open_episodes = max(config.rollout.max_open_groups * config.rollout.group_size, config.engine.slots)
         async with open_sandbox(config.sandbox, max_sessions=open_episodes, log=self.live.phase) as sandbox:
             with shared_weights(folder) as weights:
                 self.live.phase("starting engine and learner")
                 async with (
-                    transformers_engine(
-                        config.engine, folder, max_tokens=config.agent.context_tokens, weights=weights, log_dir=log_dir
-                    ) as engine,
+                    self._engine(folder, chat, [world, other], weights) as engine,
                     learner(config, folder, weights=weights, log_dir=log_dir) as learner_client,
                 ):
+                    evaluator = self._agent(chat, engine, sandbox, world.full_corpus)
+                    n, two_hop_share = config.eval.transfer_questions, config.task.two_hop_share
                     yield Rooms(
                         world=world,
                         agent=self._agent(chat, engine, sandbox, world.train_corpus),
-                        evaluator=self._agent(chat, engine, sandbox, world.full_corpus),
+                        evaluator=evaluator,
+                        transfer={
+                            "untrained_chains": (evaluator, world.untrained_chain_tasks(n)),
+                            "other_world": (
+                                self._agent(chat, engine, sandbox, other.full_corpus),
+                                other.heldout_tasks(n, two_hop_share=two_hop_share),
+                            ),
+                        },
                         engine=engine,
                         learner=learner_client,
                     )
+
+    @asynccontextmanager
+    async def _engine(
+        self, folder: Path, chat: Chat, worlds: Sequence[World], weights: SharedWeights
+    ) -> AsyncIterator[Engine]:
+        config = self.config
+        max_tokens = config.agent.context_tokens
+        if config.engine.kind == "simulated":
+            # plays demonstrations: the whole run but for the model, the same to the last id for the same seed
+            script = Demonstrator(chat, worlds, good_rate=0.5, seed=config.seed)
+            yield SimulatedEngine(
+                vocab_size=chat.vocab_size,
+                max_tokens=max_tokens,
+                slots=config.engine.slots,
+                seed=config.seed,
+                script=script,
+            )
+        else:
+            async with transformers_engine(
+                config.engine, folder, max_tokens=max_tokens, weights=weights, log_dir=self.run_dir.path
+            ) as engine:
+                yield engine
 
     def _agent(self, chat: Chat, engine: Engine, sandbox: Sandbox, corpus: Sequence[str]) -> NBAgent:
         config = self.config

@@ -19,6 +19,7 @@ import orjson
 
 from l0fast.config import EngineConfig
 from l0fast.engine.base import EngineLoad, Sampled, Sampling
+from l0fast.engine.check import check_request
 from l0fast.errors import EngineError, UsageError
 from l0fast.ipc import SharedWeights, Worker, spawn_worker
 
@@ -49,7 +50,7 @@ class TransformersEngine:
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str) -> Sampled:
         prompt = np.asarray(prompt_ids, np.int64)
-        self._check(prompt, sampling)
+        check_request(prompt, sampling, vocab_size=self._vocab_size, max_tokens=self._max_tokens)
         request = next(self._requests)
         try:
             header, payload = await self._worker.call(
@@ -100,29 +101,6 @@ class TransformersEngine:
 
     async def _load(self) -> dict[str, Any]:
         return (await self._worker.call("load", timeout_s=self._config.request_timeout_s))[0]
-
-    def _check(self, prompt: np.ndarray, sampling: Sampling) -> None:
-        if not len(prompt):
-            raise ValueError("the prompt has no ids: send at least one")
-        if prompt.min() < 0 or prompt.max() >= self._vocab_size:
-            odd = int(prompt[(prompt < 0) | (prompt >= self._vocab_size)][0])
-            raise ValueError(
-                f"the prompt has id {odd}, but the model's ids are 0 to {self._vocab_size - 1}: "
-                "is it from another model's tokenizer?"
-            )
-        if sampling.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens = {sampling.max_new_tokens}: ask for at least one")
-        if len(prompt) + sampling.max_new_tokens > self._max_tokens:
-            raise ValueError(
-                f"a prompt of {len(prompt)} ids and max_new_tokens = {sampling.max_new_tokens} do not fit in the engine's "
-                f"{self._max_tokens} tokens: shorten the prompt or raise --agent.context-tokens"
-            )
-        if not 0 <= sampling.temperature < float("inf"):
-            raise ValueError(f"temperature = {sampling.temperature}: give 0 (greedy) or more")
-        if any(not 0 <= stop < self._vocab_size for stop in sampling.stop_token_ids):
-            raise ValueError(
-                f"stop_token_ids = {sampling.stop_token_ids}, but the model's ids are 0 to {self._vocab_size - 1}"
-            )
 
 
 @asynccontextmanager

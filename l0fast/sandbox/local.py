@@ -10,17 +10,20 @@ addition: disk space, and the list of the machine's processes.
 """
 
 import asyncio
+import json
 import os
 import random
+import select
 import shutil
 import socket
+import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from signal import SIGKILL
+from signal import SIGKILL, SIGTERM
 from typing import Any
 
 from l0fast.config import SandboxConfig
@@ -98,31 +101,60 @@ class _Uids:
 
 
 class LocalLaunched:
-    """A zygote that is a child of this process, or of the bwrap that is."""
+    """A zygote that is a child of this process, or of the bwrap that is.
 
-    def __init__(self, control: socket.socket, process: asyncio.subprocess.Process, uids: _Uids | None, root: str | None):
+    A plain Popen whose pidfd the loop watches: nothing here waits between the fork and the record of it, so there is no
+    moment at which a cancelled start could lose a child.
+    """
+
+    def __init__(
+        self,
+        control: socket.socket,
+        process: subprocess.Popen[bytes],
+        stderr: int,
+        info: int | None,
+        uids: _Uids | None,
+        root: str | None,
+    ):
         self.control = control
         self.pid = process.pid
         self._process = process
+        self._stderr = stderr
+        self._info = info
         self._uids = uids
         self._root = root
-        self._exit = asyncio.create_task(process.communicate())
+        self._loop = asyncio.get_running_loop()
+        self._exit: asyncio.Future[str] = self._loop.create_future()
+        self._pidfd = os.pidfd_open(process.pid)
+        self._loop.add_reader(self._pidfd, self._exited)
+
+    def _exited(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._process.wait()
+        size = os.fstat(self._stderr).st_size
+        self._exit.set_result(os.pread(self._stderr, 4096, max(0, size - 4096)).decode("utf-8", "replace").strip())
+        os.close(self._stderr)
 
     async def exited(self) -> str:
-        _, stderr = await asyncio.shield(self._exit)
-        return stderr[-4096:].decode("utf-8", "replace").strip()
+        return await asyncio.shield(self._exit)
 
     def kill(self) -> None:
-        if self._process.returncode is None:
+        if not self._exit.done():
             self._process.kill()
 
     async def clean(self, pids: list[int]) -> None:
         try:
+            if self._info is not None:
+                await asyncio.to_thread(_wait_for_namespace, self._info)
             if self._root is not None:
                 # a zygote that ended by itself has left nothing, and this finds nothing
                 await asyncio.to_thread(_sweep, set(pids), self._uids.base if self._uids else None)
                 await asyncio.to_thread(remove_tree, self._root)
         finally:
+            if self._info is not None:
+                os.close(self._info)
+                self._info = None
             if self._uids is not None:
                 self._uids.close()
 
@@ -141,30 +173,36 @@ class LocalBackend:
         ours.setblocking(False)
         uids = _Uids() if self._root else None
         opened: list[int] = []
-        root = None
+        root = info = stderr = None
         try:
             with boundary(SandboxError, f"start a {self.kind} zygote"):
                 if self.kind == "bwrap":
-                    argv, env, config = self._bwrap()
+                    info, told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+                    opened.append(told)
+                    argv, env, config = self._bwrap(told)
                 else:
                     root = tempfile.mkdtemp(prefix="l0fast-")
                     os.chmod(root, 0o1733 if self._root else 0o700)
                     argv, env, config = self._process(root, opened)
                 config |= {"uid_base": uids.base if uids else None, "uid_count": _UIDS_PER_SHARD}
-                process = await asyncio.create_subprocess_exec(
-                    *argv,
-                    str(theirs.fileno()),
+                stderr = os.memfd_create("stderr", os.MFD_CLOEXEC)
+                # forked by the loop's own thread: the zygote's parent-death signal is bound to it
+                process = subprocess.Popen(  # noqa: ASYNC220 - a few ms, once a shard
+                    [*argv, str(theirs.fileno())],
                     pass_fds=(theirs.fileno(), *opened),
                     env=env,
                     cwd="/",
                     # a Ctrl-C at the terminal is for the driver, which then closes its sandbox
                     start_new_session=True,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.DEVNULL,
-                    stderr=asyncio.subprocess.PIPE,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
                 )
         except BaseException:
             ours.close()
+            for fd in (stderr, info):
+                if fd is not None:
+                    os.close(fd)
             if uids is not None:
                 uids.close()
             if root is not None:
@@ -174,7 +212,7 @@ class LocalBackend:
             theirs.close()
             for fd in opened:
                 os.close(fd)
-        return LocalLaunched(ours, process, uids, root), {**self.config, **config}
+        return LocalLaunched(ours, process, stderr, info, uids, root), {**self.config, **config}
 
     def _process(self, root: str, opened: list[int]) -> tuple[list[str], dict[str, str], dict[str, Any]]:
         env = _environment()
@@ -195,6 +233,8 @@ class LocalBackend:
         site = [reach(folder) for folder in site]
         config = {
             "root": root,
+            # it cleans up before it goes
+            "death_signal": SIGTERM,
             "program": str(GUEST),
             "site": site,
             "read": [*_SYSTEM, *_ETC, prefix, *site],
@@ -202,7 +242,7 @@ class LocalBackend:
         }
         return [*_python(), str(GUEST)], env, config
 
-    def _bwrap(self) -> tuple[list[str], dict[str, str], dict[str, Any]]:
+    def _bwrap(self, info: int) -> tuple[list[str], dict[str, str], dict[str, Any]]:
         bwrap = shutil.which("bwrap")
         if bwrap is None:
             raise SandboxError("bubblewrap is not installed (Debian: apt-get install bubblewrap)")
@@ -212,7 +252,17 @@ class LocalBackend:
         else:
             argv += ["--unshare-user"]
         # as PID 1 the zygote takes its namespace with it, however it ends
-        argv += ["--die-with-parent", "--new-session", "--as-pid-1", "--proc", "/proc", "--dev", "/dev"]
+        argv += [
+            "--info-fd",
+            str(info),
+            "--die-with-parent",
+            "--new-session",
+            "--as-pid-1",
+            "--proc",
+            "/proc",
+            "--dev",
+            "/dev",
+        ]
         for path in _SYSTEM:
             if os.path.islink(path):
                 argv += ["--symlink", os.readlink(path), path]
@@ -233,6 +283,8 @@ class LocalBackend:
         argv += ["--remount-ro", "/", "--chdir", "/", "--"]
         config = {
             "root": "/agent",
+            # the kernel cleans up: PID 1 takes its namespace along
+            "death_signal": SIGKILL,
             "program": "/l0fast",
             "site": site,
             "read": [*_SYSTEM, *_ETC, sys.base_prefix, *site],
@@ -245,6 +297,21 @@ def _python() -> Sequence[str]:
     """The interpreter itself, not a virtual environment's link to it; its own folders alone on the path."""
     executable = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     return executable, "-S", "-s", "-B", "-c", _BOOT
+
+
+def _wait_for_namespace(info: int) -> None:
+    """Wait until the zygote is gone too, where bwrap was killed: the kernel then ends PID 1 and all of its namespace."""
+    try:
+        pid = json.loads(os.read(info, 4096))["child-pid"]
+        watch = os.pidfd_open(pid)
+    except (BlockingIOError, ValueError, ProcessLookupError):
+        # bwrap had not got that far, or all is over
+        return
+    try:
+        if not select.select([watch], [], [], _SWEEP_TIMEOUT_S)[0]:
+            raise SandboxError(f"process {pid} is still there after its bwrap has ended")
+    finally:
+        os.close(watch)
 
 
 def _sweep(pids: set[int], uid_base: int | None) -> None:

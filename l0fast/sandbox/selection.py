@@ -21,7 +21,9 @@ NO_DOCKER = "the docker backend is not part of this version"
 
 
 @asynccontextmanager
-async def open_sandbox(config: SandboxConfig, *, max_sessions: int, log: Callable[[str], None]) -> AsyncIterator[Sandbox]:
+async def open_sandbox(
+    config: SandboxConfig, *, max_sessions: int, log: Callable[[str], None]
+) -> AsyncIterator[Sandbox]:
     """A pool with places for `max_sessions`; leaving the block ends it all.
 
     "auto" takes bwrap, else process where seccomp and Landlock are both active. One line through `log` says which, and

@@ -187,7 +187,7 @@ class Shard:
             self._post(orjson.dumps({"op": "kill", "sid": lease.sid}))
 
     async def end(self, lease: Lease) -> None:
-        """End a session and all it started; back when nothing of it is left."""
+        """End a session and all it started; back when no process of it is left. Its folder is then being removed."""
         lease.channel.lose(SandboxError("the session has been closed"))
         lease.output.close()
         self.kill(lease)

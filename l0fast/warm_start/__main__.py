@@ -9,6 +9,7 @@ to be right (low loss on real names can be memorised names).
 """
 
 import asyncio
+import itertools
 import os
 import random
 import sys
@@ -24,21 +25,24 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from l0fast.agent.chat import Chat
 from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.config import RunConfig, SandboxConfig
+from l0fast.engine.simulated import SimulatedEngine
 from l0fast.errors import UsageError, WorldError
 from l0fast.learner.segments import segments_of
 from l0fast.rollout.rollouts import play_all
 from l0fast.sandbox import open_sandbox
-from l0fast.sandbox.base import Sandbox
 from l0fast.seeding import derive_seed
+from l0fast.tasks.facts import PHRASINGS, RELATIONS
 from l0fast.tasks.geography import geography, permuted_world
 from l0fast.tasks.invented import invented_world
-from l0fast.tasks.world import PHRASINGS, RELATIONS, World
+from l0fast.tasks.world import World
 from l0fast.tools.local_search import LocalSearch, search_tool
 from l0fast.types import Task, Trajectory
 from l0fast.warm_start.demonstrations import Demonstrator, Mistakes, good_move
 
 _NUM_WORLDS = 12
 """Different invented and permuted worlds a stage draws on."""
+_OPEN = 128
+"""Demonstrations played at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,15 +171,35 @@ async def _demonstrate(
     bar = progress.add_task("demonstrations", total=total, note="")
     rng = random.Random(derive_seed("demonstrations", options.seed))
     sandbox_config = SandboxConfig(kind=options.sandbox)
-    async with open_sandbox(sandbox_config, max_sessions=128, log=progress.console.print) as sandbox:
-        players = {kind: [_Player(w, chat, sandbox, config, options) for w in ws] for kind, ws in worlds.items()}
-        tokens = 0
-        for n, stage in enumerate(stages):
-            until = int(sum(s.tokens for s in stages[: n + 1]) * options.scale)
+    demonstrator = Demonstrator(
+        chat, itertools.chain.from_iterable(worlds.values()), good_rate=options.good_rate, seed=options.seed
+    )
+    engine = SimulatedEngine(
+        vocab_size=chat.vocab_size, max_tokens=config.agent.context_tokens, slots=_OPEN, script=demonstrator
+    )
+    numbers = itertools.count()
+    async with open_sandbox(sandbox_config, max_sessions=_OPEN, log=progress.console.print) as sandbox:
+        agents = {
+            world.name: NBAgent(
+                chat=chat,
+                engine=engine,
+                sandbox=sandbox,
+                tools=(search_tool(LocalSearch(world.train_corpus), config.task.search_results),),
+                config=config.agent,
+                limits=EpisodeLimits(max_turns=config.rollout.max_turns, timeout_s=config.rollout.episode_timeout_s),
+            )
+            for world in itertools.chain.from_iterable(worlds.values())
+        }
+        tokens = until = 0
+        for stage in stages:
+            until += int(stage.tokens * options.scale)
             while tokens < until:
-                drawn = rng.choices(list(stage.shares), weights=list(stage.shares.values()), k=512)
-                plays = [_Play(player := rng.choice(players[kind]), player.draw(rng)) for kind in drawn]
-                for trajectory in await play_all(lambda play: play.run(), plays, max_open=128):
+                plays = []
+                for kind in rng.choices(list(stage.shares), weights=list(stage.shares.values()), k=512):
+                    world = rng.choice(worlds[kind])
+                    task = world.train_task(rng, two_hop_share=config.task.two_hop_share)
+                    plays.append(_Play(agents[world.name], task, next(numbers)))
+                for trajectory in await play_all(_Play.run, plays, max_open=_OPEN):
                     for segment in segments_of(trajectory):
                         sampled = [False] * len(segment.token_ids)
                         for span in segment.spans:
@@ -187,38 +211,17 @@ async def _demonstrate(
     return rows
 
 
-class _Player:
-    """Plays demonstrations in one world."""
+@dataclass(frozen=True, slots=True)
+class _Play:
+    agent: NBAgent
+    task: Task
+    number: int
 
-    def __init__(self, world: World, chat: Chat, sandbox: Sandbox, config: RunConfig, options: Options):
-        self._world, self._two_hop_share = world, config.task.two_hop_share
-        self._demonstrator = Demonstrator(chat, world, good_rate=options.good_rate, seed=options.seed)
-        search = search_tool(LocalSearch(world.train_corpus), config.task.search_results)
-        limits = EpisodeLimits(max_turns=config.rollout.max_turns, timeout_s=config.rollout.episode_timeout_s)
-        self._agent = NBAgent(
-            chat=chat, engine=self._demonstrator, sandbox=sandbox, tools=(search,), config=config.agent, limits=limits
-        )
-        self._played = 0
-
-    def draw(self, rng: random.Random) -> Task:
-        return self._world.train_task(rng, two_hop_share=self._two_hop_share)
-
-    async def run(self, task: Task) -> Trajectory:
-        self._demonstrator.plans[task.id] = self._world.plan(task)
-        self._played += 1
-        trajectory = await self._agent.run_episode(task, index=self._played, temperature=1.0, seed=self._played)
+    async def run(self) -> Trajectory:
+        trajectory = await self.agent.run_episode(self.task, index=0, temperature=1.0, seed=self.number)
         if trajectory.status.failed:
             raise WorldError(f"a demonstration failed as {trajectory.status}: {trajectory.cause}")
         return trajectory
-
-
-@dataclass(frozen=True, slots=True)
-class _Play:
-    player: _Player
-    task: Task
-
-    async def run(self) -> Trajectory:
-        return await self.player.run(self.task)
 
 
 if __name__ == "__main__":

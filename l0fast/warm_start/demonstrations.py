@@ -1,50 +1,44 @@
 """Demonstrations: the agent's own loop, played by a demonstrator that knows the plan and follows it half of the time.
 
-The demonstrator is an `Engine`: episodes run through `NBAgent` and a real sandbox, so every prompt, id and output is what
-the policy will see later. At each decision it makes the good move with probability `good_rate`, else one of the
-mistakes small models make; what follows a mistake is drawn the same way, so recoveries are shown too.
+The demonstrator is the script of a simulated engine: episodes run through `NBAgent` and a real sandbox, so every prompt, id
+and output is what the policy will see later. At each decision it makes the good move with probability `good_rate`, else
+one of the mistakes small models make; what follows a mistake is drawn the same way, so recoveries are shown too.
 """
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from l0fast.agent.chat import Chat
-from l0fast.engine.base import EngineLoad, Sampled, Sampling
+from l0fast.engine.base import Sampling
 from l0fast.seeding import derive_seed
-from l0fast.tasks.world import RELATIONS, Hop, Plan, World
+from l0fast.tasks.facts import RELATIONS
+from l0fast.tasks.world import Hop, Plan, World
+from l0fast.types import Task
 
 
 class Demonstrator:
-    """An `Engine` that answers from plans. `conversation` is "<task id>/<index>/<seed>", as `NBAgent` names it."""
+    """A `Script` for questions of `worlds`. `conversation` is "<task id>/<index>/<seed>", as `NBAgent` names it.
 
-    def __init__(self, chat: Chat, world: World, *, good_rate: float, seed: int):
+    At temperature 0 every move is the good one.
+    """
+
+    def __init__(self, chat: Chat, worlds: Iterable[World], *, good_rate: float, seed: int):
         self._chat, self._seed, self._good_rate = chat, seed, good_rate
-        self._mistakes = Mistakes(world)
-        self._turns: dict[str, int] = {}
-        self.plans: dict[str, Plan] = {}
-        """By task id; put a task's plan here before its episode starts."""
+        self._worlds = {world.name: (world, Mistakes(world)) for world in worlds}
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str) -> Sampled:
-        turn = self._turns[conversation] = self._turns.get(conversation, 0) + 1
-        rng = random.Random(derive_seed(self._seed, conversation, turn))
-        plan = self.plans[conversation.rsplit("/", 2)[0]]
+    def __call__(self, prompt_ids: Sequence[int], sampling: Sampling, conversation: str) -> Sequence[int]:
+        task_id = conversation.rsplit("/", 2)[0]
+        world, mistakes = self._worlds[task_id.partition("|")[0]]
+        plan = world.plan(Task(id=task_id, question="", answers=()))  # the id says it all
         seen = self._chat.decode(prompt_ids)
         known = 0
         while known < len(plan.hops) and plan.hops[known].sentence in seen:
             known += 1
-        text = good_move(plan, known) if rng.random() < self._good_rate else self._mistakes.draw(plan, known, rng)
-        ids = tuple(self._chat.response(text))
-        if len(ids) > sampling.max_new_tokens:
-            ids = ids[: sampling.max_new_tokens]
-        return Sampled(response_ids=ids, sampler_logprobs=(0.0,) * len(ids), finish_reason="stop", policy_version=0)
-
-    async def update_weights(self, policy_version: int) -> None:
-        raise NotImplementedError("a demonstrator has no weights")
-
-    async def load(self) -> EngineLoad:
-        return EngineLoad(running=0, waiting=0, used_tokens=0, max_tokens=0)
+        rng = random.Random(derive_seed(self._seed, conversation, len(prompt_ids)))
+        good = sampling.temperature == 0 or rng.random() < self._good_rate
+        return self._chat.response(good_move(plan, known) if good else mistakes.draw(plan, known, rng))
 
 
 def good_move(plan: Plan, known: int) -> str:
@@ -56,7 +50,7 @@ def good_move(plan: Plan, known: int) -> str:
 
 @dataclass(slots=True)
 class Mistakes:
-    """What small models do wrong, from a malformed block to a right-looking answer that was never looked up."""
+    """What small models do wrong, from a malformed block to an answer that was never looked up."""
 
     world: World
     _values: dict[str, list[str]] = field(init=False)

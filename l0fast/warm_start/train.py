@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -99,6 +100,7 @@ def train(
 
 def save_policy(model: Qwen3ForCausalLM, folder: Path) -> None:
     """bf16 safetensors: half the file; read back as fp32."""
+    transformers.utils.logging.disable_progress_bar()  # a file of two megabytes
     half = copy.deepcopy(model).to(torch.bfloat16)
     half.config.dtype = "bfloat16"
     half.save_pretrained(folder)

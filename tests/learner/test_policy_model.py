@@ -120,6 +120,32 @@ def test_a_step_follows_the_advantages(policy, batch):
     assert policy.step(packs)["kl"] > 1e-6
 
 
+def test_a_step_does_not_depend_on_the_cut_into_packs(model_path, batch):
+    steps = []
+    for budget in (1, 10_000):
+        policy = PolicyModel(model_path, LearnerConfig(grad_clip=1e9), num_steps=10, temperature=1.0)
+        metrics = policy.step(packs_of(batch, budget))
+        steps.append((metrics, [p.grad.clone() for p in policy.model.parameters()]))
+    (many, grads_many), (one, grads_one) = steps
+    assert many["packs"] > one["packs"]
+    for ours, theirs in zip(grads_many, grads_one, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    for name in ("loss", "grad_norm", "entropy", "mismatch_k1", "mismatch_k3", "mismatch_max"):
+        assert many[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
+
+
+def test_a_step_moves_the_weights_by_the_scheduled_rate(model_path, batch):
+    policy = PolicyModel(model_path, LearnerConfig(lr=1e-3, warmup_steps=3), num_steps=10, temperature=1.0)
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.ndim < 2}
+    metrics = policy.step(packs_of(batch, 64))
+    # AdamW's first step is lr times the sign of the gradient, where nothing decays
+    moved = max(
+        (policy.model.get_parameter(name).detach() - start).abs().max().item() for name, start in before.items()
+    )
+    assert metrics["lr"] == pytest.approx(2.5e-4)
+    assert moved == pytest.approx(2.5e-4, rel=1e-2)
+
+
 def test_the_mismatch_compares_policy_and_sampler(policy, batch):
     packs = packs_of(batch, 64)
     logprobs = np.concatenate(

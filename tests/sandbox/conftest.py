@@ -26,13 +26,16 @@ NO_BWRAP = _why_no_bwrap()
 
 
 @pytest.fixture(
-    scope="module", params=["process", pytest.param("bwrap", marks=pytest.mark.skipif(bool(NO_BWRAP), reason=NO_BWRAP or ""))]
+    scope="module",
+    params=["process", pytest.param("bwrap", marks=pytest.mark.skipif(bool(NO_BWRAP), reason=NO_BWRAP or ""))],
 )
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def make_pool(kind: str, *, num_shards: int = 1, sessions_per_shard: int = 16, grace_s: float = 0.4, **config: Any) -> SandboxPool:
+def make_pool(
+    kind: str, *, num_shards: int = 1, sessions_per_shard: int = 16, grace_s: float = 0.4, **config: Any
+) -> SandboxPool:
     config = {"kind": kind, "sessions_per_shard": sessions_per_shard, "memory_mb": 256, **config}
     return SandboxPool(
         LocalBackend(kind, SandboxConfig(**config)),

@@ -41,7 +41,9 @@ def test_a_class_defined_in_a_cell_pickles_as_in_a_script(cells):
 
 
 def test_stdout_stderr_and_subprocesses_come_in_order(cells):
-    code = "import os, sys\nprint('1', end=' ')\nprint('2', file=sys.stderr)\nos.system('echo 3; echo 4 >&2')\nprint(5)\n6"
+    code = (
+        "import os, sys\nprint('1', end=' ')\nprint('2', file=sys.stderr)\nos.system('echo 3; echo 4 >&2')\nprint(5)\n6"
+    )
     assert cells(code).output == "1 2\n3\n4\n5\n6\n"
 
 
@@ -99,7 +101,11 @@ def test_deep_recursion_is_cut_short(cells):
         ("exit()", "SystemExit", "None"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt", ""),
         ("raise BaseException('b')", "BaseException", "b"),
-        ("class E(Exception):\n    def __str__(self): 1 / 0\nraise E", "E", r"<str\(\) of this exception raised ZeroDivisionError>"),
+        (
+            "class E(Exception):\n    def __str__(self): 1 / 0\nraise E",
+            "E",
+            r"<str\(\) of this exception raised ZeroDivisionError>",
+        ),
         ("'\0'", "ValueError|SyntaxError", "source code.* null bytes"),
         ("class R:\n    def __repr__(self): raise OSError('r')\nR()", "OSError", "r"),
     ],
@@ -139,7 +145,9 @@ def test_a_timeout_passes_through_except_exception(cells):
 def test_the_seed_decides_random_and_hashes(cells):
     code = "import random\nrandom.random(), hash('text')"
     assert cells(code, seed=1).output == cells(code, seed=1).output
-    assert cells("import random\nrandom.random()", seed=1).output != cells("import random\nrandom.random()", seed=2).output
+    assert (
+        cells("import random\nrandom.random()", seed=1).output != cells("import random\nrandom.random()", seed=2).output
+    )
 
 
 def test_long_output_keeps_head_and_tail_and_says_what_is_missing(cells):
@@ -169,7 +177,9 @@ def test_text_that_has_no_utf8_form_is_shown_escaped(cells):
 
 
 def test_a_child_forked_by_a_cell_does_not_speak_for_it(cells):
-    code = "import os\npid = os.fork()\nif pid == 0:\n    print('child')\n    raise SystemExit\nos.waitpid(pid, 0)[1] >> 8"
+    code = (
+        "import os\npid = os.fork()\nif pid == 0:\n    print('child')\n    raise SystemExit\nos.waitpid(pid, 0)[1] >> 8"
+    )
     assert cells(code, "'still here'").output == "'still here'\n"
 
 

@@ -118,15 +118,15 @@ def test_a_tree_is_removed_whatever_was_done_to_it(tmp_path):
     remove_tree(str(root))
 
 
-def test_ten_thousand_levels_are_removed(tmp_path):
+def test_a_path_too_long_to_name_is_removed(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     here = os.getcwd()
     try:
         os.chdir(root)
-        for _ in range(10_000):
-            os.mkdir("d")
-            os.chdir("d")
+        for _ in range(100):
+            os.mkdir("d" * 200)
+            os.chdir("d" * 200)
     finally:
         os.chdir(here)
     remove_tree(str(root))

@@ -82,7 +82,13 @@ def test_more_sessions_than_open_files_are_refused():
 
 @pytest.mark.parametrize(
     ("landlock", "seccomp", "own_uids", "safe"),
-    [(7, True, False, True), (5, True, True, True), (5, True, False, False), (0, True, True, False), (7, False, True, False)],
+    [
+        (7, True, False, True),
+        (5, True, True, True),
+        (5, True, False, False),
+        (0, True, True, False),
+        (7, False, True, False),
+    ],
 )
 def test_a_process_is_taken_unasked_only_where_it_is_safe(landlock, seccomp, own_uids, safe):
     report = Report(python="3.11", landlock=landlock, seccomp=seccomp, own_uids=own_uids)

@@ -86,7 +86,9 @@ def test_methods_of_one_object_share_it(cells, desk):
 
 
 def test_a_tool_error_is_an_exception_the_cell_can_catch(cells):
-    caught, raised = cells("try:\n    search('nothing')\nexcept ToolError as e:\n    print('caught', e)", "search('nothing')")
+    caught, raised = cells(
+        "try:\n    search('nothing')\nexcept ToolError as e:\n    print('caught', e)", "search('nothing')"
+    )
     assert (caught.output, caught.error) == ("caught no such entry: nothing\n", None)
     assert (raised.error.name, raised.error.value) == ("ToolError", "no such entry: nothing")
     assert raised.output == (
@@ -127,7 +129,9 @@ def test_arguments_arrive_json_like_or_fail_in_the_cell_and_the_session_goes_on(
 
 
 def test_help_and_signature_say_what_the_host_said(cells):
-    shown, signature = cells("help(search)", "import inspect\nprint(inspect.signature(search), notepad.add_todo.__doc__)")
+    shown, signature = cells(
+        "help(search)", "import inspect\nprint(inspect.signature(search), notepad.add_todo.__doc__)"
+    )
     assert "search(query: 'str', k: 'int' = 2) -> 'list[str]'" in shown.output
     assert "Look the query up." in shown.output
     assert signature.output == "(query: 'str', k: 'int' = 2) -> 'list[str]' Remember to do it.\n"
@@ -169,7 +173,11 @@ def test_calls_outside_a_cell_or_from_a_child_are_refused_inside(cells, desk):
         "        said.append(str(e))\n"
         "t = threading.Thread(target=later)\nt.start()"
     )
-    _, joined, child = cells(code, "t.join()\nsaid", "r, w = os.pipe()\nif os.fork() == 0:\n    try:\n        search('x')\n    except RuntimeError as e:\n        os.write(w, str(e).encode())\n    os._exit(0)\nos.read(r, 999)")
+    _, joined, child = cells(
+        code,
+        "t.join()\nsaid",
+        "r, w = os.pipe()\nif os.fork() == 0:\n    try:\n        search('x')\n    except RuntimeError as e:\n        os.write(w, str(e).encode())\n    os._exit(0)\nos.read(r, 999)",
+    )
     assert "after its cell had ended" in joined.output or desk.calls == [("late", 2)]
     assert "child process" in child.output
 
@@ -211,7 +219,8 @@ def test_cancelling_a_cell_cancels_its_tool_and_ends_the_session(pool, run, desk
 
 
 @pytest.mark.parametrize(
-    ("name", "signature"), [("no name", "()"), ("a.b.c", "()"), ("f", "query"), ("f", "(a b)"), ("f", "()\n    import os\nx")]
+    ("name", "signature"),
+    [("no name", "()"), ("a.b.c", "()"), ("f", "query"), ("f", "(a b)"), ("f", "()\n    import os\nx")],
 )
 def test_a_spec_that_is_no_python_is_refused_on_the_host(pool, run, name, signature):
     async def never():

@@ -89,9 +89,7 @@ class Landlock:
 
     def restrict(self, folder: str) -> None:
         """Confine this process for good: everything in `folder`, reading elsewhere. Needs no_new_privs."""
-        ruleset = _syscall(
-            _CREATE_RULESET, self._attributes, ctypes.c_size_t(len(self._attributes)), ctypes.c_uint(0)
-        )
+        ruleset = _syscall(_CREATE_RULESET, self._attributes, ctypes.c_size_t(len(self._attributes)), ctypes.c_uint(0))
         own = os.open(folder, os.O_PATH | os.O_CLOEXEC)
         for fd, rights in (*self._paths, (own, WRITE)):
             rule = struct.pack("<Qi", rights & self._handled, fd)

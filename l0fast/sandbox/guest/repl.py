@@ -11,7 +11,7 @@ column marks (they differ between Python versions).
 from __future__ import annotations
 
 # signal.signal spends longer on enums than a small cell takes
-import _signal
+import _signal  # type: ignore[import-not-found]
 import ast
 import linecache
 import os
@@ -84,7 +84,7 @@ class Repl:
         if lines and not lines[-1].endswith("\n"):
             lines[-1] += "\n"
         linecache.cache[filename] = (len(code), None, lines, filename)
-        tree = compile(code, filename, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
+        tree = ast.parse(code, filename)
         last = None
         if tree.body and isinstance(tree.body[-1], ast.Expr):
             last = ast.Expression(tree.body.pop().value)

@@ -49,7 +49,7 @@ def warm_up() -> None:
     """Run the whole path once before any fork: what it imports and compiles is then shared by all sessions."""
     ours, theirs = socket.socketpair()
     output_fd = os.memfd_create("warm-up", os.MFD_CLOEXEC)
-    saved = os.dup(1), os.dup(2)
+    saved = {fd: os.dup(fd) for fd in (1, 2)}
     main, stdout, stderr = sys.modules["__main__"], sys.stdout, sys.stderr
     host = Frames(ours)
     tool = {"name": "notes.add", "signature": "(text: str) -> str", "doc": "Add a note."}
@@ -62,9 +62,9 @@ def warm_up() -> None:
     try:
         serve(theirs, output_fd, 1024)
     finally:
-        for fd, copy in zip((1, 2), saved):
-            os.dup2(copy, fd)
-            os.close(copy)
+        for fd in (1, 2):
+            os.dup2(saved[fd], fd)
+            os.close(saved[fd])
         sys.modules["__main__"], sys.stdout, sys.stderr = main, stdout, stderr
         sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
         os.close(output_fd)

@@ -3,7 +3,7 @@
     control socket (SEQPACKET, JSON, one message each)
         host -> zygote   config{...}   start{sid} + [session socket, output memfd]   kill{sid}
         zygote -> host   ready{python, landlock, seccomp, problem}   started{sid, pid}   ended{sid, status, error}
-    SIGCHLD -> reap: a session's first process -> kill its group -> reap the group -> remove its folder -> ended
+    SIGCHLD -> reap: a session's first process -> kill its group -> reap the group -> ended; its folder follows
     end of file or SIGTERM -> end every session, remove every folder, exit
 
 It runs no agent code, has one thread and keeps no descriptor of a session. A session's processes share a process group
@@ -59,9 +59,11 @@ class Zygote:
         self._limit: int = config["output_limit"]
         self._uid_off: int = config["uid_count"] // 2
         self._keep: list[int] = config["keep_fds"]
+        self._death_signal: int = config["death_signal"]
         self._next = 0
         self._by_sid: dict[int, _Session] = {}
         self._by_pid: dict[int, _Session] = {}
+        self._removers: set[int] = set()
         self._parent = os.getppid()
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
@@ -70,7 +72,7 @@ class Zygote:
         signal.signal(signal.SIGTERM, self._on_term)
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         prctl(PR_SET_CHILD_SUBREAPER, 1)
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        prctl(PR_SET_PDEATHSIG, self._death_signal)
         self.jail = Jail(config)
 
     def _on_term(self, *_: object) -> None:
@@ -192,7 +194,7 @@ class Zygote:
         finally:
             os.setresuid(0, 0, 0)
         # a change of uid clears it
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        prctl(PR_SET_PDEATHSIG, self._death_signal)
 
     def _reap(self) -> None:
         while True:
@@ -204,8 +206,9 @@ class Zygote:
                 break
             session = self._by_pid.get(dead.si_pid)
             if session is None:
-                # somebody's orphan
+                # somebody's orphan, or a remover
                 os.waitpid(dead.si_pid, 0)
+                self._removers.discard(dead.si_pid)
                 continue
             # while its first process is a zombie, the group's number can't be anybody else's
             self._end(session)
@@ -216,9 +219,9 @@ class Zygote:
             if not self._drain(session):
                 continue
             del self._by_sid[session.sid]
-            error = self._remove(session)
+            self._remove(session)
             if session.sid >= 0:
-                self._tell(ev="ended", sid=session.sid, status=session.status, error=error)
+                self._tell(ev="ended", sid=session.sid, status=session.status, error=None)
 
     def _drain(self, session: _Session) -> bool:
         """Reap what is left of a killed group; True when nothing is."""
@@ -230,28 +233,39 @@ class Zygote:
             if pid == 0:
                 return False
 
-    def _remove(self, session: _Session) -> str | None:
-        if session.uid is not None:
-            os.setegid(session.uid)
-            os.seteuid(session.uid)
+    def _remove(self, session: _Session) -> None:
+        """Remove the folder as its owner; in a fork, for what a session left there can take long to remove."""
         try:
-            remove_tree(session.folder)
-        except OSError as e:
-            return f"its folder could not be removed: {e.strerror}"
-        finally:
-            if session.uid is not None:
-                os.seteuid(0)
-                os.setegid(0)
-                prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        return None
+            # the usual case: empty
+            os.rmdir(session.folder)
+            return
+        except OSError:
+            # not empty, never made, or only its owner may
+            pass
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                self._control.close()
+                if session.uid is not None:
+                    os.setresgid(session.uid, session.uid, session.uid)
+                    os.setresuid(session.uid, session.uid, session.uid)
+                remove_tree(session.folder)
+                status = 0
+            except OSError as e:
+                os.write(2, f"{session.folder} could not be removed: {e}\n".encode("utf-8", "replace"))
+            finally:
+                os._exit(status)
+        self._removers.add(pid)
 
     def _end_all(self) -> None:
         self._control.close()
         for session in self._by_sid.values():
             self._end(session)
-        while self._by_sid:
+        while self._by_sid or self._removers:
             self._reap()
-            if self._by_sid:
+            if self._by_sid or self._removers:
                 # woken by the next SIGCHLD; the timeout is for one that came in between
                 select.select([self._wake_r], [], [], 0.05)
         try:
