@@ -106,7 +106,7 @@ class LearnerConfig(Config):
     advantage: Literal["reinforce_pp", "group", "rloo"] = "reinforce_pp"
     """REINFORCE++ over turns (L0), group-relative (GRPO) or leave-one-out (RLOO)."""
     whiten: Literal["batch", "none"] = "batch"
-    """"batch": (A - mean) / (std + 1e-8) over all turns of the step, one vote a turn."""
+    """"batch": (A - mean) / (std + 1e-8) over all turns of the step, one vote a turn. Of reinforce_pp; the others compare within a group."""
     gamma: float = Field(default=0.95, ge=0, le=1)
     """Discount from turn to turn."""
     lr: PositiveFloat = 1.5e-3

@@ -60,15 +60,19 @@ class SandboxPool:
     async def start(self) -> None:
         """Start all shards. Raises SandboxError where one can't be, with nothing left behind."""
         # the first alone: what is wrong with this machine is then said once
-        results: list[Shard | BaseException] = [await Shard.start(self.backend, self.start_timeout_s)]
-        rest = (Shard.start(self.backend, self.start_timeout_s) for _ in range(self._num_shards - 1))
-        results += await asyncio.gather(*rest, return_exceptions=True)
-        shards = [r for r in results if isinstance(r, Shard)]
-        failures = [r for r in results if isinstance(r, BaseException)]
-        if failures:
-            for shard in shards:
+        shards = [await Shard.start(self.backend, self.start_timeout_s)]
+        rest = [
+            asyncio.create_task(Shard.start(self.backend, self.start_timeout_s)) for _ in range(self._num_shards - 1)
+        ]
+        try:
+            shards += await asyncio.gather(*rest)
+        except BaseException:
+            for task in rest:
+                task.cancel()
+            results = await asyncio.gather(*rest, return_exceptions=True)
+            for shard in (*shards, *(r for r in results if isinstance(r, Shard))):
                 await shard.close()
-            raise failures[0]
+            raise
         self.report = shards[0].report
         for slot, shard in enumerate(shards):
             self._place(slot, shard)

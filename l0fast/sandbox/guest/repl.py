@@ -86,8 +86,10 @@ class Repl:
         linecache.cache[filename] = (len(code), None, lines, filename)
         tree = ast.parse(code, filename)
         last = None
-        if tree.body and isinstance(tree.body[-1], ast.Expr):
-            last = ast.Expression(tree.body.pop().value)
+        tail = tree.body[-1] if tree.body else None
+        if isinstance(tail, ast.Expr):
+            tree.body.pop()
+            last = ast.Expression(tail.value)
         if tree.body:
             exec(compile(tree, filename, "exec", dont_inherit=True), self.namespace)
         if last is not None:
