@@ -29,7 +29,7 @@ from l0fast.engine.simulated import SimulatedEngine
 from l0fast.engine.transformers import check_model_folder, transformers_engine
 from l0fast.errors import UsageError
 from l0fast.ipc import SharedWeights, shared_weights
-from l0fast.learner.client import LearnerClient, learner
+from l0fast.learner.client import LearnerClient, batch_advantages, learner
 from l0fast.metrics import LoopLag, ProcessTreeMemory, StepClock
 from l0fast.report.live import Live
 from l0fast.report.plots import PlotError, draw_in_subprocess
@@ -203,8 +203,9 @@ class Training:
         """One optimizer step, and what is told of it."""
         config = self.config
         batch = await groups.take(config.rollout.groups_per_step)
+        advantages = batch_advantages(batch, config, self.step + 1)
         with self.clock.part("learn"):
-            learned = await rooms.learner.step(batch, self.step + 1)
+            learned = await rooms.learner.step(batch, advantages, self.step + 1)
         self.step += 1
         with self.clock.part("sync"):
             await rooms.engine.update_weights(self.step)
@@ -214,9 +215,13 @@ class Training:
         if evaluation.every and self.step % evaluation.every == 0 and self.step < config.num_steps:
             with self.clock.part("evaluate"):
                 metrics |= await self._evaluate(rooms, f"step {self.step}", evaluation.curve_questions, greedy=False)
-        await self.run_dir.trajectories(
-            step_name(self.step), [t for group in batch for t in (*group.trajectories, *group.failures)]
-        )
+        played = [t for group in batch for t in (*group.trajectories, *group.failures)]
+        per_turn = [
+            turns
+            for group, per_trajectory in zip(batch, advantages, strict=True)
+            for turns in (*(turns.tolist() for turns in per_trajectory), *([[]] * len(group.failures)))
+        ]
+        await self.run_dir.trajectories(step_name(self.step), played, per_turn)
         groups.done(len(batch))
         metrics |= self.clock.take_step() | self.lag.take_step()
         metrics |= {"time/since_start_s": time.monotonic() - self.started}

@@ -20,12 +20,6 @@ def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("policy")
     tokenizer = train_tokenizer(tokenizer_texts(geography(), 0), vocab_size=512)
     save_tokenizer(tokenizer, folder, context_tokens=640)
-    model = new_policy(
-        tokenizer.get_vocab_size(),
-        eos_token_id=tokenizer.token_to_id("<|im_end|>"),
-        pad_token_id=tokenizer.token_to_id("<|endoftext|>"),
-        context_tokens=640,
-        seed=0,
-    )
+    model = new_policy(tokenizer, context_tokens=640, seed=0)
     save_policy(model, folder)
     return folder

@@ -24,6 +24,9 @@ from l0fast.learner.packing import pack_rows, row_of, to_bytes
 from l0fast.learner.segments import segments_of
 from l0fast.types import Group
 
+Advantages = list[list[np.ndarray]]
+"""[group][trajectory] -> [turns]"""
+
 START_TIMEOUT_S = 120.0
 """Time the child has to import torch and load the model [s]."""
 
@@ -37,19 +40,22 @@ class LearnerClient:
         self.pid = worker.pid
         self._config, self._worker = config, worker
 
-    async def step(self, groups: Sequence[Group], policy_version: int) -> dict[str, Any]:
+    async def step(self, groups: Sequence[Group], advantages: Advantages, policy_version: int) -> dict[str, Any]:
         """One optimizer step on these groups; when it returns, the weights are published under `policy_version`.
 
+        Args:
+            advantages: as `batch_advantages` makes them.
+
         Returns:
-            What `PolicyModel.step` reports (None for a number that is not finite), with advantages_mean and advantages_std over turns, pack_s (making the
-            packs) and step_s (everything).
+            What `PolicyModel.step` reports (None for a number that is not finite), with advantages_mean and
+            advantages_std over turns, pack_s (making the packs) and step_s (everything) [s].
 
         Raises:
             LearnerError: the child failed, died or missed its deadline.
             ValueError: a group that can't be trained on: no rewards, no sampled token.
         """
         start = time.perf_counter()
-        payload, stats = await asyncio.to_thread(batch_payload, groups, self._config, policy_version)
+        payload, stats = await asyncio.to_thread(batch_payload, groups, advantages, self._config.learner.pack_tokens)
         pack_s = time.perf_counter() - start
         header, _ = await self._worker.call(
             "step", memoryview(payload), timeout_s=self._config.learner.step_timeout_s, policy_version=policy_version
@@ -61,13 +67,16 @@ class LearnerClient:
         await self._worker.call("save", timeout_s=self._config.learner.step_timeout_s, path=str(path))
 
 
-def batch_payload(
-    groups: Sequence[Group], config: RunConfig, policy_version: int
-) -> tuple[bytearray, dict[str, float]]:
-    """The packs of a batch, serialised, and what was seen of its advantages. The same groups and version give the same bytes."""
+def batch_advantages(groups: Sequence[Group], config: RunConfig, policy_version: int) -> Advantages:
+    """Advantages of the batch that leads to `policy_version`: [group][trajectory] -> [turns]."""
     # its own stream a step, so that a run that goes on later permutes as the uninterrupted one did
-    rng = np.random.default_rng([config.seed, policy_version])
-    advantages = compute_advantages(groups, config.learner, rng)
+    return compute_advantages(groups, config.learner, np.random.default_rng([config.seed, policy_version]))
+
+
+def batch_payload(
+    groups: Sequence[Group], advantages: Advantages, pack_tokens: int
+) -> tuple[bytearray, dict[str, float]]:
+    """The packs of a batch, serialised, and what was seen of its advantages."""
     rows = [
         [
             row_of(segment, trajectory, turns)
@@ -82,7 +91,7 @@ def batch_payload(
         )
     flat = np.concatenate([turns for per_trajectory in advantages for turns in per_trajectory])
     stats = {"advantages_mean": float(flat.mean()), "advantages_std": float(flat.std())}
-    return to_bytes(pack_rows(rows, config.learner.pack_tokens)), stats
+    return to_bytes(pack_rows(rows, pack_tokens)), stats
 
 
 @asynccontextmanager

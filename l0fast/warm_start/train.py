@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -39,13 +40,11 @@ class TrainSettings:
     seed: int = 0
 
 
-def new_policy(
-    vocab_size: int, *, eos_token_id: int, pad_token_id: int, context_tokens: int, seed: int
-) -> Qwen3ForCausalLM:
+def new_policy(tokenizer: Tokenizer, *, context_tokens: int, seed: int) -> Qwen3ForCausalLM:
     """0.9 M parameters, fp32, random weights."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=vocab_size,
+        vocab_size=tokenizer.get_vocab_size(),
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
@@ -55,9 +54,9 @@ def new_policy(
         max_position_embeddings=context_tokens,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         tie_word_embeddings=True,
-        eos_token_id=eos_token_id,
+        eos_token_id=tokenizer.token_to_id("<|im_end|>"),
         bos_token_id=None,
-        pad_token_id=pad_token_id,
+        pad_token_id=tokenizer.token_to_id("<|endoftext|>"),
         dtype="float32",
     )
     return Qwen3ForCausalLM(config)
@@ -101,7 +100,7 @@ def train(
 def save_policy(model: Qwen3ForCausalLM, folder: Path) -> None:
     """bf16 safetensors: half the file; read back as fp32."""
     transformers.utils.logging.disable_progress_bar()  # a file of two megabytes
-    half = copy.deepcopy(model).to(torch.bfloat16)
+    half = copy.deepcopy(model).bfloat16()
     half.config.dtype = "bfloat16"
     half.save_pretrained(folder)
 

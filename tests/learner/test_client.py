@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from l0fast.config import LearnerConfig, RolloutConfig, RunConfig
 from l0fast.errors import LearnerError
 from l0fast.ipc import shared_weights
-from l0fast.learner.client import batch_payload, learner
+from l0fast.learner.client import batch_advantages, batch_payload, learner
 from l0fast.learner.packing import from_bytes
 from l0fast.learner.policy_model import PolicyModel
 
@@ -44,12 +44,15 @@ def test_two_steps_learn_publish_and_save(model_path, tmp_path, groups):
             async with learner(CONFIG, model_path, weights=weights, log_dir=tmp_path) as client:
                 assert weights.policy_version == 0
                 start = {name: tensor.clone() for name, tensor in weights.tensors().items()}
-                metrics = [await client.step(groups, 1), await client.step(groups, 2)]
+                metrics = [
+                    await client.step(groups, batch_advantages(groups, CONFIG, 1), 1),
+                    await client.step(groups, batch_advantages(groups, CONFIG, 2), 2),
+                ]
                 assert weights.policy_version == 2
                 await client.save(tmp_path / "model")
                 with pytest.raises(ValueError, match="no sampled token"):
-                    await client.step([], 3)
-                metrics.append(await client.step(groups, 3))
+                    await client.step([], batch_advantages([], CONFIG, 3), 3)
+                metrics.append(await client.step(groups, batch_advantages(groups, CONFIG, 3), 3))
             return start, {name: tensor.clone() for name, tensor in weights.tensors().items()}, metrics
 
     start, end, metrics = asyncio.run(main())
@@ -66,14 +69,16 @@ def test_two_steps_learn_publish_and_save(model_path, tmp_path, groups):
     assert start.keys() == weights.keys()
     assert all(torch.equal(start[name], weights[name]) for name in weights), "the start weights are version 0"
     for version in (1, 2):
-        policy.step(from_bytes(batch_payload(groups, CONFIG, version)[0]))
+        policy.step(
+            from_bytes(batch_payload(groups, batch_advantages(groups, CONFIG, version), CONFIG.learner.pack_tokens)[0])
+        )
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     for name, p in saved.named_parameters():
         torch.testing.assert_close(p.detach(), weights[name].detach(), rtol=0, atol=1e-6)
     assert saved.lm_head.weight is saved.model.embed_tokens.weight
     assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (model_path / "tokenizer.json").read_bytes()
 
-    policy.step(from_bytes(batch_payload(groups, CONFIG, 3)[0]))
+    policy.step(from_bytes(batch_payload(groups, batch_advantages(groups, CONFIG, 3), CONFIG.learner.pack_tokens)[0]))
     for name, p in policy.model.named_parameters():
         torch.testing.assert_close(end[name], p.detach(), rtol=0, atol=1e-6)
 
@@ -86,10 +91,10 @@ def test_a_stuck_child_and_a_dead_one_are_errors_and_nothing_is_left(model_path,
             async with learner(config, model_path, weights=weights, log_dir=None) as client:
                 os.kill(client.pid, signal.SIGSTOP)
                 with pytest.raises(LearnerError, match=r"did not answer 'step' in 0\.5 s"):
-                    await client.step(groups, 1)
+                    await client.step(groups, batch_advantages(groups, CONFIG, 1), 1)
                 os.kill(client.pid, signal.SIGKILL)
                 with pytest.raises(LearnerError, match="was killed by SIGKILL"):
-                    await client.step(groups, 2)
+                    await client.step(groups, batch_advantages(groups, CONFIG, 2), 2)
             return client.pid
 
     pid = asyncio.run(main())
