@@ -9,11 +9,10 @@ Leaving a block ends what it started: processes, sessions, files.
 """
 
 import asyncio
-import itertools
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,11 +38,11 @@ from l0fast.run_dir import RunDir, step_name
 from l0fast.sandbox import open_sandbox
 from l0fast.sandbox.base import Sandbox
 from l0fast.seeding import derive_seed
-from l0fast.tasks import load_world
+from l0fast.tasks import load_variants, load_world
 from l0fast.tasks.invented import invented_world
 from l0fast.tasks.outcomes import outcome_shares
 from l0fast.tasks.rewards import exact_match, turn_rewards
-from l0fast.tasks.world import World
+from l0fast.tasks.world import World, world_of
 from l0fast.tools.local_search import LocalSearch, search_tool
 from l0fast.types import Group, Task, Trajectory
 from l0fast.warm_start.demonstrations import Demonstrator
@@ -133,10 +132,11 @@ class Rooms:
     """What a run works with."""
 
     world: World
-    agent: NBAgent
-    """Searches the training corpus."""
+    variants: list[World]
+    agents: dict[str, NBAgent]
+    """For training: by the name of a world, the agent that searches its training corpus."""
     evaluator: NBAgent
-    """The same agent, searching everything."""
+    """The agent that searches all of `world`."""
     transfer: dict[str, tuple[NBAgent, list[Task]]]
     """What nothing was trained for: chains of look-ups left out, and another world."""
     engine: Engine
@@ -182,11 +182,12 @@ class Training:
 
         async def play(task: Task, number: int, index: int, attempt: int) -> Trajectory:
             seed = derive_seed(config.seed, "episode", number, index, attempt)
-            return await self._play(rooms.agent, task, index=index, temperature=rollout.temperature, seed=seed)
+            agent = rooms.agents[world_of(task.id)]
+            return await self._play(agent, task, index=index, temperature=rollout.temperature, seed=seed)
 
         async with rollouts(
             play,
-            self._questions(rooms.world),
+            self._questions(rooms),
             group_size=rollout.group_size,
             max_open_groups=rollout.max_open_groups,
             max_refills=rollout.max_refills,
@@ -209,7 +210,7 @@ class Training:
         self.step += 1
         with self.clock.part("sync"):
             await rooms.engine.update_weights(self.step)
-        metrics = {"step": self.step} | self._rollout_metrics(rooms.world, batch, groups.dropped)
+        metrics = {"step": self.step} | self._rollout_metrics(rooms, batch, groups.dropped)
         metrics |= {f"learner/{name}": value for name, value in learned.items()}
         evaluation = config.eval
         if evaluation.every and self.step % evaluation.every == 0 and self.step < config.num_steps:
@@ -248,10 +249,14 @@ class Training:
             started_s=trajectory.started_s - self.started,
         )
 
-    def _questions(self, world: World) -> Iterable[Task]:
+    def _questions(self, rooms: Rooms) -> Iterator[Task]:
+        """Endless. A task may come up again: groups are told apart by number, trajectories by their seeds."""
+        config = self.config.task
         rng = random.Random(derive_seed(self.config.seed, "questions"))
-        # a task may come up again: its groups are told apart by number, its trajectories by their seeds
-        return (world.train_task(rng, two_hop_share=self.config.task.two_hop_share) for _ in itertools.count())
+        while True:
+            in_variant = rooms.variants and rng.random() < config.variant_share
+            world = rng.choice(rooms.variants) if in_variant else rooms.world
+            yield world.train_task(rng, two_hop_share=config.two_hop_share)
 
     async def _evaluate(self, rooms: Rooms, name: str, num_questions: int, *, greedy: bool) -> dict[str, float]:
         """Ask held-out questions, sampled at T = 1 and, where wanted, greedily."""
@@ -266,7 +271,7 @@ class Training:
             self.results |= {
                 f"eval_accuracy_{name}": metrics["eval/sampled"],
                 f"eval_greedy_{name}": metrics["eval/greedy"],
-                f"eval_outcomes_{name}": _outcomes(rooms.world, played),
+                f"eval_outcomes_{name}": _outcomes([rooms.world], played),
             }
         self.live.evaluation(name, metrics)
         return metrics
@@ -284,7 +289,7 @@ class Training:
 
         return await play_all(play, tasks, max_open=self.config.engine.slots)
 
-    def _rollout_metrics(self, world: World, batch: Sequence[Group], dropped: Sequence[Group]) -> dict[str, float]:
+    def _rollout_metrics(self, rooms: Rooms, batch: Sequence[Group], dropped: Sequence[Group]) -> dict[str, float]:
         trajectories = [t for group in batch for t in group.trajectories]
         failures = [t for group in batch for t in group.failures]
         n = len(trajectories)
@@ -298,7 +303,9 @@ class Training:
             "rollout/failed": len(failures),
             "rollout/equal_groups": sum(group.all_equal for group in batch),
             "rollout/dropped_groups": len(dropped),
-        } | {f"outcome/{name}": share for name, share in _outcomes(world, trajectories).items()}
+        } | {
+            f"outcome/{name}": share for name, share in _outcomes([rooms.world, *rooms.variants], trajectories).items()
+        }
 
     def summary(self) -> dict[str, Any]:
         """What a run comes down to; after an interruption, as far as it got."""
@@ -324,21 +331,23 @@ class Training:
         folder = model_folder(config.model.path)
         world = load_world(config.task)
         # invented names for a policy of the real world, and other invented ones for a policy of invented ones
-        other = invented_world(config.task.world_seed + (config.task.kind == "invented"))
+        other = invented_world(config.task.world_seed + 1000 * (config.task.kind == "invented"))
+        variants = load_variants(config.task)
         chat = Chat(folder)
         open_episodes = max(config.rollout.max_open_groups * config.rollout.group_size, config.engine.slots)
         async with open_sandbox(config.sandbox, max_sessions=open_episodes, log=self.live.phase) as sandbox:
             with shared_weights(folder) as weights:
                 self.live.phase("starting engine and learner")
                 async with (
-                    self._engine(folder, chat, [world, other], weights) as engine,
+                    self._engine(folder, chat, [world, *variants, other], weights) as engine,
                     learner(config, folder, weights=weights, log_dir=log_dir) as learner_client,
                 ):
                     evaluator = self._agent(chat, engine, sandbox, world.full_corpus)
                     n, two_hop_share = config.eval.transfer_questions, config.task.two_hop_share
                     yield Rooms(
                         world=world,
-                        agent=self._agent(chat, engine, sandbox, world.train_corpus),
+                        variants=variants,
+                        agents={w.name: self._agent(chat, engine, sandbox, w.train_corpus) for w in (world, *variants)},
                         evaluator=evaluator,
                         transfer={
                             "untrained_chains": (evaluator, world.untrained_chain_tasks(n)),
@@ -392,5 +401,7 @@ def _accuracy(trajectories: Sequence[Trajectory]) -> float:
     return sum(counted) / len(counted) if counted else 0.0
 
 
-def _outcomes(world: World, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    return outcome_shares(trajectories, {t.task.id: world.plan(t.task) for t in trajectories})
+def _outcomes(worlds: Sequence[World], trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    by_name = {world.name: world for world in worlds}
+    plans = {t.task.id: by_name[world_of(t.task.id)].plan(t.task) for t in trajectories}
+    return outcome_shares(trajectories, plans)

@@ -30,7 +30,7 @@ def outcome(trajectory: Trajectory, plan: Plan) -> str:
 
 def outcome_shares(trajectories: Iterable[Trajectory], plan_of: "dict[str, Plan]") -> dict[str, float]:
     """Share of each outcome; `plan_of` by task id."""
-    counts = dict.fromkeys(OUTCOMES, 0)
+    counts: dict[str, int] = dict.fromkeys(OUTCOMES, 0)
     for trajectory in trajectories:
         counts[outcome(trajectory, plan_of[trajectory.task.id])] += 1
     total = sum(counts.values()) or 1

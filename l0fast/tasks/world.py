@@ -258,3 +258,8 @@ class World:
             kind=kind,
             hops=len(hops),
         )
+
+
+def world_of(task_id: str) -> str:
+    """The name of the world that made a task."""
+    return task_id.partition("|")[0]

@@ -14,7 +14,7 @@ from l0fast.agent.chat import Chat
 from l0fast.engine.base import Sampling
 from l0fast.seeding import derive_seed
 from l0fast.tasks.facts import RELATIONS
-from l0fast.tasks.world import Hop, Plan, World
+from l0fast.tasks.world import Hop, Plan, World, world_of
 from l0fast.types import Task
 
 
@@ -30,7 +30,7 @@ class Demonstrator:
 
     def __call__(self, prompt_ids: Sequence[int], sampling: Sampling, conversation: str) -> Sequence[int]:
         task_id = conversation.rsplit("/", 2)[0]
-        world, mistakes = self._worlds[task_id.partition("|")[0]]
+        world, mistakes = self._worlds[world_of(task_id)]
         plan = world.plan(Task(id=task_id, question="", answers=()))  # the id says it all
         seen = self._chat.decode(prompt_ids)
         known = 0
