@@ -1,6 +1,6 @@
 """A transformers model that keeps keys and values in a slab, one row a slot. Runs in the engine's child process.
 
-    slab, per layer: keys and values [S, K, M + 1, D]       column M is scratch: padding writes there, nobody reads it
+    slab, per layer: keys and values [S, K, M + 1, D]       column M is scratch, for padding that would not fit
 
     prefill   n rows of up to T new tokens: write their keys, gather the rows, attend under a causal mask
     decode    n rows of one token:          write, attend over the slab in place (or over gathered rows, when few run)
@@ -154,10 +154,10 @@ def sample(
 class _Prefill:
     def __init__(self, model: SlotModel, slots_n: Ints, starts_n: Ints, lengths_n: Ints, num_columns: int):
         positions_nT = torch.from_numpy(starts_n)[:, None] + torch.arange(num_columns)
-        padding_nT = torch.arange(num_columns) >= torch.from_numpy(lengths_n)[:, None]
         self.model, self.slots_n = model, torch.from_numpy(slots_n)
         self.positions_nT = positions_nT
-        self.columns_nT = positions_nT.masked_fill(padding_nT, model.max_len)
+        # padding behind a row's last id is overwritten before anybody attends to it; it must only stay in the row
+        self.columns_nT = positions_nT.clamp(max=model.max_len)
         self.length = int((starts_n + lengths_n).max())
         mask_nTL = _causal(positions_nT[:, :, None], self.length)
         n, T, L = mask_nTL.shape

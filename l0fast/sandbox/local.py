@@ -141,7 +141,9 @@ class LocalLaunched:
 
     def kill(self) -> None:
         if not self._exit.done():
-            self._process.kill()
+            # All of its group: a bwrap that is killed before its child has asked to die with it leaves the child
+            # waiting for ever. Sessions have groups of their own.
+            os.killpg(self.pid, SIGKILL)
 
     async def clean(self, pids: list[int]) -> None:
         try:
@@ -192,7 +194,7 @@ class LocalBackend:
                     pass_fds=(theirs.fileno(), *opened),
                     env=env,
                     cwd="/",
-                    # a Ctrl-C at the terminal is for the driver, which then closes its sandbox
+                    # its own group, for `kill`; and a Ctrl-C at the terminal is for the driver alone
                     start_new_session=True,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,

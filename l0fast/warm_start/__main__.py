@@ -39,7 +39,7 @@ from l0fast.tools.local_search import LocalSearch, search_tool
 from l0fast.types import Task, Trajectory
 from l0fast.warm_start.demonstrations import Demonstrator, Mistakes, good_move
 
-_NUM_WORLDS = 12
+_NUM_WORLDS = 24
 """Different invented and permuted worlds a stage draws on."""
 _OPEN = 128
 """Demonstrations played at once."""
@@ -54,7 +54,7 @@ class Stage:
 
 RECIPES = {
     "geography": (
-        Stage(4_000_000, {"real": 0.8, "invented": 0.2}),
+        Stage(5_000_000, {"real": 0.4, "invented": 0.35, "permuted": 0.25}),
         Stage(1_500_000, {"real": 0.3, "invented": 0.35, "permuted": 0.35}),
     ),
     "invented": (Stage(2_800_000, {"invented": 1.0}),),
@@ -72,7 +72,7 @@ class Options:
     """Of demonstrations, initial weights and batches."""
     scale: float = 1.0
     """Share of the tokens to train on; small values try the path out."""
-    good_rate: float = 0.53
+    good_rate: float = 0.42
     """Probability of the good move at each decision of a demonstration."""
     sandbox: Literal["auto", "bwrap", "process"] = "auto"
     """Where demonstrations run."""

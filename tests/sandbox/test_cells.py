@@ -177,10 +177,18 @@ def test_text_that_has_no_utf8_form_is_shown_escaped(cells):
 
 
 def test_a_child_forked_by_a_cell_does_not_speak_for_it(cells):
-    code = (
-        "import os\npid = os.fork()\nif pid == 0:\n    print('child')\n    raise SystemExit\nos.waitpid(pid, 0)[1] >> 8"
-    )
-    assert cells(code, "'still here'").output == "'still here'\n"
+    code = "import os\npid = os.fork()\nif pid == 0:\n    y = 1\nelse:\n    status = os.waitpid(pid, 0)[1] >> 8\n'end'"
+    result = cells("x = 1", code)
+    assert (result.output, result.error) == ("'end'\n'end'\n", None)
+    # it is the parent that goes on
+    assert cells(code, "pid > 0, status, 'y' in globals()").output == "(True, 0, False)\n"
+
+
+def test_a_cell_that_swallows_its_timeout_gets_the_next_one(cells):
+    code = "import time\ntry:\n    time.sleep(60)\nexcept BaseException:\n    print('swallowed')\nwhile True: pass"
+    result = cells(code, timeout_s=0.2)
+    assert result.error.name == "Timeout"
+    assert result.output.startswith("swallowed\n")
 
 
 def test_the_environment_holds_nothing_of_the_host(pool, run, monkeypatch):

@@ -236,18 +236,42 @@ def test_closing_leaves_no_process_no_descriptor_and_no_folder(new_pool, kind, l
     assert len(after) <= len(before)
 
 
-def test_cancelling_a_start_leaves_nothing(new_pool, kind):
+def group_of(pid):
+    """Living members of that process group."""
+    members = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as f:
+                    state, _, group = f.read().rpartition(b")")[2].split()[:3]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(group) == pid and state != b"Z":
+                members.append(int(name))
+    return members
+
+
+@pytest.mark.parametrize("after_s", [0, 0.002, 0.005, 0.01, 0.02, 0.05])
+def test_cancelling_a_start_leaves_nothing_whenever_it_comes(new_pool, kind, after_s):
     async def main():
         before = children()
         pool = new_pool(kind)
+        launch, launched = pool.backend.launch, []
+
+        async def recorded():
+            got = await launch()
+            launched.append(got[0].pid)
+            return got
+
+        pool.backend.launch = recorded
         start = asyncio.create_task(pool.start())
-        # a few turns of the loop: somewhere inside
-        for _ in range(5):
-            await asyncio.sleep(0)
+        await asyncio.wait([start], timeout=after_s)
         start.cancel()
         with pytest.raises(asyncio.CancelledError):
             await start
         assert children() == before
+        assert launched
+        assert group_of(launched[0]) == []
 
     asyncio.run(main())
 
