@@ -15,6 +15,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -43,6 +44,8 @@ _NUM_WORLDS = 24
 """Different invented and permuted worlds a stage draws on."""
 _OPEN = 128
 """Demonstrations played at once."""
+_ROUND = 512
+"""Demonstrations between two looks at how many tokens there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +101,7 @@ def make(options: Options, console: Console) -> None:
     from l0fast.warm_start.train import TrainSettings, new_policy, save_policy, train
 
     config = RunConfig()
-    worlds = {kind: _worlds(kind, options.seed) for stage in RECIPES[options.recipe] for kind in stage.shares}
-    home = worlds["real"][0] if "real" in worlds else worlds["invented"][0]
+    home = _world("real" if options.recipe == "geography" else "invented", options.seed, 0)
     tokenizer = train_tokenizer(tokenizer_texts(home, options.seed), VOCABULARY[options.recipe])
     model = new_policy(tokenizer, context_tokens=config.agent.context_tokens, seed=options.seed)
     save_tokenizer(tokenizer, options.out, context_tokens=config.agent.context_tokens)
@@ -108,7 +110,7 @@ def make(options: Options, console: Console) -> None:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
-        rows = asyncio.run(_demonstrate(options, config, worlds, Chat(options.out), progress))
+        rows = asyncio.run(_demonstrate(options, config, Chat(options.out), progress))
         bar = progress.add_task("supervised learning", total=1, note="")
         said = 0.0
 
@@ -125,12 +127,12 @@ def make(options: Options, console: Console) -> None:
     console.print(f"policy in {options.out}; try it: python -m l0fast.run {options.recipe} --model.path {options.out}")
 
 
-def _worlds(kind: str, seed: int) -> list[World]:
+def _world(kind: str, seed: int, n: int) -> World:
     if kind == "real":
-        return [geography()]
-    make_world = permuted_world if kind == "permuted" else invented_world
+        return geography()
     # seed 0 of the invented worlds is the one that runs train and evaluate on
-    return [make_world(derive_seed("warm start", kind, seed, n)) for n in range(_NUM_WORLDS)]
+    make_world = permuted_world if kind == "permuted" else invented_world
+    return make_world(derive_seed("warm start", kind, seed, n))
 
 
 def tokenizer_texts(world: World, seed: int) -> Iterator[str]:
@@ -152,9 +154,7 @@ def tokenizer_texts(world: World, seed: int) -> Iterator[str]:
         yield from [wording.format(e=names[0], v=names[0])] * 30
 
 
-async def _demonstrate(
-    options: Options, config: RunConfig, worlds: dict[str, list[World]], chat: Chat, progress: Progress
-) -> list:
+async def _demonstrate(options: Options, config: RunConfig, chat: Chat, progress: Progress) -> list:
     """Rows of all stages, in order."""
     from l0fast.warm_start.train import Row
 
@@ -163,35 +163,35 @@ async def _demonstrate(
     total = int(sum(stage.tokens for stage in stages) * options.scale)
     bar = progress.add_task("demonstrations", total=total, note="")
     rng = random.Random(derive_seed("demonstrations", options.seed))
-    sandbox_config = SandboxConfig(kind=options.sandbox)
-    demonstrator = Demonstrator(
-        chat, itertools.chain.from_iterable(worlds.values()), good_rate=options.good_rate, seed=options.seed
-    )
+    demonstrator = Demonstrator(chat, good_rate=options.good_rate, seed=options.seed)
     engine = SimulatedEngine(
         vocab_size=chat.vocab_size, max_tokens=config.agent.context_tokens, slots=_OPEN, script=demonstrator
     )
     numbers = itertools.count()
-    async with open_sandbox(sandbox_config, max_sessions=_OPEN, log=progress.console.print) as sandbox:
-        agents = {
-            world.name: NBAgent(
-                chat=chat,
-                engine=engine,
-                sandbox=sandbox,
-                tools=(search_tool(LocalSearch(world.train_corpus), config.task.search_results),),
-                config=config.agent,
-                limits=EpisodeLimits(max_turns=config.rollout.max_turns, timeout_s=config.rollout.episode_timeout_s),
+    async with open_sandbox(
+        SandboxConfig(kind=options.sandbox), max_sessions=_OPEN, log=progress.console.print
+    ) as sandbox:
+
+        @cache
+        def player(kind: str, n: int) -> tuple[World, NBAgent]:
+            world = _world(kind, options.seed, n)
+            demonstrator.add(world)
+            search = search_tool(LocalSearch(world.train_corpus), config.task.search_results)
+            limits = EpisodeLimits(max_turns=config.rollout.max_turns, timeout_s=config.rollout.episode_timeout_s)
+            return world, NBAgent(
+                chat=chat, engine=engine, sandbox=sandbox, tools=(search,), config=config.agent, limits=limits
             )
-            for world in itertools.chain.from_iterable(worlds.values())
-        }
+
         tokens = until = 0
         for stage in stages:
             until += int(stage.tokens * options.scale)
             while tokens < until:
                 plays = []
-                for kind in rng.choices(list(stage.shares), weights=list(stage.shares.values()), k=512):
-                    world = rng.choice(worlds[kind])
+                num_plays = min(_ROUND, 1 + (until - tokens) // 100)  # an episode has some 280 tokens
+                for kind in rng.choices(list(stage.shares), weights=list(stage.shares.values()), k=num_plays):
+                    world, agent = player(kind, rng.randrange(1 if kind == "real" else _NUM_WORLDS))
                     task = world.train_task(rng, two_hop_share=config.task.two_hop_share)
-                    plays.append(_Play(agents[world.name], task, next(numbers)))
+                    plays.append(_Play(agent, task, next(numbers)))
                 played = await play_all(_Play.run, plays, max_open=_OPEN)
                 lost = [trajectory for trajectory in played if trajectory.status.failed]
                 if len(lost) > len(played) // 10:

@@ -24,9 +24,15 @@ class Demonstrator:
     At temperature 0 every move is the good one.
     """
 
-    def __init__(self, chat: Chat, worlds: Iterable[World], *, good_rate: float, seed: int):
+    def __init__(self, chat: Chat, worlds: Iterable[World] = (), *, good_rate: float, seed: int):
         self._chat, self._seed, self._good_rate = chat, seed, good_rate
-        self._worlds = {world.name: (world, Mistakes(world)) for world in worlds}
+        self._worlds: dict[str, tuple[World, Mistakes]] = {}
+        for world in worlds:
+            self.add(world)
+
+    def add(self, world: World) -> None:
+        """From now on also play questions of `world`."""
+        self._worlds[world.name] = (world, Mistakes(world))
 
     def __call__(self, prompt_ids: Sequence[int], sampling: Sampling, conversation: str) -> Sequence[int]:
         task_id = conversation.rsplit("/", 2)[0]

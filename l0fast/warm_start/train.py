@@ -81,13 +81,13 @@ def train(
     total = sum(len(row.token_ids) for row in rows)
     done, started = 0, time.monotonic()
     model.train()
-    for batch in _batches(rows, settings.batch_tokens, random.Random(settings.seed)):
+    for batch in batches(rows, settings.batch_tokens, random.Random(settings.seed)):
         share = done / total
         scale = min(1.0, (share + 1e-3) / settings.warmup_share) * (1 - (1 - settings.final_lr_ratio) * share)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = settings.peak_lr * scale
-        loss = _loss(model, batch, settings.context_weight)
+        loss = weighted_loss(model, batch, settings.context_weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -105,19 +105,20 @@ def save_policy(model: Qwen3ForCausalLM, folder: Path) -> None:
     half.save_pretrained(folder)
 
 
-def _batches(rows: Sequence[Row], batch_tokens: int, rng: random.Random) -> Iterator[list[Row]]:
-    # like lengths together within a window of rows, so that batches hold little padding and still come in random order
+def batches(rows: Sequence[Row], batch_tokens: int, rng: random.Random) -> Iterator[list[Row]]:
+    """Rows of like length, at most `batch_tokens` with their padding; in random order within windows of 512 rows."""
     for start in range(0, len(rows), 512):
-        batches: list[list[Row]] = [[]]
+        window: list[list[Row]] = [[]]
         for row in sorted(rows[start : start + 512], key=lambda row: len(row.token_ids)):
-            if batches[-1] and (len(batches[-1]) + 1) * len(row.token_ids) > batch_tokens:
-                batches.append([])
-            batches[-1].append(row)
-        rng.shuffle(batches)
-        yield from batches
+            if window[-1] and (len(window[-1]) + 1) * len(row.token_ids) > batch_tokens:
+                window.append([])
+            window[-1].append(row)
+        rng.shuffle(window)
+        yield from window
 
 
-def _loss(model: Qwen3ForCausalLM, batch: Sequence[Row], context_weight: float) -> Tensor:
+def weighted_loss(model: Qwen3ForCausalLM, batch: Sequence[Row], context_weight: float) -> Tensor:
+    """Weighted mean cross-entropy of all tokens but the first of each row [nats]."""
     # right padding under a causal mask: no real token ever sees a pad
     length = max(len(row.token_ids) for row in batch)
     ids = torch.zeros(len(batch), length, dtype=torch.long)
