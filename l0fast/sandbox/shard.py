@@ -23,7 +23,7 @@ from l0fast.sandbox.base import ToolSpec
 from l0fast.sandbox.channel import Channel
 from l0fast.sandbox.output import OutputFile
 
-CLOSE_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 15.0
 """Time a zygote has to end its sessions and exit, or to end one session, before it is killed [s]."""
 
 

@@ -1,0 +1,92 @@
+"""The main job, measured: held-out accuracy before and after, over seeds, beside the control and the invented world.
+
+    python -m bench.main_job --out DIR [--seeds 0 1 2] [--results bench/results]
+
+Runs `python -m l0fast.run` one after the other, as a user would, and only reads what the runs left: summary.json. Prints
+the machine, a table and one JSON line; with --results also writes main_job.json and geography.png there.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from l0fast.report.plots import compare_plot
+
+COLUMNS = {
+    "sampled": ("eval_accuracy_before", "eval_accuracy_after"),
+    "greedy": ("eval_greedy_before", "eval_greedy_after"),
+    "untrained chains (greedy)": ("transfer_untrained_chains_greedy_before", "transfer_untrained_chains_greedy_after"),
+    "other world (greedy)": ("transfer_other_world_greedy_before", "transfer_other_world_greedy_after"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.main_job", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the runs; those already in it are read, not run"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, help="folder for main_job.json and geography.png")
+    options = parser.parse_args()
+
+    runs: dict[str, list[str]] = {
+        f"geography, seed {seed}": ["geography", "--seed", str(seed)] for seed in options.seeds
+    }
+    runs["geography, control"] = ["geography", "--learner.permute-advantages"]
+    runs["invented"] = ["invented"]
+    summaries = {
+        name: run(options.out / name.replace(", ", "-").replace(" ", "-"), args) for name, args in runs.items()
+    }
+
+    print(machine())
+    header = ["run", *COLUMNS, "wall [s]", "first episode [s]", "peak PSS [MB]", "lag p99 [ms]", "failed"]
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for name, s in summaries.items():
+        changes = [f"{s[before]:.3f} -> {s[after]:.3f}" for before, after in COLUMNS.values()]
+        costs = [
+            f"{s[key]:.0f}"
+            for key in ("wall_s", "first_episode_s", "peak_pss_mb", "loop_lag_p99_ms", "failed_episodes")
+        ]
+        print("| " + " | ".join([name, *changes, *costs]) + " |")
+
+    seeds = [summaries[f"geography, seed {seed}"] for seed in options.seeds]
+    result: dict[str, Any] = {"machine": machine()}
+    for key in dict.fromkeys(key for keys in COLUMNS.values() for key in keys):
+        result[f"{key}_mean"] = statistics.mean(s[key] for s in seeds)
+    result["runs"] = summaries
+    if options.results is not None:
+        options.results.mkdir(parents=True, exist_ok=True)
+        (options.results / "main_job.json").write_text(json.dumps(result, indent=1) + "\n")
+        folder = {name: options.out / name.replace(", ", "-").replace(" ", "-") for name in summaries}
+        shown = {"trained": folder[f"geography, seed {options.seeds[0]}"], "control": folder["geography, control"]}
+        compare_plot(shown, options.results / "geography.png")
+    print(json.dumps({key: value for key, value in result.items() if key != "runs"}))
+
+
+def run(run_dir: Path, args: list[str]) -> dict[str, Any]:
+    """The summary of a run, made now unless it is there."""
+    if not (run_dir / "summary.json").exists():
+        subprocess.run([sys.executable, "-m", "l0fast.run", *args, "--run-dir", str(run_dir)], check=True)
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def machine() -> str:
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.machine(),
+    )
+    return f"{len(os.sched_getaffinity(0))} cores of {cpu}, Python {platform.python_version()}, no GPU"
+
+
+if __name__ == "__main__":
+    main()
