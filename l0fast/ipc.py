@@ -214,11 +214,13 @@ async def spawn_worker(
         WorldError: of class `error`, where it does not start.
     """
     ours, theirs = socket.socketpair()
-    with _open_log(stderr_path) as log, ours:
-        with theirs:
-            setup = json.dumps({"fd": theirs.fileno(), "parent": os.getpid(), "args": args})
-            # the child finds what we find, installed or not
-            env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUNBUFFERED": "1"}
+    with _open_log(stderr_path) as log, ours, theirs:
+        setup = json.dumps({"fd": theirs.fileno(), "parent": os.getpid(), "args": args})
+        # the child finds what we find, installed or not
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUNBUFFERED": "1"}
+        # first, so that nothing is awaited between the child's start and the block that ends it
+        reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 22)
+        try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -231,7 +233,11 @@ async def spawn_worker(
                 pass_fds=(theirs.fileno(), *pass_fds),
                 start_new_session=True,
             )
-        reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 22)
+        except BaseException:
+            writer.close()
+            raise
+        # or its death would not be the end of the stream
+        theirs.close()
         worker = Worker(name, error, process, reader, writer, log)
         reading = asyncio.create_task(worker._read(), name=f"answers of {name}")
         try:
@@ -239,7 +245,8 @@ async def spawn_worker(
             yield worker
         finally:
             try:
-                await worker._close(close_timeout_s)
+                # one that is still starting does not listen yet
+                await worker._close(close_timeout_s if worker.ready else 0)
             finally:
                 # ends by itself: the socket is closed and the child is gone; a bug in it surfaces here
                 await reading

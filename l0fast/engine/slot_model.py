@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from l0fast.engine.sampling import uniforms
 
@@ -37,6 +38,7 @@ class SlotModel:
     """One causal language model in fp32 and its KV slab."""
 
     def __init__(self, model_path: Path, *, num_slots: int, max_len: int):
+        disable_progress_bar()
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=torch.float32, attn_implementation=_ATTENTION, local_files_only=True
         )
@@ -137,15 +139,13 @@ def sample(
         logits_nV = logits_nV / torch.from_numpy(scale_n)[:, None]
     probs_nV = logits_nV.softmax(-1)
     cdf_nV = probs_nV.cumsum(-1)
-    total_n1 = cdf_nV[:, -1:]
-    target_n1 = torch.from_numpy(uniforms(seeds_n, positions_n))[:, None] * total_n1
-    # below the total, so that an id of probability 0 is never the first whose sum lies above the target
-    target_n1 = torch.minimum(target_n1, torch.nextafter(total_n1, torch.zeros(())))
+    # u <= 1 - 2**-24, so in fp32 too the target lies below the total, and an id of probability 0 is never the one found
+    target_n1 = torch.from_numpy(uniforms(seeds_n, positions_n))[:, None] * cdf_nV[:, -1:]
     ids_n1 = torch.searchsorted(cdf_nV, target_n1, right=True)
     if greedy_n.any():
         rows = torch.from_numpy(np.flatnonzero(greedy_n))
         ids_n1[rows] = logits_nV[rows].argmax(-1, keepdim=True)
-    logprobs_n = probs_nV.gather(-1, ids_n1.clamp_(max=probs_nV.shape[-1] - 1)).log_()[:, 0].numpy()
+    logprobs_n = probs_nV.gather(-1, ids_n1).log_()[:, 0].numpy()
     if not np.isfinite(logprobs_n).all():
         raise FloatingPointError("the model's logits are not finite: did training diverge?")
     return ids_n1[:, 0].numpy(), logprobs_n

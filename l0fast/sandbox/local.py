@@ -150,8 +150,9 @@ class LocalLaunched:
             if self._info is not None:
                 await asyncio.to_thread(_wait_for_namespace, self._info)
             if self._root is not None:
-                # a zygote that ended by itself has left nothing, and this finds nothing
-                await asyncio.to_thread(_sweep, set(pids), self._uids.base if self._uids else None)
+                # one that came to its end by itself has left nothing
+                if self._process.returncode != 0:
+                    await asyncio.to_thread(_sweep, set(pids), self._uids.base if self._uids else None)
                 await asyncio.to_thread(remove_tree, self._root)
         finally:
             if self._info is not None:
@@ -319,33 +320,46 @@ def _wait_for_namespace(info: int) -> None:
 def _sweep(pids: set[int], uid_base: int | None) -> None:
     """Kill what a zygote that was killed itself left behind: its sessions' process groups, or all with their uids.
 
-    A group's number can't be given away while a member lives. Where uids are shared, a member is also one of ours.
+    `pids` led groups a moment ago, and a group's number can't be given away while a member lives: one killpg takes each
+    at once, forks under way included. Then /proc is read for what was not known by its group; twice, because a process
+    that forks and exits while the list is read can be missed.
     """
+    for group in pids:
+        _kill_group(group)
     deadline = time.monotonic() + _SWEEP_TIMEOUT_S
-    while True:
-        groups = set()
-        for entry in os.scandir("/proc"):
-            if not entry.name.isdigit():
-                continue
-            try:
-                uid = entry.stat().st_uid
-                with open(f"/proc/{entry.name}/stat", "rb") as f:
-                    # "pid (name, which may hold anything) state ppid pgrp ..."
-                    state, _, group = f.read().rpartition(b")")[2].split()[:3]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if state in (b"Z", b"X"):
-                continue
-            mine = uid_base <= uid < uid_base + _UIDS_PER_SHARD if uid_base is not None else int(group) in pids
-            if mine:
-                groups.add(int(group))
-        if not groups:
-            return
+    empty = 0
+    while empty < 2:
+        groups = _groups_left(pids, uid_base)
+        empty = 0 if groups else empty + 1
         for group in groups:
-            try:
-                os.killpg(group, SIGKILL)
-            except ProcessLookupError:
-                continue
-        if time.monotonic() > deadline:
+            _kill_group(group)
+        if groups and time.monotonic() > deadline:
             raise SandboxError(f"processes of groups {sorted(groups)} are still there after SIGKILL")
         time.sleep(0.01)
+
+
+def _kill_group(group: int) -> None:
+    try:
+        os.killpg(group, SIGKILL)
+    except ProcessLookupError:
+        # nobody left
+        return
+
+
+def _groups_left(pids: set[int], uid_base: int | None) -> set[int]:
+    """Groups of living processes that are one of `pids` or, where uids are given out, have one of ours."""
+    groups = set()
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        try:
+            uid = entry.stat().st_uid
+            with open(f"/proc/{entry.name}/stat", "rb") as f:
+                # "pid (name, which may hold anything) state ppid pgrp ..."
+                state, _, group = f.read().rpartition(b")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        mine = uid_base <= uid < uid_base + _UIDS_PER_SHARD if uid_base is not None else int(group) in pids
+        if mine and state not in (b"Z", b"X"):
+            groups.add(int(group))
+    return groups

@@ -1,8 +1,8 @@
 """python -m l0fast.warm_start [geography|invented] --out DIR: a policy folder from nothing.
 
     tokenizer  <- the wording once more often than the names: each training name once
-    episodes   <- NBAgent x Demonstrator x a real sandbox, in the worlds of a stage
-    policy     <- supervised learning on stage 1, then stage 2
+    episodes   <- NBAgent x Demonstrator x a real sandbox, in many worlds
+    policy     <- supervised learning, one pass
 
 Worlds: the real one teaches its wording; invented and permuted ones, made anew many times, leave copying as the only way
 to be right (low loss on real names can be memorised names).
@@ -41,7 +41,7 @@ from l0fast.types import Task, Trajectory
 from l0fast.warm_start.demonstrations import Demonstrator, Mistakes, good_move
 
 _NUM_WORLDS = 24
-"""Different invented and permuted worlds a stage draws on."""
+"""Different invented and permuted worlds to draw on."""
 _OPEN = 128
 """Demonstrations played at once."""
 _ROUND = 512
@@ -49,18 +49,15 @@ _ROUND = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class Demonstrations:
     tokens: int
     shares: dict[str, float]
     """Of episodes, by kind of world."""
 
 
 RECIPES = {
-    "geography": (
-        Stage(5_000_000, {"real": 0.4, "invented": 0.35, "permuted": 0.25}),
-        Stage(1_500_000, {"real": 0.3, "invented": 0.35, "permuted": 0.35}),
-    ),
-    "invented": (Stage(2_800_000, {"invented": 1.0}),),
+    "geography": Demonstrations(4_500_000, {"real": 0.4, "invented": 0.3, "permuted": 0.3}),
+    "invented": Demonstrations(3_000_000, {"invented": 1.0}),
 }
 VOCABULARY = {"geography": 1024, "invented": 640}
 
@@ -75,7 +72,7 @@ class Options:
     """Of demonstrations, initial weights and batches."""
     scale: float = 1.0
     """Share of the tokens to train on; small values try the path out."""
-    good_rate: float = 0.42
+    good_rate: float = 0.46
     """Probability of the good move at each decision of a demonstration."""
     sandbox: Literal["auto", "bwrap", "process"] = "auto"
     """Where demonstrations run."""
@@ -155,12 +152,12 @@ def tokenizer_texts(world: World, seed: int) -> Iterator[str]:
 
 
 async def _demonstrate(options: Options, config: RunConfig, chat: Chat, progress: Progress) -> list:
-    """Rows of all stages, in order."""
+    """Rows to learn from, in the order they were played."""
     from l0fast.warm_start.train import Row
 
     rows: list[Row] = []
-    stages = RECIPES[options.recipe]
-    total = int(sum(stage.tokens for stage in stages) * options.scale)
+    wanted = RECIPES[options.recipe]
+    total = int(wanted.tokens * options.scale)
     bar = progress.add_task("demonstrations", total=total, note="")
     rng = random.Random(derive_seed("demonstrations", options.seed))
     demonstrator = Demonstrator(chat, good_rate=options.good_rate, seed=options.seed)
@@ -182,30 +179,28 @@ async def _demonstrate(options: Options, config: RunConfig, chat: Chat, progress
                 chat=chat, engine=engine, sandbox=sandbox, tools=(search,), config=config.agent, limits=limits
             )
 
-        tokens = until = 0
-        for stage in stages:
-            until += int(stage.tokens * options.scale)
-            while tokens < until:
-                plays = []
-                num_plays = min(_ROUND, 1 + (until - tokens) // 100)  # an episode has some 280 tokens
-                for kind in rng.choices(list(stage.shares), weights=list(stage.shares.values()), k=num_plays):
-                    world, agent = player(kind, rng.randrange(1 if kind == "real" else _NUM_WORLDS))
-                    task = world.train_task(rng, two_hop_share=config.task.two_hop_share)
-                    plays.append(_Play(agent, task, next(numbers)))
-                played = await play_all(_Play.run, plays, max_open=_OPEN)
-                lost = [trajectory for trajectory in played if trajectory.status.failed]
-                if len(lost) > len(played) // 10:
-                    raise WorldError(
-                        f"{len(lost)} of {len(played)} demonstrations failed, one as {lost[0].status}: {lost[0].cause}"
-                    )
-                for trajectory in (t for t in played if not t.status.failed):
-                    for segment in segments_of(trajectory):
-                        sampled = [False] * len(segment.token_ids)
-                        for span in segment.spans:
-                            sampled[span.start : span.start + span.length] = [True] * span.length
-                        rows.append(Row(segment.token_ids, tuple(sampled)))
-                        tokens += len(segment.token_ids)
-                progress.update(bar, completed=tokens, note=f"{len(rows):,} episodes, {tokens / 1e6:.2f} M tokens")
+        tokens = 0
+        while tokens < total:
+            plays = []
+            num_plays = min(_ROUND, 1 + (total - tokens) // 100)  # an episode has some 280 tokens
+            for kind in rng.choices(list(wanted.shares), weights=list(wanted.shares.values()), k=num_plays):
+                world, agent = player(kind, rng.randrange(1 if kind == "real" else _NUM_WORLDS))
+                task = world.train_task(rng, two_hop_share=config.task.two_hop_share)
+                plays.append(_Play(agent, task, next(numbers)))
+            played = await play_all(_Play.run, plays, max_open=_OPEN)
+            lost = [trajectory for trajectory in played if trajectory.status.failed]
+            if len(lost) > len(played) // 10:
+                raise WorldError(
+                    f"{len(lost)} of {len(played)} demonstrations failed, one as {lost[0].status}: {lost[0].cause}"
+                )
+            for trajectory in (t for t in played if not t.status.failed):
+                for segment in segments_of(trajectory):
+                    sampled = [False] * len(segment.token_ids)
+                    for span in segment.spans:
+                        sampled[span.start : span.start + span.length] = [True] * span.length
+                    rows.append(Row(segment.token_ids, tuple(sampled)))
+                    tokens += len(segment.token_ids)
+            progress.update(bar, completed=tokens, note=f"{len(rows):,} episodes, {tokens / 1e6:.2f} M tokens")
     progress.console.print(f"{len(rows):,} demonstrations, {tokens / 1e6:.2f} M tokens")
     return rows
 

@@ -50,7 +50,7 @@ class Demonstrator:
 def good_move(plan: Plan, known: int) -> str:
     """The response of a perfect agent that has seen the sentences of the first `known` hops."""
     if known == len(plan.hops):
-        return _submit(plan.answer)
+        return _turn("I found the answer.", f'submit_final_answer("{plan.answer}")')
     return _turn(_need(plan, known), f'search("{plan.hops[known].query}")')
 
 
@@ -70,29 +70,35 @@ class Mistakes:
                 self._relations[fact.entity].append(fact.relation)
 
     def draw(self, plan: Plan, known: int, rng: random.Random) -> str:
+        """A mistake of someone who has seen the sentences of the first `known` hops."""
         hops = plan.hops
-        hop = hops[min(known, len(hops) - 1)]
-        need = _need(plan, min(known, len(hops) - 1))
+        if known == len(hops):
+            think, code = "I found the answer.", f'submit_final_answer("{plan.answer}")'
+            last = hops[-1]
+            search_again = _turn(_need(plan, known - 1), f'search("{last.query}")')
+            mistakes = [
+                *_malformed(think, code),
+                _turn(think, f'answer("{plan.answer}")'),
+                *[search_again] * 2,
+                _turn(think, f'submit_final_answer("{last.entity}")'),
+                _turn(think, f'submit_final_answer("{last.sentence}")'),
+                _GIVE_UP,
+            ]
+            return rng.choice(mistakes)
+        hop, think = hops[known], _need(plan, known)
         mistakes = [
-            lambda: _turn(need, f'search("{hop.relation}")'),
-            lambda: _turn(need, f'lookup("{hop.query}")'),
-            lambda: _turn(need, f'search("{hop.query})'),
-            lambda: f'<think>{need}</think>search("{hop.query}")',
-            lambda: f'<think>{need}</think><code>search("{hop.query}")',
-            lambda: _turn("I do not know.", 'submit_final_answer("unknown")'),
+            *_malformed(think, f'search("{hop.query}")'),
+            _turn(think, f'lookup("{hop.query}")'),
+            _turn(think, f'search("{hop.relation}")'),
+            *[_turn(think, f'search("{self._other_query(hop, rng)}")')] * 2,
+            *[_GIVE_UP] * 2,
         ]
-        if known == 0:
-            # guess without looking
-            mistakes += [lambda: _submit(rng.choice(self._values[hops[-1].relation]))] * 3
-        elif known < len(hops):
-            # one hop only
-            mistakes += [lambda: _submit(hops[known - 1].value)] * 3
-        if known < len(hops):
-            mistakes += [lambda: _turn(need, f'search("{self._other_query(hop, rng)}")')] * 2
+        if known:
+            mistakes += [_turn("I found the answer.", f'submit_final_answer("{hops[known - 1].value}")')] * 3
         else:
-            mistakes += [lambda: _turn(need, f'search("{hop.query}")')] * 2  # the same search again
-            mistakes += [lambda: _submit(hop.entity), lambda: _submit(hop.sentence)]
-        return rng.choice(mistakes)()
+            guess = rng.choice(self._values[hops[-1].relation])
+            mistakes += [_turn("I guess the answer.", f'submit_final_answer("{guess}")')] * 2
+        return rng.choice(mistakes)
 
     def _other_query(self, hop: Hop, rng: random.Random) -> str:
         others = [name for name in self._relations[hop.entity] if name != hop.relation]
@@ -105,9 +111,17 @@ def _need(plan: Plan, known: int) -> str:
     return f"I need the {'country' if on_the_way else plan.hops[known].relation}."
 
 
-def _submit(answer: str) -> str:
-    return _turn("I found the answer.", f'submit_final_answer("{answer}")')
-
-
 def _turn(think: str, code: str) -> str:
     return f"<think>{think}</think><code>{code}</code>"
+
+
+def _malformed(think: str, code: str) -> list[str]:
+    """An unterminated string, no <code>, no </code>."""
+    return [
+        _turn(think, code.replace('")', ")")),
+        f"<think>{think}</think>{code}",
+        f"<think>{think}</think><code>{code}",
+    ]
+
+
+_GIVE_UP = _turn("I do not know.", 'submit_final_answer("unknown")')

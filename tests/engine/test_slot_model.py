@@ -63,6 +63,16 @@ def test_prefill_and_decode_equal_a_full_forward(folder, model, monkeypatch, col
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
+def test_padding_stays_in_its_row(folder, model):
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (24, 20, 24)]
+    ours = SlotModel(folder, num_slots=3, max_len=24)
+    ours.prefill(np.array([0, 2]), np.zeros(2, np.int64), [rows[0][:23], rows[2][:23]])
+    got = ours.prefill(np.arange(3), np.array([23, 0, 23]), [rows[0][23:], rows[1], rows[2][23:]])
+    expected = torch.stack([full_logprobs(model, row.tolist())[-1] for row in rows])
+    torch.testing.assert_close(got.log_softmax(-1), expected, atol=1e-5, rtol=0)
+
+
 def test_samples_follow_the_distribution():
     """Chi-square over 40,000 draws: the 99.9 % point of 15 degrees of freedom is 37.7."""
     torch.manual_seed(0)
@@ -83,17 +93,18 @@ def test_samples_follow_the_distribution():
 
 
 def test_an_impossible_id_is_never_sampled():
-    logits = torch.full((3, 5), float("-inf"))
-    logits[:, [1, 3]] = 0.0
+    torch.manual_seed(0)
+    logits = torch.full((3000, 5), float("-inf"))
+    logits[:, [1, 3]] = torch.randn(3000, 2)
     for lowest in (0.0, 0.5, 1 - 2.0**-24):
         original = slot_model.uniforms
         slot_model.uniforms = lambda seeds, positions, u=lowest: np.full(len(seeds), u, np.float32)
         try:
             ids, _ = sample(
                 logits,
-                temperatures_n=np.ones(3, np.float32),
-                seeds_n=np.zeros(3, np.uint64),
-                positions_n=np.zeros(3, np.int64),
+                temperatures_n=np.ones(3000, np.float32),
+                seeds_n=np.zeros(3000, np.uint64),
+                positions_n=np.zeros(3000, np.int64),
             )
         finally:
             slot_model.uniforms = original

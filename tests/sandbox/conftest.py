@@ -34,7 +34,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def make_pool(
-    kind: str, *, num_shards: int = 1, sessions_per_shard: int = 16, grace_s: float = 0.4, **config: Any
+    kind: str, *, num_shards: int = 1, sessions_per_shard: int = 16, grace_s: float = 20.0, **config: Any
 ) -> SandboxPool:
     config = {"kind": kind, "sessions_per_shard": sessions_per_shard, "memory_mb": 256, **config}
     return SandboxPool(

@@ -187,6 +187,15 @@ async def tool(*args):
 TOOLS = {"tool": ToolSpec(name="tool", signature="(*args)", doc="Says no.", call=tool)}
 
 
+@pytest.fixture(scope="module")
+def pool(kind, run, new_pool):
+    # many attacks end by the hard limit: a near one
+    pool = new_pool(kind, grace_s=0.6)
+    run(pool.start())
+    yield pool
+    run(pool.close())
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_sibling_answers_through_it_and_nothing_is_left(pool, run, processes, name):
     code, expected = ATTACKS[name]
