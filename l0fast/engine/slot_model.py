@@ -141,7 +141,8 @@ def sample(
     cdf_nV = probs_nV.cumsum(-1)
     # u <= 1 - 2**-24, so in fp32 too the target lies below the total, and an id of probability 0 is never the one found
     target_n1 = torch.from_numpy(uniforms(seeds_n, positions_n))[:, None] * cdf_nV[:, -1:]
-    ids_n1 = torch.searchsorted(cdf_nV, target_n1, right=True)
+    # only a row of NaN finds nothing; the clamp lets it reach the check below
+    ids_n1 = torch.searchsorted(cdf_nV, target_n1, right=True).clamp_(max=cdf_nV.shape[-1] - 1)
     if greedy_n.any():
         rows = torch.from_numpy(np.flatnonzero(greedy_n))
         ids_n1[rows] = logits_nV[rows].argmax(-1, keepdim=True)

@@ -147,3 +147,9 @@ def test_uniforms_are_uniform_and_independent_along_both_axes():
     assert abs((centred[:, 1:] * centred[:, :-1]).mean()) < 5 / 400
     counts = np.histogram(u, bins=100, range=(0, 1))[0]
     assert ((counts - 1600) ** 2 / 1600).sum() < 148
+
+
+def test_seeds_that_differ_by_the_step_of_a_position_are_not_shifted_copies():
+    step, positions = 0x9E3779B97F4A7C15, np.arange(100)
+    one, other = uniforms(np.array([5], np.uint64), positions), uniforms(np.array([5 + step], np.uint64), positions)
+    assert not np.isin(other, one).any()
