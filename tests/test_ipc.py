@@ -231,8 +231,8 @@ def test_the_child_dies_with_a_killed_driver(spawn, tmp_path):
 
         async def main():
             async with spawn_worker("ipc_child", args={}, name="c", error=EngineError, start_timeout_s=30) as worker:
+                await worker.call("stuck", timeout_s=30)
                 print(worker.pid, flush=True)
-                await worker.call("stuck", timeout_s=10)
                 await asyncio.sleep(600)
 
         asyncio.run(main())
