@@ -27,7 +27,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.main_job", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.main_job", description="The main job, measured.")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the runs; those already in it are read, not run"
     )

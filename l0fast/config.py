@@ -113,7 +113,7 @@ class LearnerConfig(Config):
     """"batch": (A - mean) / (std + 1e-8) over all turns of the step, one vote a turn. Of reinforce_pp; the others compare within a group."""
     gamma: float = Field(default=0.95, ge=0, le=1)
     """Discount from turn to turn."""
-    lr: PositiveFloat = 1.5e-3
+    lr: PositiveFloat = 7e-4
     """AdamW's peak learning rate."""
     warmup_steps: NonNegativeInt = 3
     """Linear warm-up [steps]."""
@@ -146,16 +146,16 @@ class LearnerConfig(Config):
 class EvalConfig(Config):
     questions: PositiveInt = 600
     """Fixed held-out questions asked before and after training [questions]."""
-    every: NonNegativeInt = 10
+    every: NonNegativeInt = 12
     """Steps between sampled evaluations for the curve; 0 for none [steps]."""
     curve_questions: PositiveInt = 200
     """Held-out questions of those in-between evaluations; the first of the fixed ones, all where there are fewer [questions]."""
-    transfer_questions: PositiveInt = 200
+    transfer_questions: PositiveInt = 100
     """Held-out questions of the chains that are never trained on, asked after training [questions]."""
 
 
 class RunConfig(Config):
-    num_steps: PositiveInt = 60
+    num_steps: PositiveInt = 48
     """Optimizer steps to take [steps]."""
     seed: NonNegativeInt = 0
     """Of questions, sampling and initialisation."""

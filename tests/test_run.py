@@ -106,14 +106,16 @@ def test_what_was_trained_on_is_written_with_ids_and_rewards(smoke: Path):
 
 @pytest.mark.slow
 def test_the_final_model_is_the_trained_one_and_loads(smoke: Path, policy_folder: Path):
-    from safetensors.numpy import load_file
+    import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(smoke / "model")
-    start_weights = load_file(policy_folder / "model.safetensors")
-    weights = dict(model.named_parameters())
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert abs(weights[name].detach().numpy() - start_weights[name]).max() > 1e-4
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (policy_folder, smoke / "model")
+    )
+    change = after.get_parameter("model.layers.0.mlp.up_proj.weight") - before.get_parameter(
+        "model.layers.0.mlp.up_proj.weight"
+    )
+    assert change.abs().max() > 1e-4
 
 
 @pytest.mark.slow
@@ -199,6 +201,6 @@ def test_dry_run_prints_the_plan_and_writes_nothing(policy_folder: Path, tmp_pat
     out = finish(
         start("--dry-run", "--run-dir", str(tmp_path / "run"), "--model.path", str(policy_folder), "--seed", "3"), 0
     )
-    assert "60 steps" in out
+    assert "48 steps" in out
     assert "seed" in out
     assert not (tmp_path / "run").exists()

@@ -52,7 +52,14 @@ def say(code: str) -> str:
     return f"<think>a thought of some length</think><code>{code}</code>"
 
 
-def play(chat: Chat, *responses: str | Exception, timeout_s=30.0, max_turns=4, wrap: Callable = lambda sandbox: sandbox, **config):
+def play(
+    chat: Chat,
+    *responses: str | Exception,
+    timeout_s=30.0,
+    max_turns=4,
+    wrap: Callable = lambda sandbox: sandbox,
+    **config,
+):
     engine = Scripted(chat, responses)
 
     async def main() -> Trajectory:
@@ -72,7 +79,10 @@ def play(chat: Chat, *responses: str | Exception, timeout_s=30.0, max_turns=4, w
 
 def test_an_episode_searches_remembers_and_submits(chat: Chat):
     trajectory, engine = play(
-        chat, say('hits = search("Norway")\nhits'), say("answer = hits[0].split()[-1][:-1]\nanswer"), say("submit_final_answer(answer)")
+        chat,
+        say('hits = search("Norway")\nhits'),
+        say("answer = hits[0].split()[-1][:-1]\nanswer"),
+        say("submit_final_answer(answer)"),
     )
     assert trajectory.status is TrajectoryStatus.COMPLETED
     assert trajectory.answer == "Oslo"
@@ -92,7 +102,9 @@ def test_malformed_text_is_answered_with_a_complaint_and_nothing_runs(chat: Chat
     assert "write one <code>" in engine.prompts[1]
 
 
-@pytest.mark.parametrize(("traceback", "shown"), [("last_line", "ZeroDivisionError: division by zero"), ("full", "1/0")])
+@pytest.mark.parametrize(
+    ("traceback", "shown"), [("last_line", "ZeroDivisionError: division by zero"), ("full", "1/0")]
+)
 def test_an_error_is_shown_and_the_session_lives(chat: Chat, traceback: str, shown: str):
     trajectory, engine = play(chat, say("x = 7\n1/0"), say("submit_final_answer(x)"), traceback=traceback)
     assert trajectory.turns[0].error == "ZeroDivisionError"
@@ -102,7 +114,9 @@ def test_an_error_is_shown_and_the_session_lives(chat: Chat, traceback: str, sho
 
 
 def test_a_tools_error_reaches_the_agent_as_an_exception(chat: Chat):
-    trajectory, _ = play(chat, say("try:\n    search('')\nexcept Exception as e:\n    submit_final_answer(type(e).__name__)"))
+    trajectory, _ = play(
+        chat, say("try:\n    search('')\nexcept Exception as e:\n    submit_final_answer(type(e).__name__)")
+    )
     assert trajectory.answer == "ToolError"
 
 
