@@ -4,7 +4,8 @@
     model.model(input_ids=token_ids[None], position_ids=position_ids[None], cu_seqlens=cu_seqlens, use_cache=False)
 
 transformers hands extra keyword arguments of the base model to the attention of every layer: `cu_seqlens` [S + 1] says
-where rows begin and end. No mask exists: the mask function returns None, else transformers would build [T, T].
+where rows begin and end, `donors` and `shared` [S] whose first keys and values a row begins with (packing.py). A row that
+shares p tokens attends to those and, causally, to its own: the last rows of a causal mask. No other mask exists: the mask function returns None, else transformers would build [T, T].
 
 Where there is no FlashAttention each row gets its own scaled_dot_product_attention, O(sum of n^2). The rows come from
 torch.split, whose backward is one concatenation: the backward of S slices would add S tensors of the whole pack.
@@ -38,6 +39,8 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     cu_seqlens: Tensor | None = None,
+    donors: Tensor | None = None,
+    shared: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -48,6 +51,7 @@ def packed_attention(
     Args:
         query: [1, H, T, E]; key, value: [1, K, T, E], where K divides H (grouped queries).
         cu_seqlens: [S + 1] integers, on the CPU: row s is [cu[s], cu[s + 1]).
+        donors, shared: [S] integers, on the CPU; None where no row shares anything.
 
     Returns:
         [1, T, H, E], and None for the weights that are never made.
@@ -67,10 +71,25 @@ def packed_attention(
         raise ValueError(
             f"cu_seqlens covers {sum(lengths)} tokens but the pack has {query.shape[2]}; end it with the pack's length"
         )
-    grouped = query.shape[1] != key.shape[1]
-    rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    outputs = [
-        scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
-        for q, k, v in rows
-    ]
+    settings = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    rows = zip(query.split(lengths, 2), keys := key.split(lengths, 2), values := value.split(lengths, 2), strict=True)
+    begins = (
+        [(0, 0)] * len(lengths)
+        if shared is None or donors is None
+        else list(zip(donors.tolist(), shared.tolist(), strict=True))
+    )
+    mask = _causal_mask(max(n + p for n, (_, p) in zip(lengths, begins, strict=True)), query)
+    outputs = []
+    for (q, k, v), (donor, p) in zip(rows, begins, strict=True):
+        if p:
+            k, v = torch.cat([keys[donor][:, :, :p], k], 2), torch.cat([values[donor][:, :, :p], v], 2)
+            own = mask[p : p + q.shape[2], : p + q.shape[2]]
+            outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=own, **settings))
+        else:
+            outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, **settings))
     return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def _causal_mask(length: int, like: Tensor) -> Tensor:
+    """[length, length]: 0 where a column is at or before the row, -inf after it."""
+    return torch.full((length, length), float("-inf"), dtype=like.dtype, device=like.device).triu_(1)

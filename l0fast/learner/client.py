@@ -91,7 +91,7 @@ def batch_payload(
         )
     flat = np.concatenate([turns for per_trajectory in advantages for turns in per_trajectory])
     stats = {"advantages_mean": float(flat.mean()), "advantages_std": float(flat.std())}
-    return to_bytes(pack_rows(rows, pack_tokens)), stats
+    return to_bytes(pack_rows(rows, pack_tokens, share_prefixes=True)), stats
 
 
 @asynccontextmanager

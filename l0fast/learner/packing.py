@@ -6,6 +6,14 @@
     predictors         1  2         6                     R sampled tokens: the hidden state at i predicts token i + 1
     target_ids        a2 a3        b2
 
+Rows that begin with the same prompt, as those of a group do, need not compute it n times: the first of them is laid out
+whole, the others from where they differ, and `donors` and `shared` say whose keys and values they begin with.
+
+    token_ids      a0 a1 a2 a3 a4 | b2 b3 | ...           b0 b1 = a0 a1
+    position_ids    0  1  2  3  4 |  2  3 | ...
+    donors, shared  (0, 0)          (0, 2)   ...          row b begins with 2 tokens of row 0
+    predictors         1  2            1     ...          b2 is predicted by the hidden state at a1
+
 Only the R predictors reach the LM head. Everything about a sampled token (advantage, sampler's log-prob, weight, turn)
 is an array of length R in the same order.
 
@@ -52,6 +60,10 @@ class Pack:
     """[T] int64: place in its row."""
     cu_seqlens: np.ndarray
     """[S + 1] int32"""
+    donors: np.ndarray
+    """[S] int32: the row whose first tokens a row begins with; its own number where there is none."""
+    shared: np.ndarray
+    """[S] int32: how many those are; 0 where there is no donor. A donor is whole."""
     predictors: np.ndarray
     """[R] int64: index in the pack of the token whose hidden state predicts the sampled one."""
     target_ids: np.ndarray
@@ -96,15 +108,16 @@ def row_of(segment: Segment, trajectory: Trajectory, advantages: Sequence[float]
     )
 
 
-def pack_rows(groups: Sequence[Sequence[Row]], budget: int) -> list[Pack]:
+def pack_rows(groups: Sequence[Sequence[Row]], budget: int, *, share_prefixes: bool = False) -> list[Pack]:
     """Rows into packs of at most `budget` tokens; a row that is longer gets a pack of its own.
 
     Args:
         groups: the rows of each group.
-        budget: [tokens]
+        budget: [tokens], shared ones counted in every row.
+        share_prefixes: lay out what rows of a pack have in common once.
     """
     units = [unit for rows in groups for unit in _first_fit_decreasing([[row] for row in rows], budget)]
-    return [_lay_out(rows) for rows in _first_fit_decreasing(units, budget)]
+    return [_lay_out(rows, share_prefixes) for rows in _first_fit_decreasing(units, budget)]
 
 
 def _first_fit_decreasing(units: list[list[Row]], budget: int) -> list[list[Row]]:
@@ -123,22 +136,42 @@ def _first_fit_decreasing(units: list[list[Row]], budget: int) -> list[list[Row]
     return bins
 
 
-def _lay_out(rows: list[Row]) -> Pack:
-    lengths = [len(row.token_ids) for row in rows]
+def _lay_out(rows: list[Row], share_prefixes: bool) -> Pack:
+    donors, shared = _find_donors(rows) if share_prefixes else (np.arange(len(rows)), np.zeros(len(rows), np.int64))
+    lengths = [len(row.token_ids) - p for row, p in zip(rows, shared, strict=True)]
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    token_ids = np.concatenate([row.token_ids for row in rows])
-    predictors = np.concatenate([row.predictors + start for row, start in zip(rows, cu_seqlens, strict=False)])
+    starts, donor_starts = cu_seqlens[:-1], cu_seqlens[:-1][donors]
+    predictors = [
+        np.where(row.predictors < p, row.predictors + donor_start, row.predictors - p + start)
+        for row, p, start, donor_start in zip(rows, shared, starts, donor_starts, strict=True)
+    ]
     return Pack(
-        token_ids=token_ids,
-        position_ids=np.concatenate([np.arange(n) for n in lengths]),
+        token_ids=np.concatenate([row.token_ids[p:] for row, p in zip(rows, shared, strict=True)]),
+        position_ids=np.concatenate([np.arange(p, len(row.token_ids)) for row, p in zip(rows, shared, strict=True)]),
         cu_seqlens=cu_seqlens.astype(np.int32),
-        predictors=predictors,
-        target_ids=token_ids[predictors + 1],
+        donors=donors.astype(np.int32),
+        shared=shared.astype(np.int32),
+        predictors=np.concatenate(predictors),
+        target_ids=np.concatenate([row.token_ids[row.predictors + 1] for row in rows]),
         advantages=np.concatenate([row.advantages for row in rows]),
         sampler_logprobs=np.concatenate([row.sampler_logprobs for row in rows]),
-        loss_weights=np.ones(len(predictors), np.float32),
+        loss_weights=np.ones(sum(len(row.predictors) for row in rows), np.float32),
         turns=np.concatenate([row.turns for row in rows]),
     )
+
+
+def _find_donors(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """For each row the first one with the same prompt, and how many leading tokens they share; at least one is its own."""
+    first_with: dict[bytes, int] = {}
+    donors, shared = np.arange(len(rows)), np.zeros(len(rows), np.int64)
+    for i, row in enumerate(rows):
+        prompt = row.token_ids[: row.predictors[0] + 1 if len(row.predictors) else None].tobytes()
+        donor = first_with.setdefault(prompt, i)
+        if donor != i:
+            n = min(len(row.token_ids) - 1, len(rows[donor].token_ids))
+            differs = np.flatnonzero(row.token_ids[:n] != rows[donor].token_ids[:n])
+            donors[i], shared[i] = donor, differs[0] if len(differs) else n
+    return donors, shared
 
 
 def to_bytes(packs: Sequence[Pack]) -> bytearray:

@@ -195,6 +195,8 @@ def predictor_states(model: PreTrainedModel, pack: Pack) -> Tensor:
         input_ids=torch.from_numpy(pack.token_ids)[None],
         position_ids=torch.from_numpy(pack.position_ids)[None],
         cu_seqlens=torch.from_numpy(pack.cu_seqlens),
+        donors=torch.from_numpy(pack.donors),
+        shared=torch.from_numpy(pack.shared),
         use_cache=False,
     ).last_hidden_state
     return hidden[0].index_select(0, torch.from_numpy(pack.predictors))

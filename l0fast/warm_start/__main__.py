@@ -56,7 +56,7 @@ class Demonstrations:
 
 
 RECIPES = {
-    "geography": Demonstrations(4_500_000, {"real": 0.4, "invented": 0.3, "permuted": 0.3}),
+    "geography": Demonstrations(6_500_000, {"real": 0.35, "invented": 0.4, "permuted": 0.25}),
     "invented": Demonstrations(3_000_000, {"invented": 1.0}),
 }
 VOCABULARY = {"geography": 1024, "invented": 640}

@@ -55,6 +55,37 @@ def test_every_row_is_in_one_pack_with_all_it_carries(groups, budget):
     assert not rows, "some rows are in no pack"
 
 
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=8), st.integers(1, 4))
+def test_rows_that_share_prefixes_can_be_put_together_again(tails, prompt_tokens):
+    rows = [
+        Row(
+            token_ids=np.array([7] * prompt_tokens + tail),
+            predictors=np.arange(prompt_tokens - 1, prompt_tokens - 1 + len(tail)),
+            advantages=np.full(len(tail), i, np.float32),
+            sampler_logprobs=np.zeros(len(tail), np.float32),
+            turns=np.zeros(len(tail), np.int32),
+        )
+        for i, tail in enumerate(tails)
+    ]
+    for pack in pack_rows([rows], 10_000, share_prefixes=True):
+        own = [pack.token_ids[place] for place in rows_in(pack)]
+        done = 0
+        for s, (donor, p) in enumerate(zip(pack.donors, pack.shared, strict=True)):
+            assert pack.shared[donor] == 0
+            assert len(own[s]) > 0
+            whole = np.concatenate([own[donor][:p], own[s]]) if p else own[s]
+            row = rows[int(pack.advantages[done])]
+            np.testing.assert_array_equal(whole, row.token_ids)
+            np.testing.assert_array_equal(pack.position_ids[rows_in(pack)[s]], np.arange(p, len(whole)))
+            here = slice(done, done + len(row.predictors))
+            np.testing.assert_array_equal(pack.target_ids[here], row.token_ids[row.predictors + 1])
+            # each predictor is the token at its place, in the row itself or in its donor
+            np.testing.assert_array_equal(pack.token_ids[pack.predictors[here]], row.token_ids[row.predictors])
+            np.testing.assert_array_equal(pack.position_ids[pack.predictors[here]], row.predictors)
+            done = here.stop
+        assert done == len(pack.predictors)
+
+
 @given(lengths, st.integers(5, 80))
 def test_only_a_row_that_is_too_long_by_itself_passes_the_budget(groups, budget):
     for pack in pack_rows(rows_of_lengths(groups), budget):

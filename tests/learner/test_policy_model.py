@@ -30,10 +30,11 @@ def batch(make):
     return [[(trajectory, rng.normal(size=len(trajectory.turns))) for trajectory in group] for group in groups]
 
 
-def packs_of(batch, budget):
+def packs_of(batch, budget, **kwargs):
     return pack_rows(
         [[row_of(s, t, adv) for t, adv in group for s in segments_of(t)] for group in batch],
         budget,
+        **kwargs,
     )
 
 
@@ -94,6 +95,42 @@ def test_merged_and_packed_turns_have_the_gradients_of_single_turns(policy, mode
     assert sum(len(pack.cu_seqlens) - 1 for pack in packs) < turns, "nothing was merged"
     assert len(packs) > 1
     assert_same(gradients(policy, packs), per_turn_gradients(policy, model_path, batch))
+
+
+@pytest.fixture
+def siblings(make):
+    """A group of one prompt: responses that differ at once, later, only in what follows, and not at all; and a stranger."""
+    prompt, answer = (5, 6, 7, 8, 9, 1), (3, 4)
+    first, second, third = (11, 12, 13), (11, 12, 14), (20, 21)
+    episodes = [
+        [(prompt, first), ((*prompt, *first, *answer), (15, 16))],
+        [(prompt, first), ((*prompt, *first, *answer), (17,))],
+        [(prompt, second)],
+        [(prompt, third), ((*prompt, *third, *answer), (18, 19))],
+        [(prompt, first), ((*prompt, *first, *answer), (15, 16))],
+        [((9, 9, 2), (4, 5, 6))],
+    ]
+    rng = np.random.default_rng(4)
+    played = [
+        make.trajectory([make.turn(asked, said) for asked, said in turns], index=i) for i, turns in enumerate(episodes)
+    ]
+    return [[(trajectory, rng.normal(size=len(trajectory.turns))) for trajectory in played]]
+
+
+def test_shared_prefixes_have_the_gradients_of_single_turns(policy, model_path, siblings):
+    move_away(policy)
+    packs = packs_of(siblings, 1000, share_prefixes=True)
+    tokens = sum(pack.num_tokens for pack in packs)
+    assert tokens <= 0.7 * sum(pack.num_tokens for pack in packs_of(siblings, 1000)), "little was shared"
+    assert_same(gradients(policy, packs), per_turn_gradients(policy, model_path, siblings))
+
+
+@pytest.mark.parametrize("budget", [20, 40])
+def test_prefixes_shared_within_small_packs_change_nothing(policy, siblings, budget):
+    move_away(policy)
+    assert_same(
+        gradients(policy, packs_of(siblings, budget, share_prefixes=True)), gradients(policy, packs_of(siblings, 1000))
+    )
 
 
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
