@@ -185,18 +185,22 @@ class Training:
             agent = rooms.agents[world_of(task.id)]
             return await self._play(agent, task, index=index, temperature=rollout.temperature, seed=seed)
 
-        async with rollouts(
-            play,
-            self._questions(rooms),
-            group_size=rollout.group_size,
-            max_open_groups=rollout.max_open_groups,
-            max_refills=rollout.max_refills,
-            sampling=sampling,
-        ) as groups:
-            self.clock.take_step()
-            while self.step < config.num_steps:
-                await self._step(rooms, groups)
-        await rooms.learner.save(self.run_dir.model_path)
+        try:
+            async with rollouts(
+                play,
+                self._questions(rooms),
+                group_size=rollout.group_size,
+                max_open_groups=rollout.max_open_groups,
+                max_refills=rollout.max_refills,
+                sampling=sampling,
+            ) as groups:
+                self.clock.take_step()
+                while self.step < config.num_steps:
+                    await self._step(rooms, groups)
+        finally:
+            # after Ctrl-C too, once the step under way is done: what was learned is kept
+            if self.step:
+                await rooms.learner.save(self.run_dir.model_path)
         await self._evaluate(rooms, "after", config.eval.questions, greedy=True)
         await self._evaluate_transfer(rooms, "after")
 

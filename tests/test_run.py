@@ -136,7 +136,8 @@ def test_ctrl_c_keeps_what_was_done_and_leaves_no_process(policy_folder: Path, t
     assert "interrupted after" in out
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["steps"] >= 2
-    assert len(read_metrics(run_dir)) == summary["steps"]
+    assert len(read_metrics(run_dir)) in (summary["steps"], summary["steps"] - 1)  # it may stop inside a step
+    assert (run_dir / "model" / "model.safetensors").exists()
     assert not wait_until_gone(children)
 
 

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from l0fast.engine.slot_model import SlotModel
-from l0fast.engine.worker import Request, Scheduler
+from l0fast.engine.worker import Request, Scheduler, worth_a_prefill
 from tests.engine.tiny import MAX_TOKENS, VOCAB, full_logprobs
 
 
@@ -71,3 +73,14 @@ def test_more_requests_than_slots_are_all_served(folder, model, num_slots):
     scheduler, answers = play(folder, prompts, num_slots)
     check(model, prompts, answers)
     assert scheduler.stats["decoded_tokens"] == sum(10 + i - 1 for i in range(9))
+
+
+@given(st.integers(1, 500), st.integers(0, 500), st.integers(0, 100))
+def test_nobody_waits_for_company_for_long_or_beside_an_idle_engine(waiting: int, running: int, held_back: int):
+    worth = worth_a_prefill(waiting, running, held_back)
+    assert worth or (running > 4 * waiting and held_back < 8)
+    assert worth_a_prefill(waiting, 0, 0)
+    # whoever is admitted now would be admitted with more company, or later, too
+    assert not worth or (
+        worth_a_prefill(waiting + 1, running, held_back) and worth_a_prefill(waiting, running, held_back + 1)
+    )
