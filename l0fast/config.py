@@ -155,7 +155,7 @@ class EvalConfig(Config):
 
 
 class RunConfig(Config):
-    num_steps: PositiveInt = 48
+    num_steps: PositiveInt = 36
     """Optimizer steps to take [steps]."""
     seed: NonNegativeInt = 0
     """Of questions, sampling and initialisation."""
