@@ -30,7 +30,7 @@ class TaskConfig(Config):
     two_hop_share: float = Field(default=0.7, ge=0, le=1)
     """Share of questions that need two look-ups."""
     variant_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of training questions asked in variants of the world, so that knowing its facts by heart does not pay: training names in each other's roles, and invented ones."""
+    """Share of training questions asked in variants of the world, so that knowing its facts by heart does not pay: training names spelled anew, and invented ones."""
     num_variants: PositiveInt = 4
     """Variants made for that [worlds]."""
     search_results: PositiveInt = 3

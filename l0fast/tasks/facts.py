@@ -82,7 +82,7 @@ RELATIONS = {
 
 ATTRIBUTES = tuple(name for name in RELATIONS if name != "country")
 NAME_VALUED = ("capital", "neighbour", "country")
-"""Relations whose values are names of places: these are split, permuted and made anew; the others are plain values."""
+"""Relations whose values are names of places: these are split, respelled and made anew; the others are plain values."""
 
 STARTS = {
     "city": ("the country where {e} lies", "the country of the city {e}"),

@@ -6,19 +6,20 @@ table, data/README.md says what is in it. The facts are the source's, some are d
 the source's too.
 
     data/geography.json.gz -> Facts -> World, 52 countries with all their cities and 612 more cities held out
-                                    -> permuted_world(seed): training names in random roles
+                                    -> respelled_world(seed): training names spelled anew, nothing true
 """
 
 import gzip
 import json
 import random
+import re
 import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from l0fast.errors import UsageError
-from l0fast.tasks.facts import ATTRIBUTES, NAME_VALUED, Fact
+from l0fast.tasks.facts import ATTRIBUTES, NAME_VALUED, SENTENCE_WORDS, Fact, words
 from l0fast.tasks.world import World, hold_out
 
 TABLE = Path(__file__).parent / "data" / "geography.json.gz"
@@ -27,6 +28,9 @@ HELDOUT_COUNTRIES = 52
 """Countries whose name, capital and cities are never seen in training [countries]."""
 HELDOUT_CITIES = 612
 """Cities of the other countries that are never seen in training [cities]."""
+
+_LONG_WORD = re.compile("[A-Z][A-Za-z]{3,}")
+"""What is spelled anew in a name: "San", "of" and the like stay."""
 
 
 def read_table(file: Path) -> dict[str, Any]:
@@ -65,25 +69,46 @@ def geography(file: Path = TABLE) -> World:
     return World("geography", facts, hold_out(facts, num_countries=HELDOUT_COUNTRIES, num_cities=HELDOUT_CITIES))
 
 
-def permuted_world(seed: int) -> World:
-    """The training part of the real world with its names in each other's roles and its values dealt out anew.
+@cache
+def real_words() -> frozenset[str]:
+    """Every word of the real world's corpus, held-out ones included, without case."""
+    return frozenset(word for sentence in geography().full_corpus for word in words(sentence))
 
-    The shapes of sentences, names and values stay and no fact does: text to learn looking up from, not geography. All of it
-    is for training, nothing is held out.
+
+@cache
+def respelled_world(seed: int) -> World:
+    """The training part of the real world with every name spelled anew and its values dealt out anew.
+
+    A word becomes the head of one training word and the tail of another ("Ashgali"), the same wherever it stands, so that
+    shapes, lengths and names within names stay as they are and nothing told is true: text to learn copying and looking up
+    from, not geography. No word made is a real one; all of it is for training, nothing is held out.
     """
-    rng = random.Random(f"permuted/{seed}")
+    rng = random.Random(f"respelled/{seed}")
     world = geography()
     names = sorted(world.train_names)
-    renamed = dict(zip(names, rng.sample(names, len(names)), strict=True))
+    long_words = sorted({word for name in names for word in _LONG_WORD.findall(name)})
+    taken = {*real_words(), *SENTENCE_WORDS}
+    respelled: dict[str, str] = {}
+    for word in long_words:
+        new = word
+        while new.casefold() in taken:
+            head, tail = rng.choice(long_words), rng.choice(long_words)
+            new = head[: rng.randint(2, len(head) - 2)] + tail[rng.randint(2, len(tail) - 2) :]
+        taken.add(new.casefold())
+        respelled[word] = new
     countries = sorted({fact.entity for fact in world.train_facts if fact.relation != "country"})
     # a value moves with its siblings: the languages of one country become those of another
     taker = {
         relation: dict(zip(countries, rng.sample(countries, len(countries)), strict=True)) for relation in ATTRIBUTES
     }
+
+    def spell(name: str) -> str:
+        return _LONG_WORD.sub(lambda match: respelled[match[0]], name)
+
     facts = [
-        Fact(renamed[fact.entity], fact.relation, renamed[fact.value])
+        Fact(spell(fact.entity), fact.relation, spell(fact.value))
         if fact.relation in NAME_VALUED
-        else Fact(renamed[taker[fact.relation][fact.entity]], fact.relation, fact.value)
+        else Fact(spell(taker[fact.relation][fact.entity]), fact.relation, fact.value)
         for fact in world.train_facts
     ]
-    return World(f"permuted-{seed}", facts, frozenset())
+    return World(f"respelled-{seed}", facts, frozenset())

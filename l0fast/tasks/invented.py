@@ -11,8 +11,8 @@ name is never a leak.
 import random
 from functools import cache
 
-from l0fast.tasks.facts import SENTENCE_WORDS, Fact, words
-from l0fast.tasks.geography import geography
+from l0fast.tasks.facts import SENTENCE_WORDS, Fact
+from l0fast.tasks.geography import real_words
 from l0fast.tasks.world import World, hold_out
 
 NUM_COUNTRIES = 60
@@ -35,7 +35,7 @@ class NameMaker:
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
-        self._taken = {*_real_words(), *SENTENCE_WORDS}
+        self._taken = {*real_words(), *SENTENCE_WORDS}
         # as "San" and "New" do, a few words begin many names
         self._openers = [self.word(1) for _ in range(8)]
 
@@ -60,12 +60,6 @@ class NameMaker:
         if shape < 0.25:
             return f"{name}-{self.word(2)}"
         return name
-
-
-@cache
-def _real_words() -> frozenset[str]:
-    """Every word of the real world's corpus."""
-    return frozenset(word for sentence in geography().full_corpus for word in words(sentence))
 
 
 @cache

@@ -4,7 +4,7 @@
     episodes   <- NBAgent x Demonstrator x a real sandbox, in many worlds
     policy     <- supervised learning, one pass
 
-Worlds: the real one teaches its wording; invented and permuted ones, made anew many times, leave copying as the only way
+Worlds: the real one teaches its wording; invented and respelled ones, made anew many times, leave copying as the only way
 to be right (low loss on real names can be memorised names).
 """
 
@@ -33,15 +33,15 @@ from l0fast.rollout.rollouts import play_all
 from l0fast.sandbox import open_sandbox
 from l0fast.seeding import derive_seed
 from l0fast.tasks.facts import PHRASINGS, RELATIONS
-from l0fast.tasks.geography import geography, permuted_world
+from l0fast.tasks.geography import geography, respelled_world
 from l0fast.tasks.invented import invented_world
 from l0fast.tasks.world import World
 from l0fast.tools.local_search import LocalSearch, search_tool
 from l0fast.types import Task, Trajectory
 from l0fast.warm_start.demonstrations import Demonstrator, Mistakes, good_move
 
-_NUM_WORLDS = 24
-"""Different invented and permuted worlds to draw on."""
+_NUM_WORLDS = 32
+"""Different invented and respelled worlds to draw on."""
 _OPEN = 128
 """Demonstrations played at once."""
 _ROUND = 512
@@ -56,8 +56,8 @@ class Demonstrations:
 
 
 RECIPES = {
-    "geography": Demonstrations(6_500_000, {"real": 0.35, "invented": 0.4, "permuted": 0.25}),
-    "invented": Demonstrations(3_000_000, {"invented": 1.0}),
+    "geography": Demonstrations(9_000_000, {"real": 0.3, "invented": 0.25, "respelled": 0.45}),
+    "invented": Demonstrations(6_500_000, {"invented": 1.0}),
 }
 VOCABULARY = {"geography": 1024, "invented": 640}
 
@@ -72,7 +72,7 @@ class Options:
     """Of demonstrations, initial weights and batches."""
     scale: float = 1.0
     """Share of the tokens to train on; small values try the path out."""
-    good_rate: float = 0.46
+    good_rate: float = 0.43
     """Probability of the good move at each decision of a demonstration."""
     sandbox: Literal["auto", "bwrap", "process"] = "auto"
     """Where demonstrations run."""
@@ -128,7 +128,7 @@ def _world(kind: str, seed: int, n: int) -> World:
     if kind == "real":
         return geography()
     # seed 0 of the invented worlds is the one that runs train and evaluate on
-    make_world = permuted_world if kind == "permuted" else invented_world
+    make_world = respelled_world if kind == "respelled" else invented_world
     return make_world(derive_seed("warm start", kind, seed, n))
 
 

@@ -10,7 +10,7 @@ import pytest
 from l0fast.config import TaskConfig
 from l0fast.tasks import load_world
 from l0fast.tasks.facts import CHAINS, NAME_VALUED, PHRASINGS, RELATIONS, UNTRAINED_CHAINS, Fact, words
-from l0fast.tasks.geography import geography, permuted_world
+from l0fast.tasks.geography import geography, respelled_world
 from l0fast.tasks.invented import invented_world
 from l0fast.tasks.world import Names, World, hold_out
 from l0fast.tools.local_search import LocalSearch
@@ -200,10 +200,10 @@ def test_every_value_of_a_fact_is_a_right_answer():
 def test_worlds_do_not_depend_on_the_hash_seed():
     script = (
         "import random\n"
-        "from l0fast.tasks.geography import geography, permuted_world\n"
+        "from l0fast.tasks.geography import geography, respelled_world\n"
         "from l0fast.tasks.invented import invented_world\n"
         "rng = random.Random(5)\n"
-        "for world in (geography(), permuted_world(1), invented_world(1)):\n"
+        "for world in (geography(), respelled_world(1), invented_world(1)):\n"
         "    print(world.full_corpus[::97], sorted(world.heldout_names)[::41])\n"
         "    print([world.train_task(rng, two_hop_share=0.5).id for _ in range(30)])\n"
         "print([task.id for task in geography().heldout_tasks(50, two_hop_share=0.5)])\n"
@@ -222,16 +222,31 @@ def test_worlds_do_not_depend_on_the_hash_seed():
     assert len(outputs[0]) > 1000
 
 
-def test_a_permuted_world_has_training_names_only_and_none_of_their_facts():
-    real, permuted = geography(), permuted_world(4)
-    assert permuted.train_names == real.train_names
-    assert not permuted.heldout_names
+def test_a_respelled_world_has_the_shapes_of_the_real_one_and_neither_its_long_names_nor_its_facts():
+    real, respelled = geography(), respelled_world(4)
+    assert not respelled.heldout_names
+    assert Counter(f.relation for f in respelled.facts) == Counter(f.relation for f in real.train_facts)
     told = set(real.full_corpus)
-    assert sum(sentence in told for sentence in permuted.full_corpus) < 0.05 * len(told)
-    assert Counter(f.relation for f in permuted.facts) == Counter(f.relation for f in real.train_facts)
+    assert sum(sentence in told for sentence in respelled.full_corpus) < 0.01 * len(told)
+    kept = respelled.train_names & {name for f in real.facts for name in (f.entity, f.value)}
+    assert all(len(word) < 4 for name in kept for word in words(name) if word not in {"and", "the"})
     names = Names(real.heldout_names)
-    assert not [sentence for sentence in permuted.train_corpus if names.occur_in(sentence)]
-    assert permuted.full_corpus != permuted_world(5).full_corpus
+    assert not [sentence for sentence in respelled.train_corpus if names.occur_in(sentence)]
+    assert respelled.full_corpus != respelled_world(5).full_corpus
+
+
+def test_a_word_is_respelled_the_same_wherever_it_stands():
+    """ "Guinea" stays inside "Equatorial Guinea": a search has the same distractors."""
+    real, respelled = geography(), respelled_world(4)
+    renamed = {}
+    for before, after in zip(real.train_facts, respelled.facts, strict=True):
+        if before.relation == "country":
+            renamed |= zip(
+                words(f"{before.entity} {before.value}"), words(f"{after.entity} {after.value}"), strict=True
+            )
+    for before, after in zip(real.train_facts, respelled.facts, strict=True):
+        if before.relation == "country":
+            assert [renamed[word] for word in words(before.entity)] == list(words(after.entity))
 
 
 def test_an_invented_world_shares_no_word_with_the_real_one_but_the_wording():
