@@ -2,15 +2,15 @@
 
     prompt ids -> engine -> response ids -> <think>, <code> -> session -> <output> -> longer prompt ids -> ...
 
-One coroutine an episode. It waits for the engine and for its own session, never for another episode. An episode ends
-when its code has called submit_final_answer, at `max_turns`, when the context can't take another turn, or at its
-deadline. What the world breaks (engine, sandbox, deadline) is recorded on the trajectory; a bug propagates.
+One coroutine an episode. It waits for the engine and for its own session (leased at its first cell), never for another
+episode. An episode ends when its code has called submit_final_answer, at `max_turns`, when the context can't take another
+turn, or at its deadline. What the world breaks (engine, sandbox, deadline) is recorded on the trajectory; a bug propagates.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -54,9 +54,8 @@ class NBAgent:
         status, cause = TrajectoryStatus.FAILED_DEADLINE, f"not over within {self.limits.timeout_s:g} s"
         deadline = asyncio.timeout(self.limits.timeout_s)
         try:
-            async with deadline:
-                async with self.sandbox.session(self._session_tools(episode), seed=seed) as session:
-                    status, cause = await self._turns(task, episode, session, index, temperature, seed), None
+            async with deadline, AsyncExitStack() as stack:
+                status, cause = await self._turns(task, episode, stack, index, temperature, seed), None
         except EngineError as e:
             status, cause = TrajectoryStatus.FAILED_ENGINE, str(e)
         except SandboxError as e:
@@ -76,9 +75,10 @@ class NBAgent:
         )
 
     async def _turns(
-        self, task: Task, episode: "_Episode", session: Session, index: int, temperature: float, seed: int
+        self, task: Task, episode: "_Episode", stack: AsyncExitStack, index: int, temperature: float, seed: int
     ) -> TrajectoryStatus:
         config = self.config
+        session: Session | None = None
         context = Context(
             self.chat,
             system_prompt(config.prompt, self.tools_of(episode), max_turns=self.limits.max_turns),
@@ -105,8 +105,13 @@ class NBAgent:
             action = parse_action(text)
             shown_before, output, error = episode.notepad.render(), None, None
             if action.complaint is None:
-                with episode.live_cell(), self.part("execute"):
-                    cell = await session.execute(action.code, timeout_s=config.cell_timeout_s)
+                with self.part("execute"):
+                    if session is None:
+                        # only now: all episodes of a step begin at once, and the engine must not wait for their forks
+                        lease = self.sandbox.session(self._session_tools(episode), seed=seed)
+                        session = await stack.enter_async_context(lease)
+                    with episode.live_cell():
+                        cell = await session.execute(action.code, timeout_s=config.cell_timeout_s)
                 output = shorten(_shown(cell, config.traceback).rstrip(), config.output_chars)
                 error = cell.error.name if cell.error else None
             episode.turns.append(
