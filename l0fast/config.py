@@ -83,8 +83,14 @@ class RolloutConfig(Config):
 class SandboxConfig(Config):
     kind: Literal["auto", "docker", "bwrap", "process"] = "auto"
     """"auto" takes the strongest that works: docker, bwrap, then process if seccomp and Landlock are both active."""
+    image: str = "auto"
+    """Of docker's containers, with a Python >= 3.9. "auto": l0fast-sandbox where `python -m l0fast.sandbox.image build` has made it, else python:3.12-slim, pulled when missing."""
+    runtime: str = ""
+    """Docker's runtime for them, e.g. "runsc"; empty for the daemon's own choice."""
+    pull_timeout_s: PositiveFloat = 300.0
+    """Time the pull of a missing image may take [s]."""
     sessions_per_shard: PositiveInt = 128
-    """Sessions that share one zygote [sessions]."""
+    """Sessions that share one zygote, and so one container; 1 gives each agent a new one [sessions]."""
     preload: tuple[str, ...] = ()
     """Modules imported once, before sessions are forked."""
     start_timeout_s: PositiveFloat = 20.0

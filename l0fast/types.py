@@ -6,7 +6,8 @@ A record is made once, on the left, and never changed afterwards. Words: a *turn
 exchange, a *trajectory* the record of one run of the agent on one task, a *step* one optimizer update.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -23,6 +24,8 @@ class Task:
     """What is asked, e.g. "capital" or "city>currency"; accuracy is also reported by kind."""
     hops: int = 1
     """Look-ups needed to answer."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """What the agent finds in its folder: name there -> file on this machine."""
 
 
 class TrajectoryStatus(StrEnum):

@@ -108,7 +108,7 @@ class NBAgent:
                 with self.part("execute"):
                     if session is None:
                         # only now: all episodes of a step begin at once, and the engine must not wait for their forks
-                        lease = self.sandbox.session(self._session_tools(episode), seed=seed)
+                        lease = self.sandbox.session(self._session_tools(episode), seed=seed, files=task.files)
                         session = await stack.enter_async_context(lease)
                     with episode.live_cell():
                         cell = await session.execute(action.code, timeout_s=config.cell_timeout_s)

@@ -52,11 +52,29 @@ class Session(Protocol):
         """
         ...
 
+    async def collect(self, *, max_files: int = 64, max_bytes: int = 4 << 20) -> dict[str, bytes]:
+        """What the agent has left in its folder, by name ("out/plot.png"), the smallest names first.
+
+        Regular files alone, no links; not what was brought along and not changed; no more than so many, and no more bytes
+        in all. Raises SandboxError where the session is lost.
+        """
+        ...
+
 
 class Sandbox(Protocol):
     kind: str
     """"docker", "bwrap" or "process"."""
 
-    def session(self, tools: Mapping[str, ToolSpec], *, seed: int) -> AbstractAsyncContextManager[Session]:
-        """Lease a fresh session; leaving the block ends it and all it started. Raises SandboxError."""
+    def session(
+        self, tools: Mapping[str, ToolSpec], *, seed: int, files: Mapping[str, str] = ...
+    ) -> AbstractAsyncContextManager[Session]:
+        """Lease a fresh session; leaving the block ends it and all it started.
+
+        Args:
+            files: copied into its folder, not writable: name there ("data/sales.csv") -> file on this machine.
+
+        Raises:
+            SandboxError: none could be had.
+            UsageError: a name that leads out of the folder, a file that can't be read, or too many of them.
+        """
         ...

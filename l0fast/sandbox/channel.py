@@ -1,6 +1,7 @@
 """The host's end of a session: bytes -> frames -> a strict state machine -> the coroutine that waits.
 
     STARTING -ready-> IDLE -exec-> RUNNING -call-> CALLING -ret-> RUNNING -done-> IDLE          anything else -> LOST
+                      IDLE -collect-> COLLECTING -files-> IDLE
 
 `FrameParser` and `SessionState` are pure. `Channel` is the asyncio Protocol around them: a session may say one thing at
 a time, so one future is all that ever waits, and every way to lose a session resolves it with SandboxError.
@@ -95,7 +96,13 @@ class Done:
     """Bytes the session itself cut from the middle of its output [bytes]."""
 
 
-Event = Ready | Call | Done
+@dataclass(frozen=True, slots=True)
+class Files:
+    files: list[tuple[str, int]]
+    """Name and size [bytes]; their contents follow each other in the output file."""
+
+
+Event = Ready | Call | Done | Files
 
 
 class State(enum.Enum):
@@ -103,6 +110,7 @@ class State(enum.Enum):
     IDLE = "idle"
     RUNNING = "running"
     CALLING = "calling"
+    COLLECTING = "collecting"
     LOST = "lost"
 
 
@@ -119,6 +127,10 @@ class SessionState:
         self.state = State.RUNNING
         self.cell += 1
         return self.cell
+
+    def start_collecting(self) -> None:
+        assert self.state is State.IDLE, f"files can't be collected while the session is {self.state.value}"
+        self.state = State.COLLECTING
 
     def answer_call(self) -> None:
         assert self.state is State.CALLING, f"nothing to answer while the session is {self.state.value}"
@@ -148,8 +160,19 @@ class SessionState:
                     case {"name": str(name), "value": str(value), "traceback": str(traceback)}:
                         self.state = State.IDLE
                         return Done((name, value, traceback), dropped)
+            case State.COLLECTING, {"op": "files", "files": list(files)} if all(map(_is_file, files)):
+                self.state = State.IDLE
+                return Files([(name, size) for name, size in files])
         op = frame.get("op")
         raise ProtocolError(f"the session sent {str(op)[:40]!r} while {self.state.value}, or sent it malformed")
+
+
+def _is_file(value: object) -> bool:
+    match value:
+        case [str(name), size] if _is_count(size):
+            # a name that leads elsewhere must never reach whoever writes these files down
+            return all(part not in ("", ".", "..") and "\0" not in part for part in name.split("/"))
+    return False
 
 
 def _is_count(value: object) -> bool:
@@ -178,6 +201,11 @@ class Channel(asyncio.Protocol):
         self.check()
         n = self._machine.start_cell()
         return self._ask({"op": "exec", "n": n, "code": code, "timeout": timeout_s})
+
+    def collect(self, max_files: int, max_bytes: int) -> "asyncio.Future[Event]":
+        self.check()
+        self._machine.start_collecting()
+        return self._ask({"op": "collect", "max_files": max_files, "max_bytes": max_bytes})
 
     def answer(self, id: int, *, value: Any = None, error: tuple[str, str] | None = None) -> "asyncio.Future[Event]":
         self.check()

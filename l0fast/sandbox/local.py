@@ -12,7 +12,6 @@ addition: disk space, and the list of the machine's processes.
 import asyncio
 import json
 import os
-import random
 import select
 import shutil
 import socket
@@ -29,47 +28,9 @@ from typing import Any
 from l0fast.config import SandboxConfig
 from l0fast.errors import SandboxError, boundary
 from l0fast.sandbox.guest.files import remove_tree
+from l0fast.sandbox.launch import BOOT, ETC, FOLDER_MB_PER_SESSION, GUEST, SYSTEM, Uids, environment, guest_config
 
-GUEST = Path(__file__).resolve().parent
-"""The folder that holds the package `guest`."""
-OUTPUT_BYTES = 32 * 1024
-"""What a cell's output is cut to, in its middle [bytes]."""
-
-# appended, not put first: a module of ours must not be taken for one of the standard library
-_BOOT = "import sys; sys.path.append(sys.argv[1]); from guest.zygote import main; main(int(sys.argv[2]))"
-_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
-_ETC = ("/etc/ld.so.cache", "/etc/localtime", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/etc/alternatives")
-_FOLDER_MB_PER_SESSION = 8
-_UIDS_PER_SHARD = 1 << 16
-_FIRST_UID, _LAST_UID = 1 << 30, 1 << 31
 _SWEEP_TIMEOUT_S = 5.0
-
-
-def guest_config(config: SandboxConfig) -> dict[str, Any]:
-    """What every zygote is told, whatever it runs in."""
-    limits = {
-        "AS": config.memory_mb << 20,
-        "CPU": 600,
-        "NPROC": 32,
-        "FSIZE": 32 << 20,
-        "NOFILE": 128,
-        "STACK": 8 << 20,
-        "CORE": 0,
-        "MEMLOCK": 0,
-        "MSGQUEUE": 0,
-    }
-    return {
-        "limits": limits,
-        "shared_nproc": 8 * config.sessions_per_shard + 64,
-        "preload": list(config.preload),
-        "output_limit": OUTPUT_BYTES,
-    }
-
-
-def _environment() -> dict[str, str]:
-    """All that a session sees of an environment. Libraries must not start threads before a fork."""
-    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
-    return {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", **threads}
 
 
 def _site_folders(config: SandboxConfig) -> list[str]:
@@ -80,24 +41,6 @@ def _site_folders(config: SandboxConfig) -> list[str]:
 def _closed_to_others(path: str) -> bool:
     """True where some folder on the way can't be entered by a uid that is nobody's."""
     return any(not p.stat().st_mode & 0o001 for p in (Path(path).resolve(), *Path(path).resolve().parents))
-
-
-class _Uids:
-    """A block of uids no other shard on this machine has, held by an abstract socket's name."""
-
-    def __init__(self) -> None:
-        for _ in range(100):
-            self.base = random.SystemRandom().randrange(_FIRST_UID, _LAST_UID, _UIDS_PER_SHARD)
-            self._lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            try:
-                self._lock.bind(f"\0l0fast-uids-{self.base}")
-                return
-            except OSError:
-                self._lock.close()
-        raise SandboxError("no free block of uids found: too many sandboxes on this machine")
-
-    def close(self) -> None:
-        self._lock.close()
 
 
 class LocalLaunched:
@@ -113,7 +56,7 @@ class LocalLaunched:
         process: subprocess.Popen[bytes],
         stderr: int,
         info: int | None,
-        uids: _Uids | None,
+        uids: Uids | None,
         root: str | None,
     ):
         self.control = control
@@ -152,7 +95,7 @@ class LocalLaunched:
             if self._root is not None:
                 # one that came to its end by itself has left nothing
                 if self._process.returncode != 0:
-                    await asyncio.to_thread(_sweep, set(pids), self._uids.base if self._uids else None)
+                    await asyncio.to_thread(_sweep, set(pids), self._uids)
                 await asyncio.to_thread(remove_tree, self._root)
         finally:
             if self._info is not None:
@@ -166,15 +109,23 @@ class LocalBackend:
     """Starts zygotes of one kind, "bwrap" or "process"."""
 
     def __init__(self, kind: str, config: SandboxConfig):
-        self.kind = kind
+        self.kind = self.name = kind
         self._config = config
         self.config = guest_config(config)
         self._root = os.geteuid() == 0
+        lacks = "a limit on a shard's CPU and memory"
+        self.lacks = (lacks,) if kind == "bwrap" else ("namespaces", "a limit on disk", lacks)
+
+    async def open(self) -> None:
+        """Nothing to find first."""
+
+    async def close(self) -> None:
+        """Nothing is held between launches."""
 
     async def launch(self) -> tuple[LocalLaunched, dict[str, Any]]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        uids = _Uids() if self._root else None
+        uids = Uids() if self._root else None
         opened: list[int] = []
         root = info = stderr = None
         try:
@@ -187,7 +138,7 @@ class LocalBackend:
                     root = tempfile.mkdtemp(prefix="l0fast-")
                     os.chmod(root, 0o1733 if self._root else 0o700)
                     argv, env, config = self._process(root, opened)
-                config |= {"uid_base": uids.base if uids else None, "uid_count": _UIDS_PER_SHARD}
+                config |= {"uid_base": uids.base if uids else None, "uid_count": uids.count if uids else 0}
                 stderr = os.memfd_create("stderr", os.MFD_CLOEXEC)
                 # forked by the loop's own thread: the zygote's parent-death signal is bound to it
                 process = subprocess.Popen(  # noqa: ASYNC220 - a few ms, once a shard
@@ -218,7 +169,7 @@ class LocalBackend:
         return LocalLaunched(ours, process, stderr, info, uids, root), {**self.config, **config}
 
     def _process(self, root: str, opened: list[int]) -> tuple[list[str], dict[str, str], dict[str, Any]]:
-        env = _environment()
+        env = environment()
         site = _site_folders(self._config)
 
         def reach(folder: str) -> str:
@@ -240,7 +191,7 @@ class LocalBackend:
             "death_signal": SIGTERM,
             "program": str(GUEST),
             "site": site,
-            "read": [*_SYSTEM, *_ETC, prefix, *site],
+            "read": [*SYSTEM, *ETC, prefix, *site],
             "keep_fds": list(opened),
         }
         return [*_python(), str(GUEST)], env, config
@@ -266,12 +217,12 @@ class LocalBackend:
             "--dev",
             "/dev",
         ]
-        for path in _SYSTEM:
+        for path in SYSTEM:
             if os.path.islink(path):
                 argv += ["--symlink", os.readlink(path), path]
             elif os.path.isdir(path):
                 argv += ["--ro-bind", path, path]
-        for path in _ETC:
+        for path in ETC:
             argv += ["--ro-bind-try", path, path]
         site = _site_folders(self._config)
         for folder in (sys.base_prefix, *site):
@@ -280,7 +231,7 @@ class LocalBackend:
                 for parent in reversed(Path(folder).parents[:-1]):
                     argv += ["--perms", "0755", "--dir", str(parent)]
                 argv += ["--ro-bind", folder, folder]
-        size = (_FOLDER_MB_PER_SESSION * self._config.sessions_per_shard) << 20
+        size = (FOLDER_MB_PER_SESSION * self._config.sessions_per_shard) << 20
         argv += ["--ro-bind", str(GUEST / "guest"), "/l0fast/guest"]
         argv += ["--perms", "1733" if self._root else "0700", "--size", str(size), "--tmpfs", "/agent"]
         argv += ["--remount-ro", "/", "--chdir", "/", "--"]
@@ -290,16 +241,16 @@ class LocalBackend:
             "death_signal": SIGKILL,
             "program": "/l0fast",
             "site": site,
-            "read": [*_SYSTEM, *_ETC, sys.base_prefix, *site],
+            "read": [*SYSTEM, *ETC, sys.base_prefix, *site],
             "keep_fds": [],
         }
-        return [*argv, *_python(), "/l0fast"], _environment(), config
+        return [*argv, *_python(), "/l0fast"], environment(), config
 
 
 def _python() -> Sequence[str]:
     """The interpreter itself, not a virtual environment's link to it; its own folders alone on the path."""
     executable = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    return executable, "-S", "-s", "-B", "-c", _BOOT
+    return executable, "-S", "-s", "-B", "-c", BOOT
 
 
 def _wait_for_namespace(info: int) -> None:
@@ -317,7 +268,7 @@ def _wait_for_namespace(info: int) -> None:
         os.close(watch)
 
 
-def _sweep(pids: set[int], uid_base: int | None) -> None:
+def _sweep(pids: set[int], uids: Uids | None) -> None:
     """Kill what a zygote that was killed itself left behind: its sessions' process groups, or all with their uids.
 
     `pids` led groups a moment ago, and a group's number can't be given away while a member lives: one killpg takes each
@@ -329,7 +280,7 @@ def _sweep(pids: set[int], uid_base: int | None) -> None:
     deadline = time.monotonic() + _SWEEP_TIMEOUT_S
     empty = 0
     while empty < 2:
-        groups = _groups_left(pids, uid_base)
+        groups = _groups_left(pids, uids)
         empty = 0 if groups else empty + 1
         for group in groups:
             _kill_group(group)
@@ -346,7 +297,7 @@ def _kill_group(group: int) -> None:
         return
 
 
-def _groups_left(pids: set[int], uid_base: int | None) -> set[int]:
+def _groups_left(pids: set[int], uids: Uids | None) -> set[int]:
     """Groups of living processes that are one of `pids` or, where uids are given out, have one of ours."""
     groups = set()
     for entry in os.scandir("/proc"):
@@ -359,7 +310,7 @@ def _groups_left(pids: set[int], uid_base: int | None) -> set[int]:
                 state, _, group = f.read().rpartition(b")")[2].split()[:3]
         except (FileNotFoundError, ProcessLookupError):
             continue
-        mine = uid_base <= uid < uid_base + _UIDS_PER_SHARD if uid_base is not None else int(group) in pids
+        mine = uids.base <= uid < uids.base + uids.count if uids is not None else int(group) in pids
         if mine and state not in (b"Z", b"X"):
             groups.add(int(group))
     return groups

@@ -18,6 +18,14 @@ class OutputFile:
             os.close(self.fd)
             self.fd = -1
 
+    def take_bytes(self, limit_bytes: int) -> bytes:
+        """Read and empty it: its first `limit_bytes`."""
+        if self.fd < 0:
+            raise SandboxError("the session has been closed")
+        data = os.pread(self.fd, limit_bytes, 0)
+        os.ftruncate(self.fd, 0)
+        return data
+
     def take(self, limit_bytes: int, dropped_bytes: int) -> str:
         """Read and empty it: all, or the first and last `limit_bytes / 2` with a line that says what is missing.
 

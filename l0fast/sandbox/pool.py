@@ -12,15 +12,20 @@ import ast
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 
 from l0fast.errors import SandboxError
 from l0fast.sandbox.base import Session, ToolSpec
-from l0fast.sandbox.local import OUTPUT_BYTES
+from l0fast.sandbox.launch import OUTPUT_BYTES
 from l0fast.sandbox.session import PoolSession
 from l0fast.sandbox.shard import Backend, Lease, Shard
 
-MAX_FAILURES = 3
+MAX_FAILURES = 7
 """Failed starts in a row before a slot is given up."""
+BACKOFF_S = 0.1
+"""Wait after the first failed start, doubled after each: some 6 s in all, in which a daemon may restart [s]."""
+LAUNCHES_AT_ONCE = 8
+"""Shards being started at once."""
 STARTS_AT_ONCE = 8
 """Sessions being started at once; a zygote forks one after the other, so more would only wait there [sessions]."""
 CELL_TIMEOUT_S = 30.0
@@ -50,6 +55,7 @@ class SandboxPool:
         self._shards: dict[int, Shard] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._starts = asyncio.Semaphore(STARTS_AT_ONCE)
+        self._launches = asyncio.Semaphore(LAUNCHES_AT_ONCE)
         self._change = asyncio.Event()
         self._last_failure: SandboxError | None = None
 
@@ -59,24 +65,34 @@ class SandboxPool:
 
     async def start(self) -> None:
         """Start all shards. Raises SandboxError where one can't be, with nothing left behind."""
-        # the first alone: what is wrong with this machine is then said once
-        shards = [await Shard.start(self.backend, self.start_timeout_s)]
-        rest = [
-            asyncio.create_task(Shard.start(self.backend, self.start_timeout_s)) for _ in range(self._num_shards - 1)
-        ]
+        shards: list[Shard] = []
+        rest: list[asyncio.Task[Shard]] = []
         try:
+            await self.backend.open()
+            # the first alone: what is wrong with this machine is then said once
+            shards.append(await self._start_shard())
+            rest += [asyncio.create_task(self._start_shard()) for _ in range(self._num_shards - 1)]
             shards += await asyncio.gather(*rest)
         except BaseException:
             for task in rest:
                 task.cancel()
             results = await asyncio.gather(*rest, return_exceptions=True)
-            for shard in (*shards, *(r for r in results if isinstance(r, Shard))):
+            for shard in {*shards, *(r for r in results if isinstance(r, Shard))}:
                 await shard.close()
+            await self.backend.close()
             raise
         self.report = shards[0].report
         for slot, shard in enumerate(shards):
             self._place(slot, shard)
             self._keepers.append(asyncio.create_task(self._keep(slot), name=f"sandbox shard {slot}"))
+
+    async def _start_shard(self) -> Shard:
+        async with self._launches:
+            shard = await Shard.start(self.backend, self.start_timeout_s)
+        if self._per_shard == 1:
+            # a zygote an agent: the next one gets a new one
+            shard.retire_after(1)
+        return shard
 
     async def close(self) -> None:
         """End every session and every zygote; back when nothing is left. Raises what a keeper died of."""
@@ -85,14 +101,17 @@ class SandboxPool:
         results = await asyncio.gather(*self._keepers, return_exceptions=True)
         results += await asyncio.gather(*(s.close() for s in self._shards.values()), return_exceptions=True)
         self._shards.clear()
+        await self.backend.close()
         for result in results:
             if isinstance(result, Exception):
                 raise result
 
     @asynccontextmanager
-    async def session(self, tools: Mapping[str, ToolSpec], *, seed: int) -> AsyncIterator[Session]:
-        """Lease a fresh session; leaving the block ends it and all it started. Raises SandboxError."""
-        shard, lease = await self._lease(tools, seed)
+    async def session(
+        self, tools: Mapping[str, ToolSpec], *, seed: int, files: Mapping[str, str] = MappingProxyType({})
+    ) -> AsyncIterator[Session]:
+        """Lease a fresh session; leaving the block ends it and all it started. See `Sandbox.session`."""
+        shard, lease = await self._lease(tools, seed, files)
         try:
             yield PoolSession(
                 lease,
@@ -105,7 +124,7 @@ class SandboxPool:
         finally:
             await shard.end(lease)
 
-    async def _lease(self, tools: Mapping[str, ToolSpec], seed: int) -> tuple[Shard, Lease]:
+    async def _lease(self, tools: Mapping[str, ToolSpec], seed: int, files: Mapping[str, str]) -> tuple[Shard, Lease]:
         for spec in tools.values():
             _check(spec)
         limit = asyncio.timeout(self.start_timeout_s)
@@ -115,7 +134,7 @@ class SandboxPool:
                     free = [s for s in self._shards.values() if s.open and s.load < self._per_shard]
                     if free:
                         shard = min(free, key=lambda s: s.load)
-                        return shard, await shard.lease(tools.values(), seed, self.start_timeout_s)
+                        return shard, await shard.lease(tools.values(), seed, self.start_timeout_s, files)
                     if not any(self._alive(keeper) for keeper in self._keepers):
                         raise SandboxError(f"no shard is left: {self._last_failure}") from self._last_failure
                     self._change.clear()
@@ -149,11 +168,12 @@ class SandboxPool:
                 await old.close()
                 del self._shards[slot]
             try:
-                self._place(slot, await Shard.start(self.backend, self.start_timeout_s))
+                self._place(slot, await self._start_shard())
                 failures = 0
             except SandboxError as e:
-                failures += 1
                 self._last_failure = e
+                await asyncio.sleep(BACKOFF_S * 2**failures)
+                failures += 1
         self._change.set()
 
 

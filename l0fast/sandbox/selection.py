@@ -14,10 +14,9 @@ from l0fast.sandbox.base import Sandbox
 from l0fast.sandbox.guest.seccomp import TABLES
 from l0fast.sandbox.local import LocalBackend
 from l0fast.sandbox.pool import SandboxPool
-from l0fast.sandbox.shard import Report
+from l0fast.sandbox.shard import Backend, Report
 
 CORES_PER_SHARD = 2
-NO_DOCKER = "the docker backend is not part of this version"
 
 
 @asynccontextmanager
@@ -26,17 +25,15 @@ async def open_sandbox(
 ) -> AsyncIterator[Sandbox]:
     """A pool with places for `max_sessions`; leaving the block ends it all.
 
-    "auto" takes bwrap, else process where seccomp and Landlock are both active. One line through `log` says which, and
-    what is missing. Raises UsageError where none is safe here, or the one asked for doesn't work.
+    "auto" takes docker, else bwrap, else process where seccomp and Landlock are both active. One line through `log` says
+    which, and what is missing. Raises UsageError where none is safe here, or the one asked for doesn't work.
     """
     _check_platform()
     _check_descriptors(max_sessions)
-    if config.kind == "docker":
-        raise UsageError(f"sandbox.kind = 'docker': {NO_DOCKER}; use --sandbox.kind bwrap, process or auto")
-    kinds = ("bwrap", "process") if config.kind == "auto" else (config.kind,)
-    refused = [f"docker ({NO_DOCKER})"] if config.kind == "auto" else []
+    kinds = ("docker", "bwrap", "process") if config.kind == "auto" else (config.kind,)
+    refused = []
     for kind in kinds:
-        pool = _pool(kind, config, max_sessions)
+        pool = _pool(_backend(kind, config, log), config, max_sessions)
         try:
             await pool.start()
         except SandboxError as e:
@@ -47,7 +44,7 @@ async def open_sandbox(
             if risk and config.kind == "auto":
                 refused.append(f"{kind} ({risk})")
                 continue
-            log(_say(kind, pool.report, pool, refused))
+            log(_say(pool, refused))
             yield pool
             return
         finally:
@@ -60,11 +57,20 @@ async def open_sandbox(
     )
 
 
-def _pool(kind: str, config: SandboxConfig, max_sessions: int) -> SandboxPool:
+def _backend(kind: str, config: SandboxConfig, log: Callable[[str], None]) -> Backend:
+    if kind != "docker":
+        return LocalBackend(kind, config)
+    # brings aiodocker and aiohttp, which only this kind needs
+    from l0fast.sandbox.docker import DockerBackend
+
+    return DockerBackend(config, log=log)
+
+
+def _pool(backend: Backend, config: SandboxConfig, max_sessions: int) -> SandboxPool:
     needed = math.ceil(max_sessions / config.sessions_per_shard)
     wanted = min(max_sessions, (os.cpu_count() or 1) // CORES_PER_SHARD)
     return SandboxPool(
-        LocalBackend(kind, config),
+        backend,
         num_shards=max(needed, wanted, 1),
         sessions_per_shard=config.sessions_per_shard,
         start_timeout_s=config.start_timeout_s,
@@ -73,7 +79,7 @@ def _pool(kind: str, config: SandboxConfig, max_sessions: int) -> SandboxPool:
 
 def unsafe(kind: str, report: Report) -> str | None:
     """Why this must not be taken unasked."""
-    if kind == "bwrap":
+    if kind != "process":
         return None
     if not report.seccomp or not report.landlock:
         missing = [name for name, there in (("seccomp", report.seccomp), ("Landlock", report.landlock)) if not there]
@@ -83,16 +89,17 @@ def unsafe(kind: str, report: Report) -> str | None:
     return None
 
 
-def _say(kind: str, report: Report, pool: SandboxPool, refused: list[str]) -> str:
-    has, lacks = [], []
+def _say(pool: SandboxPool, refused: list[str]) -> str:
+    report, has, lacks = pool.report, [], []
     (has if report.own_uids else lacks).append("a uid per session")
     (has if report.seccomp else lacks).append("seccomp")
     (has if report.landlock else lacks).append(f"Landlock ABI {report.landlock}" if report.landlock else "Landlock")
-    if kind == "process":
-        lacks += ["namespaces", "a limit on disk"]
-    lacks.append("a limit on a shard's CPU and memory")
+    lacks += pool.backend.lacks
     why = f"; not {', not '.join(refused)}" if refused else ""
-    return f"sandbox: {kind}, Python {report.python}, {len(pool.shards)} shard(s), with {', '.join(has)}; without {', '.join(lacks)}{why}"
+    return (
+        f"sandbox: {pool.backend.name}, Python {report.python}, {len(pool.shards)} shard(s), with {', '.join(has)}; "
+        f"without {', '.join(lacks)}{why}"
+    )
 
 
 def _check_platform() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from l0fast.errors import SandboxError, ToolError
 from l0fast.sandbox.base import CellError, CellResult, ToolSpec
-from l0fast.sandbox.channel import Call, Done, Event, ProtocolError, State
+from l0fast.sandbox.channel import Call, Done, Event, Files, ProtocolError, State
 from l0fast.sandbox.shard import Lease
 
 MAX_CALLS = 64
@@ -82,6 +82,32 @@ class PoolSession:
         error = CellError(name=event.error[0], value=event.error[1], traceback=event.error[2]) if event.error else None
         text = self.lease.output.take(self._output_bytes, event.dropped)
         return CellResult(output=text, error=error, wall_s=time.perf_counter() - began)
+
+    async def collect(self, *, max_files: int = 64, max_bytes: int = 4 << 20) -> dict[str, bytes]:
+        """What the agent has left in its folder. See `Session.collect`."""
+        limit = asyncio.timeout(self._grace_s)
+        try:
+            async with limit:
+                event = await self._channel.collect(max_files, max_bytes)
+                self._channel.check()
+        except BaseException as e:
+            error = e if isinstance(e, ProtocolError) else SandboxError("the session was left while it told its files")
+            if limit.expired() and isinstance(e, TimeoutError):
+                error = SandboxError(f"the session was ended: it did not tell its files within {self._grace_s:g} s")
+            self._channel.lose(error)
+            self._end()
+            if isinstance(e, TimeoutError) and limit.expired():
+                raise error from e
+            raise
+        assert isinstance(event, Files)
+        if len(event.files) > max_files or sum(size for _, size in event.files) > max_bytes:
+            raise ProtocolError("the session told more files than it was asked for")
+        data = self.lease.output.take_bytes(max_bytes)
+        files, start = {}, 0
+        for name, size in event.files:
+            files[name] = data[start : start + size]
+            start += size
+        return files
 
     async def _answer(self, call: Call, calls: int, soft: float) -> Event:
         spec = self._tools.get(call.name)

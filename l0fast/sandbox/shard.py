@@ -12,7 +12,7 @@ import itertools
 import os
 import socket
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from l0fast.errors import SandboxError, boundary
 from l0fast.sandbox.base import ToolSpec
 from l0fast.sandbox.channel import Channel
 from l0fast.sandbox.output import OutputFile
+from l0fast.sandbox.task_files import opened
 
 CLOSE_TIMEOUT_S = 15.0
 """Time a zygote has to end its sessions and exit, or to end one session, before it is killed [s]."""
@@ -48,8 +49,20 @@ class Launched(Protocol):
 
 class Backend(Protocol):
     kind: str
+    name: str
+    """For a reader: "bwrap", "docker (Docker 20.10, python:3.12-slim)"."""
     config: dict[str, Any]
     """What every zygote is told: limits, preloads, paths. `launch` adds what is its own."""
+    lacks: tuple[str, ...]
+    """What it does not give, for a reader: "a limit on disk"."""
+
+    async def open(self) -> None:
+        """What has to be done once before the first launch. Raises SandboxError."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of what `open` took, or was taking."""
+        ...
 
     async def launch(self) -> tuple[Launched, dict[str, Any]]:
         """Start a zygote; it, and the config to send to it. Raises SandboxError."""
@@ -104,8 +117,11 @@ class Shard:
     @classmethod
     async def start(cls, backend: Backend, timeout_s: float) -> "Shard":
         """A shard that is ready for sessions. Raises SandboxError with the zygote's own words."""
-        async with asyncio.timeout(timeout_s) as limit:
-            launched, config = await backend.launch()
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                launched, config = await backend.launch()
+        except TimeoutError as e:
+            raise SandboxError(f"a {backend.kind} sandbox did not start within {timeout_s:g} s") from e
         shard = cls(launched, config)
         try:
             shard._post(orjson.dumps(config))
@@ -141,13 +157,23 @@ class Shard:
         """Takes new sessions: alive, and with uids left that were never used."""
         return not self._dead.done() and self.starts_left != 0
 
+    def retire_after(self, sessions: int) -> None:
+        """Take no more than so many sessions from now on; the shard has then finished."""
+        self.starts_left = sessions if self.starts_left is None else min(sessions, self.starts_left)
+
     async def finished(self) -> None:
         """Wait until the shard is lost, or has neither sessions nor uids left."""
         await asyncio.shield(self._finished)
 
-    async def lease(self, tools: Iterable[ToolSpec], seed: int, timeout_s: float) -> Lease:
-        """Fork a session. Raises SandboxError."""
+    async def lease(self, tools: Iterable[ToolSpec], seed: int, timeout_s: float, files: Mapping[str, str]) -> Lease:
+        """Fork a session. Raises SandboxError; UsageError where the files can't be had."""
         assert self.open
+        with opened(files) as (names, fds):
+            return await self._fork(tools, seed, timeout_s, names, fds)
+
+    async def _fork(
+        self, tools: Iterable[ToolSpec], seed: int, timeout_s: float, names: list[str], fds: list[int]
+    ) -> Lease:
         if self.starts_left is not None:
             self.starts_left -= 1
         with boundary(SandboxError, "start a session"):
@@ -166,7 +192,8 @@ class Shard:
                 # all at once: the session finds its first frame waiting when it comes to life
                 specs = [{"name": t.name, "signature": t.signature, "doc": t.doc} for t in tools]
                 ready = lease.channel.open(specs, seed)
-                self._post(orjson.dumps({"op": "start", "sid": lease.sid}), theirs.detach(), os.dup(lease.output.fd))
+                start = orjson.dumps({"op": "start", "sid": lease.sid, "files": names})
+                self._post(start, theirs.detach(), *(os.dup(fd) for fd in (lease.output.fd, *fds)))
                 posted = True
                 async with asyncio.timeout(timeout_s):
                     await ready

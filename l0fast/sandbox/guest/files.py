@@ -1,6 +1,6 @@
-"""Removes a folder whatever its owner did to it: no rights, links, ten thousand levels.
+"""A session's folder: what a task brings into it, what an agent leaves there, and its end.
 
-A tree is flattened on the way: a folder inside a folder moves up to the top before it is looked into, so paths stay
+Removal copes with whatever the owner did: no rights, links, ten thousand levels. A tree is flattened on the way: a folder inside a folder moves up to the top before it is looked into, so paths stay
 short and nothing recurses. Links are unlinked, never followed. Nothing may still write there.
 """
 
@@ -8,6 +8,71 @@ from __future__ import annotations
 
 import os
 import stat
+
+MAX_NAME = 300
+"""Longest name told to the host; files below longer ones stay [characters]."""
+
+Brought = dict[str, tuple[int, int]]
+"""Name -> inode and time of the last change, of what came with the task."""
+
+
+def bring(names: list[str], fds: list[int]) -> Brought:
+    """Copy open files into the working folder, not writable."""
+    brought = {}
+    for i, fd in enumerate(fds):
+        name = names[i]
+        if "/" in name:
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+        copy = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+        # siblings may be reading from the same open file: no shared position
+        position = 0
+        while True:
+            data = os.pread(fd, 1 << 20, position)
+            if not data:
+                break
+            position += len(data)
+            while data:
+                data = data[os.write(copy, data) :]
+        status = os.fstat(copy)
+        brought[name] = (status.st_ino, status.st_mtime_ns)
+        os.close(copy)
+        os.close(fd)
+    return brought
+
+
+def collect(folder: str, brought: Brought, output_fd: int, *, max_files: int, max_bytes: int) -> list[list]:
+    """Write what is in `folder` into the output file, one after the other; [[name, size], ...]."""
+    told: list[list] = []
+    os.ftruncate(output_fd, 0)
+    for path, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            where = os.path.join(path, name)
+            short = os.path.relpath(where, folder)
+            try:
+                # O_NONBLOCK: a pipe would wait for its writer
+                fd = os.open(where, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except OSError:
+                # a link, or the agent has made it unreadable
+                continue
+            try:
+                status = os.fstat(fd)
+                unchanged = brought.get(short) == (status.st_ino, status.st_mtime_ns)
+                if not stat.S_ISREG(status.st_mode) or unchanged or len(short) > MAX_NAME:
+                    continue
+                if len(told) == max_files or status.st_size > max_bytes:
+                    return told
+                data = os.pread(fd, status.st_size, 0)
+                max_bytes -= len(data)
+                os.write(output_fd, data)
+                try:
+                    short.encode()
+                except UnicodeEncodeError:
+                    short = short.encode("utf-8", "replace").decode()
+                told.append([short, len(data)])
+            finally:
+                os.close(fd)
+    return told
 
 
 def remove_tree(path: str) -> None:

@@ -1,7 +1,9 @@
 """Frames as the session sees them: u32 little-endian length, then that many bytes of JSON with an "op".
 
     host -> session    open{seed, tools}    exec{n, code, timeout}    ret{id, val | err{name, value}}
+                       collect{max_files, max_bytes}
     session -> host    ready{}    call{id, name, args, kw}    done{n, err{name, value, traceback} | null, dropped}
+                       files{files: [[name, size], ...]}, the contents in the output file
 
 The host refuses a frame above `MAX_FRAME` and ends the session, so nothing that big may leave here.
 """

@@ -7,15 +7,17 @@ import random
 import socket
 import sys
 import threading
+from typing import Any
 
+from .files import Brought, collect
 from .frames import Frames
 from .output import Output
 from .repl import Repl
 from .tools import ToolCalls, define_tools
 
 
-def serve(sock: socket.socket, output_fd: int, output_limit: int) -> None:
-    """Answer the host until it goes away."""
+def serve(sock: socket.socket, output_fd: int, output_limit: int, folder: str, brought: Brought) -> None:
+    """Answer the host until it goes away. `folder` holds its files, of which `brought` came with the task."""
     frames = Frames(sock)
     first = frames.recv()
     if first is None:
@@ -31,11 +33,18 @@ def serve(sock: socket.socket, output_fd: int, output_limit: int) -> None:
         message = frames.recv()
         if message is None:
             return
+        if message["op"] == "collect":
+            frames.send({"op": "files", "files": collect(folder, brought, output_fd, **_limits(message))})
+            continue
         error = repl.run(message["n"], message["code"], message["timeout"])
         if os.getpid() != pid:
             # a child that the cell forked and that ran to its end: the socket is its parent's
             os._exit(0 if error is None else 1)
         frames.send({"op": "done", "n": message["n"], "err": error, "dropped": output.dropped})
+
+
+def _limits(message: dict[str, Any]) -> dict[str, int]:
+    return {name: message[name] for name in ("max_files", "max_bytes")}
 
 
 def _seed(seed: int) -> None:
@@ -60,7 +69,7 @@ def warm_up() -> None:
     host.send({"op": "exec", "n": 3, "code": "1 +", "timeout": 60.0})
     ours.shutdown(socket.SHUT_WR)
     try:
-        serve(theirs, output_fd, 1024)
+        serve(theirs, output_fd, 1024, os.curdir, {})
     finally:
         for fd in (1, 2):
             os.dup2(saved[fd], fd)

@@ -1,7 +1,7 @@
 """The shard's first process: forks sessions, ends them, and outlives none of them.
 
     control socket (SEQPACKET, JSON, one message each)
-        host -> zygote   config{...}   start{sid} + [session socket, output memfd]   kill{sid}
+        host -> zygote   config{...}   start{sid, files} + [session socket, output memfd, files ...]   kill{sid}
         zygote -> host   ready{python, landlock, seccomp, problem}   started{sid, pid}   ended{sid, status, error}
     SIGCHLD -> reap: a session's first process -> kill its group -> reap the group -> ended; its folder follows
     end of file or SIGTERM -> end every session, remove every folder, exit
@@ -29,15 +29,17 @@ import os
 import secrets
 import select
 import signal
+import site
 import socket
 import sys
 from typing import Any
 
-from .files import remove_tree
+from .files import bring, remove_tree
 from .jail import PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, Jail, prctl
 from .session import serve, warm_up
 
 MAX_MESSAGE = 64 * 1024
+MAX_FDS = 64
 SESSION_SOCKET, OUTPUT_FILE = 3, 4
 """Descriptors of a session, beside 0, 1 and 2."""
 
@@ -98,13 +100,13 @@ class Zygote:
 
     def _receive(self) -> bool:
         """Carry out one message; False at the end of file."""
-        data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 2, socket.MSG_CMSG_CLOEXEC)
+        data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
         if not data:
             return False
         message = json.loads(data)
         if message["op"] == "start":
             try:
-                self._start(message["sid"], fds)
+                self._start(message["sid"], message["files"], fds)
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -114,7 +116,7 @@ class Zygote:
                 self._end(session)
         return True
 
-    def _start(self, sid: int, fds: list[int]) -> None:
+    def _start(self, sid: int, files: list[str], fds: list[int]) -> None:
         number = self._next
         self._next += 1
         uid = None if self.jail.uid_base is None else self.jail.uid_base + number
@@ -126,21 +128,24 @@ class Zygote:
             self._tell(ev="ended", sid=sid, status=None, error=f"fork: {e.strerror}")
             return
         if pid == 0:
-            self._become_session(folder, uid, *fds)
+            self._become_session(folder, uid, files, *fds)
         session = _Session(sid, pid, uid, folder)
         self._by_sid[sid] = self._by_pid[pid] = session
         self._tell(ev="started", sid=sid, pid=pid)
 
-    def _become_session(self, folder: str, uid: int | None, sock_fd: int, output_fd: int) -> None:
+    def _become_session(
+        self, folder: str, uid: int | None, files: list[str], sock_fd: int, output_fd: int, *file_fds: int
+    ) -> None:
         status = 1
         try:
-            _forget_the_zygote(sock_fd, output_fd, self._keep + self.jail.landlock.fds)
+            _forget_the_zygote(sock_fd, output_fd, [*self._keep, *self.jail.landlock.fds, *file_fds])
             self.jail.enter(folder, uid)
+            brought = bring(files, list(file_fds))
             # what a cell writes there as a module, the next can import
             sys.path.insert(0, folder)
             sock = socket.socket(fileno=SESSION_SOCKET)
             gc.enable()
-            serve(sock, OUTPUT_FILE, self._limit)
+            serve(sock, OUTPUT_FILE, self._limit, folder, brought)
             status = 0
         except BaseException as e:  # noqa: BLE001 - a fork must never return into the zygote's loop
             os.write(2, f"session: {type(e).__name__}: {e}\n".encode("utf-8", "replace")[:4096])
@@ -334,15 +339,21 @@ def _try_out(jail: Jail, folder: str, uid: int | None) -> str | None:
     return None
 
 
-def main(control_fd: int) -> None:
-    control = socket.socket(fileno=control_fd)
-    control.set_inheritable(False)
+def main(where: str) -> None:
+    """`where` the host is: an inherited descriptor, or in a container the path of its socket."""
+    if where.isdigit():
+        control = socket.socket(fileno=int(where))
+        control.set_inheritable(False)
+    else:
+        control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        control.connect(where)
     config = json.loads(control.recv(MAX_MESSAGE))
     os.umask(0o077)
     # how this interpreter found its library; another one must not look there
     os.environ.pop("PYTHONHOME", None)
     # the folder this program was found in is no business of the sessions
-    sys.path[:] = [p for p in sys.path if p not in ("", config["program"])] + config["site"]
+    sys.path[:] = [p for p in sys.path if p not in ("", config["program"])]
+    sys.path += site.getsitepackages() if config["site"] is None else config["site"]
     # what `site` would have defined
     builtins.help = _sitebuiltins._Helper()
     builtins.exit = _sitebuiltins.Quitter("exit", "end of file")

@@ -1,0 +1,308 @@
+"""Zygotes in containers: a shard is a container whose PID 1 is the zygote.
+
+    create -> attach to its stderr -> start -> the zygote connects to the control socket -> config, sessions, ...
+    close the control socket -> the zygote ends its sessions and exits -> the container ends and removes itself
+
+The daemon does lifecycle alone. Cells, tool calls, starts and ends of sessions go straight between the event loop and the
+container, so a daemon that is slow, or restarts, costs no running session anything by itself. What a container gets: no network, a
+read-only root, no capability but SETUID and SETGID, no new privileges, no IPC, limits on memory and processes, a tmpfs of
+limited size for the sessions' folders, no log.
+
+What survives a driver that is killed: nothing. The kernel closes its control sockets, the zygotes exit, the containers
+remove themselves. A container that was created and never started is found by its label at the next start (`sweep`).
+
+Not covered: kernel bugs (`sandbox.runtime = "runsc"` puts gVisor in between), one session taking its siblings' CPU
+time or, up to the shard's limit, their memory (`sandbox.sessions_per_shard = 1` gives each agent a container).
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiodocker.containers import DockerContainer
+from aiodocker.exceptions import DockerError
+
+from l0fast.config import SandboxConfig
+from l0fast.errors import SandboxError
+from l0fast.sandbox.daemon import Daemon, daemon_boundary
+from l0fast.sandbox.daemon import daemon as connect
+from l0fast.sandbox.image import ensure_image
+from l0fast.sandbox.launch import BOOT, ETC, FOLDER_MB_PER_SESSION, GUEST, SYSTEM, Uids, environment, guest_config
+
+LABEL = "l0fast.driver"
+"""Of every container: which process of which boot it belongs to."""
+REQUEST_TIMEOUT_S = 15.0
+"""Time the daemon has for one request [s]."""
+SHARD_MB, SHARD_MB_PER_SESSION = 512, 24
+"""Memory of a container [MiB]."""
+INODES_PER_SESSION = 2048
+_LAST_WORDS = 4096
+
+
+class DockerLaunched:
+    """A zygote in a container. Watched by a pidfd of its process, which needs no daemon."""
+
+    def __init__(
+        self,
+        backend: "DockerBackend",
+        container: DockerContainer,
+        control: socket.socket,
+        pid: int,
+        words: "asyncio.Task[str]",
+        uids: Uids,
+    ):
+        self.control = control
+        self.pid = pid
+        self.container = container
+        self._backend = backend
+        self._words = words
+        self._uids = uids
+        self._loop = asyncio.get_running_loop()
+        self._gone: asyncio.Future[None] = self._loop.create_future()
+        self._killer: asyncio.Task[None] | None = None
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._gone.set_result(None)
+        else:
+            self._loop.add_reader(self._pidfd, self._exited)
+
+    def _exited(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._gone.set_result(None)
+
+    async def exited(self) -> str:
+        await asyncio.shield(self._gone)
+        return await asyncio.shield(self._words)
+
+    def kill(self) -> None:
+        if self._gone.done():
+            return
+        try:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        except PermissionError:
+            # another user's process, as far as this one may see: the daemon may
+            self._killer = asyncio.create_task(self._backend.remove(self.container))
+
+    async def clean(self, pids: list[int]) -> None:
+        # PID 1 has taken all processes and the tmpfs along; the container's record goes by itself, or goes now
+        try:
+            if self._killer is not None:
+                await self._killer
+            await self._backend.remove(self.container)
+        finally:
+            self._uids.close()
+
+
+class DockerBackend:
+    """Starts containers of the image in `config`, which is pulled where it is missing.
+
+    Args:
+        log: told what takes long (a pull), and of a container that could not be removed.
+    """
+
+    kind = "docker"
+
+    def __init__(self, config: SandboxConfig, *, log: Callable[[str], None]):
+        self.name = "docker"
+        self.config = guest_config(config)
+        self.lacks: tuple[str, ...] = ()
+        self._settings = config
+        self._log = log
+        self._stack = AsyncExitStack()
+        self._daemon: Daemon
+        self._image: str
+
+    async def open(self) -> None:
+        """Find the daemon and the image; remove what drivers that have gone left. Raises SandboxError."""
+        settings = self._settings
+        self._daemon = daemon = await self._stack.enter_async_context(connect())
+        if settings.runtime and settings.runtime not in daemon.runtimes:
+            raise SandboxError(
+                f"sandbox.runtime = {settings.runtime!r} is unknown to {daemon.name}, which has "
+                f"{', '.join(daemon.runtimes)}: register it in the daemon's configuration, or leave the setting empty"
+            )
+        timeout_s = settings.pull_timeout_s
+        self._image = await ensure_image(daemon, settings.image, pull_timeout_s=timeout_s, log=self._log)
+        self.name = f"docker ({daemon.name}, {self._image})"
+        limits = {"memory": daemon.memory_limit, "processes": daemon.pids_limit, "CPU": False}
+        self.lacks = tuple(f"a limit on a shard's {what}" for what, there in limits.items() if not there)
+        await self.sweep()
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+    async def launch(self) -> tuple[DockerLaunched, dict[str, Any]]:
+        uids = Uids(small=self._daemon.rootless)
+        container: DockerContainer | None = None
+        words: asyncio.Task[str] | None = None
+        try:
+            # others can't enter the folder, so the socket itself may be open to the container's root
+            with tempfile.TemporaryDirectory(prefix="l0fast-") as folder, _listen(f"{folder}/control") as listener:
+                with daemon_boundary(f"start a container of {self._image}"):
+                    async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                        container = await self._daemon.docker.containers.create(self._container(folder))
+                        stream = container.attach(stdout=True, stderr=True)
+                        await stream.__aenter__()
+                        words = asyncio.create_task(_last_words(stream), name="container's stderr")
+                        await container.start()
+                control = await _accept(listener, words)
+            pid, _, _ = struct.unpack("3i", control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            launched = DockerLaunched(self, container, control, pid, words, uids)
+        except BaseException:
+            if words is not None:
+                words.cancel()
+            if container is not None:
+                await asyncio.shield(self.remove(container))
+            uids.close()
+            raise
+        config = {
+            "root": "/agent",
+            # PID 1 of a container has no parent to die with
+            "death_signal": 0,
+            "program": "/l0fast",
+            # the image's own packages
+            "site": None,
+            "read": [*SYSTEM, *ETC, "/opt"],
+            "keep_fds": [],
+            "uid_base": uids.base,
+            "uid_count": uids.count,
+        }
+        return launched, {**self.config, **config}
+
+    def _container(self, folder: str) -> dict[str, Any]:
+        settings, sessions = self._settings, self._settings.sessions_per_shard
+        memory = (SHARD_MB + SHARD_MB_PER_SESSION * sessions) << 20
+        tmpfs = f"rw,exec,nosuid,nodev,mode=1733,size={(FOLDER_MB_PER_SESSION * sessions) << 20},nr_inodes={INODES_PER_SESSION * sessions}"
+        host: dict[str, Any] = {
+            "AutoRemove": True,
+            "Binds": [f"{folder}/control:/l0fast/control", f"{GUEST}/guest:/l0fast/guest:ro"],
+            "CapAdd": ["SETUID", "SETGID"],
+            "CapDrop": ["ALL"],
+            "IpcMode": "none",
+            "LogConfig": {"Type": "none"},
+            "NetworkMode": "none",
+            "ReadonlyRootfs": True,
+            "SecurityOpt": ["no-new-privileges"],
+            "Tmpfs": {"/agent": tmpfs},
+        }
+        if self._daemon.memory_limit:
+            host |= {"Memory": memory, "MemorySwap": memory}
+        if self._daemon.pids_limit:
+            host["PidsLimit"] = 8 * sessions + 64
+        if settings.runtime:
+            host["Runtime"] = settings.runtime
+        return {
+            "Image": self._image,
+            "Entrypoint": ["python3", "-S", "-s", "-B", "-c", BOOT],
+            "Cmd": ["/l0fast", "/l0fast/control"],
+            "Env": [f"{name}={value}" for name, value in environment().items()],
+            "Labels": {LABEL: driver_label(os.getpid())},
+            "User": "0:0",
+            "WorkingDir": "/",
+            "AttachStdout": True,
+            "AttachStderr": True,
+            "HostConfig": host,
+        }
+
+    async def remove(self, container: DockerContainer) -> None:
+        """Kill and remove a container that may be gone, or going, already; back when it is gone."""
+        try:
+            with daemon_boundary(f"remove container {container.id[:12]}"):
+                async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                    await _remove(container)
+        except SandboxError as e:
+            # its process is watched and its removal is the daemon's own duty, so nobody has to fail for it
+            self._log(f"{e}; the daemon removes it when it is back")
+
+    async def sweep(self) -> None:
+        """Remove containers whose driver has gone without them: created, and never started."""
+        with daemon_boundary("look for leftover containers"):
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                found = await self._daemon.docker.containers.list(all=1, filters=f'{{"label":["{LABEL}"]}}')
+        for container in found:
+            if not _driver_lives(container["Labels"][LABEL]):
+                await self.remove(container)
+
+
+async def _remove(container: DockerContainer) -> None:
+    while True:
+        try:
+            await container.delete(force=True)
+        except DockerError as e:
+            if e.status == 404:
+                return
+            # 409: its removal is under way
+            if e.status != 409:
+                raise
+        await asyncio.sleep(0.02)
+
+
+async def _last_words(stream: Any) -> str:
+    """The end of what a container says, once it has ended."""
+    said = b""
+    try:
+        while (message := await stream.read_out()) is not None:
+            said = (said + message.data)[-_LAST_WORDS:]
+    except (aiohttp.ClientError, OSError):
+        # the daemon has gone; what it told so far is all there is
+        pass
+    finally:
+        await stream.close()
+    return said.decode("utf-8", "replace").strip()
+
+
+@contextmanager
+def _listen(path: str) -> Iterator[socket.socket]:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    try:
+        listener.bind(path)
+        os.chmod(path, 0o666)
+        listener.listen(1)
+        yield listener
+    finally:
+        listener.close()
+
+
+async def _accept(listener: socket.socket, words: "asyncio.Task[str]") -> socket.socket:
+    """The zygote's connection. Raises SandboxError with the container's words if it ends first."""
+    loop = asyncio.get_running_loop()
+    connected = asyncio.Event()
+    loop.add_reader(listener.fileno(), connected.set)
+    waiter = asyncio.create_task(connected.wait())
+    try:
+        await asyncio.wait((waiter, words), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        loop.remove_reader(listener.fileno())
+        waiter.cancel()
+    if not connected.is_set():
+        said = words.result().splitlines()[-1:] or ["it said nothing"]
+        raise SandboxError(f"the container ended before its zygote was there: {said[0]}")
+    control, _ = listener.accept()
+    control.setblocking(False)
+    return control
+
+
+def driver_label(pid: int) -> str:
+    """A process, told apart from a later one of the same number, and from one of before the machine restarted."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    # field 22, counted behind the name, which may hold anything
+    started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{pid}/{started}/{boot}"
+
+
+def _driver_lives(label: str) -> bool:
+    pid = label.partition("/")[0]
+    try:
+        return pid.isdigit() and driver_label(int(pid)) == label
+    except (FileNotFoundError, ProcessLookupError):
+        return False

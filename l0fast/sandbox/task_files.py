@@ -1,0 +1,49 @@
+"""Files a task brings along: opened by the host, passed as descriptors, copied by the session into its own folder.
+
+A session never sees a path of this machine, and what it does to its copy (it may remove it, or change its mode) nobody
+else sees.
+"""
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from l0fast.errors import UsageError
+
+MAX_FILES = 32
+"""Of one task [files]."""
+MAX_BYTES = 8 << 20
+"""Of all files of one task: as much as a session's share of the disk [bytes]."""
+
+
+@contextmanager
+def opened(files: Mapping[str, str]) -> Iterator[tuple[list[str], list[int]]]:
+    """Their names, and descriptors to pass on while the block runs.
+
+    Raises UsageError where a name leads out of the folder, a file can't be read, or they are too many.
+    """
+    if len(files) > MAX_FILES:
+        raise UsageError(f"a task brings {len(files)} files and at most {MAX_FILES} are allowed: pack them into one")
+    fds: list[int] = []
+    try:
+        total = 0
+        for name, path in files.items():
+            parts = name.split("/")
+            if not all(part not in ("", ".", "..") and "\0" not in part and len(part) < 200 for part in parts):
+                raise UsageError(f"a task's file is named {name!r}: give a path below the session's folder, a/b.csv")
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            except OSError as e:
+                raise UsageError(f"{path!r}, a task's file, can't be read ({e.strerror}): check the task") from e
+            fds.append(fd)
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise UsageError(f"{path!r}, a task's file, is no regular file: name each file of a folder")
+            total += status.st_size
+            if total > MAX_BYTES:
+                raise UsageError(f"a task's files have more than the {MAX_BYTES} bytes allowed, with {path!r}")
+        yield list(files), fds
+    finally:
+        for fd in fds:
+            os.close(fd)

@@ -1,0 +1,410 @@
+"""Between an agent's call and the tool that answers it: arguments, caches, one running call, a slot, several tries.
+
+    agents' calls -> arguments fit the signature?            no: TypeError
+                  -> in memory?                              yes: answered
+                  -> the same call running?                  yes: wait for it with the others
+                  -> a flight: in the file?                  yes: answered
+                                wait for a slot -> try the tool      fails: give the slot back, wait, try again
+                                keep the answer in memory and file
+
+A flight is a task of the broker, and the callers of one (tool, arguments) are its waiters. One that is cancelled leaves
+the others and the flight alone; the last to leave cancels the flight and waits until it has ended, as if it had awaited
+the tool itself. Leaving `open_broker` ends every flight. A slot is held for one try, not over the wait between two, and
+every wait is bounded: for a slot by `queue_timeout_s`, for the tool by `timeout_s`, between tries by `MAX_BACKOFF_S`. A
+session's cell has its own, often shorter limit: it cancels the waiter.
+
+Who is told what. The broker checks arguments against the signature that agents read, types included (so annotate
+with JSON's types), and what doesn't fit is the agent's TypeError. From there on a tool says what it can't do with
+ToolError; every other exception is a bug, TypeError too, and ends the run, except the passing ones in `retry_on`: what is
+left of them after the last try is a ToolError that names their class and not their text.
+Agents get what JSON makes of a result, each a copy of its own. `secrets`, also as URLs spell them, are blanked in
+results and ToolErrors before those are kept or handed on.
+
+Kept are answers of tools with `cache`, by name, `version` and arguments with defaults filled in. A ToolError is never
+kept: "no such page" may be "not yet". Modes of the file: "use" reads and adds; "record" makes every call anew and
+overwrites; "replay" calls nothing, and what the file hasn't got is a ToolError.
+"""
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote, quote_plus
+
+import orjson
+import stamina
+from pydantic import ConfigDict, PydanticUserError, ValidationError, validate_call
+
+from l0fast.errors import ToolError, UsageError
+from l0fast.sandbox.base import ToolSpec
+from l0fast.tools.cache import CacheFile, Key, Memory, Mode
+
+MAX_BACKOFF_S = 5.0
+"""Longest wait between two tries [s]."""
+
+# stamina logs every retry as a warning; without a handler of its own logger they'd all land on stderr
+_NO_LOG = logging.NullHandler()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolPolicy:
+    timeout_s: float = 20.0
+    """Time of one try [s]."""
+    queue_timeout_s: float = 20.0
+    """Time a try may wait for a slot; then the call fails without another [s]."""
+    max_concurrent: int = 64
+    """Slots: tries that run at once [calls]."""
+    attempts: int = 3
+    """Tries in all."""
+    retry_on: tuple[type[Exception], ...] = (OSError, TimeoutError)
+    """Exceptions that may pass; others are tried once. Running out of `timeout_s` counts as TimeoutError."""
+    backoff_s: float = 0.5
+    """Wait before the second try, doubled for each further; a random share of as much is added [s]."""
+    cache: bool = True
+    """Whether an answer may serve an identical call."""
+    version: str = "1"
+    """Change it when the tool answers differently: older answers no longer count."""
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+    """Never shown to an agent: keys and passwords that the tool works with."""
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_s", "queue_timeout_s", "max_concurrent", "attempts"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} = {getattr(self, name)} lets no call through: make it positive")
+        if not all(self.secrets):
+            raise ValueError("secrets holds an empty string, which is everywhere: is an environment variable unset?")
+
+
+DEFAULT_POLICY = ToolPolicy()
+
+
+class Broker:
+    """Wraps tools. Made by `open_broker`."""
+
+    def __init__(self, memory: Memory, file: CacheFile | None, mode: Mode):
+        self._memory, self._file, self._mode = memory, file, mode
+        self._tools: dict[str, _Tool] = {}
+
+    def wrap(self, spec: ToolSpec, policy: ToolPolicy = DEFAULT_POLICY) -> ToolSpec:
+        """`spec` under `policy`, for every agent. Once a tool: its slots and its answers are common to all who call.
+
+        Raises ValueError for a second tool of that name or a signature that can't be checked, and UsageError for a tool
+        without a cache in a replay, where nothing could answer.
+        """
+        if spec.name in self._tools:
+            raise ValueError(f"tool {spec.name!r} is wrapped already: hand out the first wrapping, or use another name")
+        if self._mode == "replay" and not policy.cache:
+            raise UsageError(f"tool {spec.name!r} is never recorded (cache = False): leave it out of a replay")
+        tool = self._tools[spec.name] = _Tool(spec, policy, self._memory, self._file, self._mode)
+        return replace(spec, call=tool.call)
+
+    def take_step(self) -> dict[str, float]:
+        """{"tools/<name>/<figure>": ...} since the last call; the figures are `Counts`."""
+        return {
+            f"tools/{name}/{figure}": value
+            for name, tool in self._tools.items()
+            for figure, value in asdict(tool.take_counts()).items()
+        }
+
+    async def _end(self) -> None:
+        tasks = [task for tool in self._tools.values() for task in tool.end()]
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+@asynccontextmanager
+async def open_broker(
+    cache_file: Path | None = None,
+    mode: Mode = "use",
+    *,
+    max_entries: int = 100_000,
+    max_bytes: int = 256 * 2**20,
+) -> AsyncIterator[Broker]:
+    """A broker with `max_entries` answers of together `max_bytes` in memory, and those of `cache_file` for good.
+
+    Raises UsageError for a file that can't be used and for a mode that has no file; so do calls, later.
+    """
+    if cache_file is None and mode != "use":
+        raise UsageError(f"tool cache mode {mode!r} has no file to work with: name one")
+    logging.getLogger("stamina").addHandler(_NO_LOG)
+    file = await CacheFile.open(cache_file, mode) if cache_file is not None else None
+    broker = Broker(Memory(max_entries, max_bytes), file, mode)
+    try:
+        yield broker
+    finally:
+        try:
+            await broker._end()
+        finally:
+            if file is not None:
+                await file.close()
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of a tool's calls: calls = hits + shared + calls that were made."""
+
+    calls: int = 0
+    """With arguments that fit."""
+    hits: int = 0
+    """Answered from memory or file."""
+    shared: int = 0
+    """Joined an identical call that was running."""
+    retries: int = 0
+    """Tries after a first."""
+    failures: int = 0
+    """Given up by the broker: passing failures that stayed, no slot, not in the recording."""
+    queue_s: float = 0.0
+    """Waited for slots, summed over tries [s]."""
+    run_s: float = 0.0
+    """In the tool, summed over tries [s]."""
+
+
+class _Failed(Exception):
+    """A try failed in a way that is the world's. Says how, without the text of the cause."""
+
+    def __init__(self, how: str, again: bool):
+        super().__init__(how)
+        self.again = again
+
+
+class _Tool:
+    """One wrapped tool: the path of a call, from top to bottom."""
+
+    def __init__(self, spec: ToolSpec, policy: ToolPolicy, memory: Memory, file: CacheFile | None, mode: Mode):
+        self._spec, self._policy = spec, policy
+        self._memory, self._file, self._mode = memory, file, mode
+        self._normalise = normaliser(spec.name, spec.signature)
+        self._slots = asyncio.Semaphore(policy.max_concurrent)
+        self._flights: dict[str, _Flight] = {}
+        self._tasks: set[asyncio.Task[bytes]] = set()
+        self._blanked = _spellings(policy.secrets)
+        self._counts = Counts()
+        self._ended = False
+
+    async def call(self, /, *args: Any, **kw: Any) -> Any:
+        arguments = self._normalise(*args, **kw)
+        if self._ended:
+            raise RuntimeError(f"{self._spec.name}() was called after its broker was left")
+        self._counts.calls += 1
+        if not self._policy.cache:
+            return orjson.loads(await self._tried(args, kw))
+        key = Key(self._spec.name, self._policy.version, arguments)
+        if self._mode != "record" and (kept := self._memory.get(key)) is not None:
+            self._counts.hits += 1
+            return orjson.loads(kept)
+        flight = self._flights.get(arguments)
+        if flight is not None and not flight.task.done():
+            self._counts.shared += 1
+        else:
+            flight = self._flights[arguments] = self._start(arguments, self._fetched(key, args, kw))
+        return orjson.loads(await flight.join())
+
+    def take_counts(self) -> Counts:
+        taken, self._counts = self._counts, Counts()
+        return taken
+
+    def end(self) -> set[asyncio.Task[bytes]]:
+        """Cancel every flight; the tasks to wait for."""
+        self._ended = True
+        for task in self._tasks:
+            task.cancel()
+        return set(self._tasks)
+
+    def _start(self, arguments: str, fetched: Coroutine[Any, Any, bytes]) -> "_Flight":
+        def forget() -> None:
+            if self._flights.get(arguments) is flight:
+                del self._flights[arguments]
+
+        flight = _Flight(self._spec.name, asyncio.create_task(fetched), forget)
+        self._tasks.add(flight.task)
+        flight.task.add_done_callback(self._tasks.discard)
+        flight.task.add_done_callback(lambda _: forget())
+        return flight
+
+    async def _fetched(self, key: Key, args: tuple[Any, ...], kw: dict[str, Any]) -> bytes:
+        """The answer from the file, or else from the tool; then it is kept."""
+        if self._file is not None and self._mode != "record":
+            recorded = await self._file.get(key)
+            if recorded is not None:
+                self._counts.hits += 1
+                # it may have been recorded when less was secret
+                recorded = self._without_secrets(recorded)
+                self._memory.put(key, recorded)
+                return recorded
+            if self._mode == "replay":
+                self._counts.failures += 1
+                raise ToolError(f"the recording has no answer to this call of {self._spec.name}(): make one it has")
+        answer = await self._tried(args, kw)
+        self._memory.put(key, answer)
+        if self._file is not None:
+            await self._file.put(key, answer)
+        return answer
+
+    async def _tried(self, args: tuple[Any, ...], kw: dict[str, Any]) -> bytes:
+        """The tool's answer, after as many tries as it takes and gets. Raises ToolError, and bugs as they are."""
+        policy, num = self._policy, 0
+        try:
+            async for attempt in stamina.retry_context(
+                lambda e: isinstance(e, _Failed) and e.again,
+                attempts=policy.attempts,
+                timeout=None,
+                wait_initial=policy.backoff_s,
+                wait_jitter=policy.backoff_s,
+                wait_max=MAX_BACKOFF_S,
+            ):
+                num += 1
+                self._counts.retries += num > 1
+                with attempt:
+                    return await self._try(args, kw)
+        except _Failed as e:
+            self._counts.failures += 1
+            tries = "1 attempt" if num == 1 else f"{num} attempts"
+            raise ToolError(f"{self._spec.name}() gave no answer in {tries} ({e}): try later, or do without") from e
+        raise AssertionError("stamina ended without an outcome")
+
+    async def _try(self, args: tuple[Any, ...], kw: dict[str, Any]) -> bytes:
+        policy, name = self._policy, self._spec.name
+        task = asyncio.current_task()
+        assert task is not None
+        cancels = task.cancelling()
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(policy.queue_timeout_s):
+                await self._slots.acquire()
+        except TimeoutError as e:
+            raise _Failed(f"no free slot within {policy.queue_timeout_s:g} s", again=False) from e
+        finally:
+            self._counts.queue_s += time.perf_counter() - began
+        began = time.perf_counter()
+        limit = asyncio.timeout(policy.timeout_s)
+        try:
+            async with limit:
+                result = await self._spec.call(*args, **kw)
+            return self._without_secrets(orjson.dumps(result))
+        except ToolError as e:
+            raise ToolError(self._blank(str(e))) from e
+        except TypeError as e:
+            # to its callers a TypeError would be the agent's mistake, and its arguments were right
+            raise RuntimeError(f"tool {name} failed, or its result is not JSON-like: {e}") from e
+        except asyncio.CancelledError as e:
+            if task.cancelling() == cancels:
+                # it would end whoever waits without a trace
+                raise RuntimeError(f"tool {name} raised CancelledError, though nobody cancelled it") from e
+            raise
+        except Exception as e:
+            timed_out = limit.expired() and isinstance(e, TimeoutError)
+            passing = isinstance(e, policy.retry_on)
+            if not (passing or timed_out):
+                raise
+            if task.cancelling() > cancels:
+                # a tool's last words must not undo the cancelling
+                raise asyncio.CancelledError from e
+            how = f"timeout after {policy.timeout_s:g} s" if timed_out else type(e).__name__
+            raise _Failed(how, again=passing) from e
+        finally:
+            self._slots.release()
+            self._counts.run_s += time.perf_counter() - began
+
+    def _without_secrets(self, answer: bytes) -> bytes:
+        return orjson.dumps(_mapped(orjson.loads(answer), self._blank)) if self._blanked else answer
+
+    def _blank(self, text: str) -> str:
+        for spelling in self._blanked:
+            text = text.replace(spelling, "***")
+        return text
+
+
+class _Flight:
+    """A running call and how many wait for it."""
+
+    def __init__(self, name: str, task: asyncio.Task[bytes], forget: Callable[[], None]):
+        self.task = task
+        self._name, self._forget, self._num_waiters = name, forget, 0
+
+    async def join(self) -> bytes:
+        me = asyncio.current_task()
+        assert me is not None
+        cancels = me.cancelling()
+        self._num_waiters += 1
+        try:
+            return await asyncio.shield(self.task)
+        except asyncio.CancelledError as e:
+            if me.cancelling() == cancels:
+                raise RuntimeError(f"the broker was left while {self._name}() was running") from e
+            raise
+        finally:
+            self._num_waiters -= 1
+            if not self._num_waiters and not self.task.done():
+                await self._abandon()
+
+    async def _abandon(self) -> None:
+        # first: a caller that comes now gets a new flight
+        self._forget()
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        # the world's failures no longer matter to anyone; a bug does
+        if not self.task.cancelled() and not isinstance(e := self.task.exception(), ToolError | None):
+            raise e
+
+
+def normaliser(name: str, signature: str) -> Callable[..., str]:
+    """A function that takes a call's arguments and returns them as JSON: by name, defaults filled in, keys sorted.
+
+    Equal texts mean equal calls: 1, 1.0 and True differ. It raises TypeError for arguments that don't fit the signature
+    or aren't JSON-like, which they are if JSON gives back the same. Raises ValueError for a signature that is no Python or
+    has annotations other than builtins, Any and Literal.
+    """
+    scope: dict[str, Any] = {"Any": Any, "Literal": Literal, "__name__": __name__}
+    try:
+        exec(f"def fits{signature}: return dict(locals())", scope)
+        fits = validate_call(config=ConfigDict(strict=True))(scope["fits"])
+    except (SyntaxError, NameError, TypeError, PydanticUserError) as e:
+        raise ValueError(
+            f"tool {name!r} has the signature {signature!r}, which can't be checked: {e}; "
+            "write (name: type) -> type with builtin types, Any or Literal"
+        ) from e
+    parameters = list(inspect.signature(scope["fits"]).parameters)
+
+    def normalise(*args: Any, **kw: Any) -> str:
+        try:
+            bound = fits(*args, **kw)
+        except ValidationError as e:
+            error = e.errors(include_url=False, include_context=False, include_input=False)[0]
+            at = error["loc"][0]
+            which = parameters[at] if isinstance(at, int) and at < len(parameters) else at
+            raise TypeError(f"{name}{signature} does not take these arguments: {which}: {error['msg']}") from None
+        # *args arrive as a tuple
+        bound = {name: list(value) if isinstance(value, tuple) else value for name, value in bound.items()}
+        problem = "JSON has no such value"
+        try:
+            text = orjson.dumps(bound, option=orjson.OPT_SORT_KEYS)
+            if orjson.loads(text) == bound:
+                return text.decode()
+        except (TypeError, ValueError) as e:
+            problem = str(e)
+        raise TypeError(f"{name}() takes strings, finite numbers, booleans, None, lists and dicts: {problem}")
+
+    return normalise
+
+
+def _spellings(secrets: tuple[str, ...]) -> list[str]:
+    """The secrets as they may appear, longest first: one may be part of another."""
+    spelled = {s for secret in secrets for s in (secret, quote(secret), quote(secret, safe=""), quote_plus(secret))}
+    return sorted(spelled, key=len, reverse=True)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` with every string in it changed, keys too."""
+    match value:
+        case str():
+            return change(value)
+        case list():
+            return [_mapped(item, change) for item in value]
+        case dict():
+            return {change(key): _mapped(item, change) for key, item in value.items()}
+    return value
