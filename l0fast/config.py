@@ -99,6 +99,19 @@ class SandboxConfig(Config):
     """Address space of a session [MiB]."""
 
 
+class ToolsConfig(Config):
+    cache_file: str = ""
+    """File that keeps the tools' answers over runs; empty for memory alone."""
+    cache_mode: Literal["use", "record", "replay"] = "use"
+    """"use" reads and adds, "record" calls every tool anew, "replay" calls none: what the file hasn't got is an error."""
+    timeout_s: PositiveFloat = 20.0
+    """Time one try of a call may take [s]."""
+    attempts: PositiveInt = 3
+    """Tries of a call that fails in passing."""
+    max_concurrent: PositiveInt = 64
+    """Calls of one tool that run at once [calls]."""
+
+
 class EngineConfig(Config):
     kind: Literal["auto", "transformers", "simulated"] = "auto"
     """"auto" is transformers here."""
@@ -170,6 +183,7 @@ class RunConfig(Config):
     agent: AgentConfig = AgentConfig()
     rollout: RolloutConfig = RolloutConfig()
     sandbox: SandboxConfig = SandboxConfig()
+    tools: ToolsConfig = ToolsConfig()
     engine: EngineConfig = EngineConfig()
     learner: LearnerConfig = LearnerConfig()
     eval: EvalConfig = EvalConfig()
@@ -181,6 +195,14 @@ class RunConfig(Config):
                 f"rollout.max_open_groups = {self.rollout.max_open_groups} is less than rollout.groups_per_step = "
                 f"{self.rollout.groups_per_step}, so no step could ever fill: raise --rollout.max-open-groups to "
                 f"{self.rollout.groups_per_step} or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_recording_has_a_file(self):
+        if self.tools.cache_mode != "use" and not self.tools.cache_file:
+            raise ValueError(
+                f"tools.cache_mode = {self.tools.cache_mode!r} has no file to work with: name one with --tools.cache-file"
             )
         return self
 

@@ -36,13 +36,14 @@ from l0fast.rollout.rollouts import Groups, play_all, rollouts
 from l0fast.rollout.sampling import DynamicSampling
 from l0fast.run_dir import RunDir, step_name
 from l0fast.sandbox import open_sandbox
-from l0fast.sandbox.base import Sandbox
+from l0fast.sandbox.base import Sandbox, ToolSpec
 from l0fast.seeding import derive_seed
 from l0fast.tasks import load_variants, load_world
 from l0fast.tasks.invented import invented_world
 from l0fast.tasks.outcomes import outcome_shares
 from l0fast.tasks.rewards import exact_match, turn_rewards
 from l0fast.tasks.world import World, world_of
+from l0fast.tools.broker import Broker, ToolPolicy, open_broker
 from l0fast.tools.local_search import LocalSearch, search_tool
 from l0fast.types import Group, Task, Trajectory
 from l0fast.warm_start.demonstrations import Demonstrator
@@ -139,6 +140,7 @@ class Rooms:
     """The agent that searches all of `world`."""
     transfer: dict[str, tuple[NBAgent, list[Task]]]
     """What nothing was trained for: chains of look-ups left out, and another world."""
+    broker: Broker
     engine: Engine
     learner: LearnerClient
 
@@ -228,7 +230,7 @@ class Training:
         ]
         await self.run_dir.trajectories(step_name(self.step), played, per_turn)
         groups.done(len(batch))
-        metrics |= self.clock.take_step() | self.lag.take_step()
+        metrics |= self.clock.take_step() | self.lag.take_step() | rooms.broker.take_step()
         metrics |= {"time/since_start_s": time.monotonic() - self.started}
         training_s = metrics["time/step_s"] - metrics["time/evaluate_s"]
         metrics |= {
@@ -339,27 +341,38 @@ class Training:
         variants = load_variants(config.task)
         chat = Chat(folder)
         open_episodes = max(config.rollout.max_open_groups * config.rollout.group_size, config.engine.slots)
-        async with open_sandbox(config.sandbox, max_sessions=open_episodes, log=self.live.phase) as sandbox:
+        cache_file = Path(config.tools.cache_file) if config.tools.cache_file else None
+        async with (
+            open_sandbox(config.sandbox, max_sessions=open_episodes, log=self.live.phase) as sandbox,
+            open_broker(cache_file, config.tools.cache_mode) as broker,
+        ):
             with shared_weights(folder) as weights:
                 self.live.phase("starting engine and learner")
                 async with (
                     self._engine(folder, chat, [world, *variants, other], weights) as engine,
                     learner(config, folder, weights=weights, log_dir=log_dir) as learner_client,
                 ):
-                    evaluator = self._agent(chat, engine, sandbox, world.full_corpus)
+
+                    def agent(scope: str, corpus: Sequence[str]) -> NBAgent:
+                        search = search_tool(LocalSearch(corpus), config.task.search_results)
+                        tools = (broker.wrap(search, self._tool_policy(), scope=scope),)
+                        return self._agent(chat, engine, sandbox, tools)
+
+                    evaluator = agent(f"{world.name}, all", world.full_corpus)
                     n, two_hop_share = config.eval.transfer_questions, config.task.two_hop_share
                     yield Rooms(
                         world=world,
                         variants=variants,
-                        agents={w.name: self._agent(chat, engine, sandbox, w.train_corpus) for w in (world, *variants)},
+                        agents={w.name: agent(w.name, w.train_corpus) for w in (world, *variants)},
                         evaluator=evaluator,
                         transfer={
                             "untrained_chains": (evaluator, world.untrained_chain_tasks(n)),
                             "other_world": (
-                                self._agent(chat, engine, sandbox, other.full_corpus),
+                                agent(f"{other.name}, all", other.full_corpus),
                                 other.heldout_tasks(n, two_hop_share=two_hop_share),
                             ),
                         },
+                        broker=broker,
                         engine=engine,
                         learner=learner_client,
                     )
@@ -386,13 +399,23 @@ class Training:
             ) as engine:
                 yield engine
 
-    def _agent(self, chat: Chat, engine: Engine, sandbox: Sandbox, corpus: Sequence[str]) -> NBAgent:
+    def _tool_policy(self) -> ToolPolicy:
+        tools, task = self.config.tools, self.config.task
+        return ToolPolicy(
+            timeout_s=tools.timeout_s,
+            attempts=tools.attempts,
+            max_concurrent=tools.max_concurrent,
+            # a local search answers otherwise when it is asked for more, or of another package's table
+            version=f"{__version__}, {task.search_results} sentences",
+        )
+
+    def _agent(self, chat: Chat, engine: Engine, sandbox: Sandbox, tools: tuple[ToolSpec, ...]) -> NBAgent:
         config = self.config
         return NBAgent(
             chat=chat,
             engine=engine,
             sandbox=sandbox,
-            tools=(search_tool(LocalSearch(corpus), config.task.search_results),),
+            tools=tools,
             config=config.agent,
             limits=EpisodeLimits(max_turns=config.rollout.max_turns, timeout_s=config.rollout.episode_timeout_s),
             part=self.clock.part,

@@ -58,7 +58,7 @@ def check_can_build() -> None:
 def debian_package(name: str) -> str:
     """Debian's package for a Python library: "numpy" and "python3-numpy" are python3-numpy. Raises UsageError."""
     package = "python3-" + name.strip().lower().replace("_", "-").removeprefix("python3-")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", package) or package == "python3-":
+    if not re.fullmatch(r"python3-[a-z0-9][a-z0-9+.-]*", package):
         raise UsageError(f"{name!r} can't be the name of a library: write names such as numpy or pandas")
     return package
 
@@ -113,7 +113,7 @@ def install_debian(
         returncode = process.wait()
     if late.is_set():
         raise SandboxError(
-            f"debootstrap of {suite} from {_public(mirror)} was not done in {timeout_s:g} s; it said: {said[-1] if said else 'nothing'}"
+            f"debootstrap of {suite} from {_public(mirror)} was not done in {timeout_s:g} s; it said: {_public(said[-1]) if said else 'nothing'}"
         )
     if returncode != 0:
         raise _failure(said, suite, mirror, root)
@@ -203,8 +203,9 @@ def _apt_setting(name: str) -> str:
 
 
 def _failure(said: Iterable[str], suite: str, mirror: str, root: Path) -> SandboxError | UsageError:
-    errors = [line.removeprefix("E: ") for line in said if line.startswith("E: ")]
-    text = "; ".join(errors) or next(iter(reversed(list(said))), "nothing was said")
+    lines = [_public(line) for line in said]
+    text = "; ".join(line.removeprefix("E: ") for line in lines if line.startswith("E: "))
+    text = text or (lines[-1] if lines else "nothing was said")
     if text.startswith("No such script"):
         return UsageError(f"debootstrap knows no suite {suite!r}: name one with --suite, e.g. bookworm or trixie")
     if "find these debs" in text:
@@ -212,7 +213,7 @@ def _failure(said: Iterable[str], suite: str, mirror: str, root: Path) -> Sandbo
         return UsageError(
             f"{suite} has no {names}: give libraries by Debian's names, which apt-cache search --names-only '^python3-' lists"
         )
-    if "release file" in text or "Release" in text:
+    if "Release" in text:
         return UsageError(
             f"{_public(mirror)} has no {suite}, or can't be reached ({text}): name another mirror with --mirror"
         )
@@ -221,6 +222,6 @@ def _failure(said: Iterable[str], suite: str, mirror: str, root: Path) -> Sandbo
     return SandboxError(f"debootstrap of {suite} from {_public(mirror)} failed: {text}")
 
 
-def _public(mirror: str) -> str:
-    """Without a name and password."""
-    return re.sub(r"//[^/@]*@", "//", mirror)
+def _public(text: str) -> str:
+    """Without the names and passwords of URLs."""
+    return re.sub(r"//[^/@\s]*@", "//", text)

@@ -82,7 +82,9 @@ class DockerLaunched:
 
     async def exited(self) -> str:
         await asyncio.shield(self._gone)
-        return await asyncio.shield(self._words)
+        # told by the daemon, which may be the one that has gone
+        await asyncio.wait((self._words,), timeout=1.0)
+        return self._words.result() if self._words.done() else ""
 
     def kill(self) -> None:
         if self._gone.done():
@@ -100,6 +102,7 @@ class DockerLaunched:
                 await self._killer
             await self._backend.remove(self.container)
         finally:
+            self._words.cancel()
             self._uids.close()
 
 
@@ -143,14 +146,15 @@ class DockerBackend:
 
     async def launch(self) -> tuple[DockerLaunched, dict[str, Any]]:
         uids = Uids(small=self._daemon.rootless)
-        container: DockerContainer | None = None
+        create: asyncio.Task[DockerContainer] | None = None
         words: asyncio.Task[str] | None = None
         try:
             # others can't enter the folder, so the socket itself may be open to the container's root
             with tempfile.TemporaryDirectory(prefix="l0fast-") as folder, _listen(f"{folder}/control") as listener:
                 with daemon_boundary(f"start a container of {self._image}"):
                     async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                        container = await self._daemon.docker.containers.create(self._container(folder))
+                        create = asyncio.create_task(self._daemon.docker.containers.create(self._container(folder)))
+                        container = await asyncio.shield(create)
                         stream = container.attach(stdout=True, stderr=True)
                         await stream.__aenter__()
                         words = asyncio.create_task(_last_words(stream), name="container's stderr")
@@ -161,8 +165,9 @@ class DockerBackend:
         except BaseException:
             if words is not None:
                 words.cancel()
-            if container is not None:
-                await asyncio.shield(self.remove(container))
+            if create is not None:
+                # cancelled or not: once asked for, a container comes into being
+                await asyncio.shield(self._undo(create))
             uids.close()
             raise
         config = {
@@ -213,6 +218,11 @@ class DockerBackend:
             "AttachStderr": True,
             "HostConfig": host,
         }
+
+    async def _undo(self, create: "asyncio.Task[DockerContainer]") -> None:
+        await asyncio.wait((create,), timeout=REQUEST_TIMEOUT_S)
+        if create.done() and not create.cancelled() and create.exception() is None:
+            await self.remove(create.result())
 
     async def remove(self, container: DockerContainer) -> None:
         """Kill and remove a container that may be gone, or going, already; back when it is gone."""

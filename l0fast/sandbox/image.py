@@ -128,7 +128,7 @@ def build_image(
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
-    console, started = Console(soft_wrap=True, highlight=False, markup=False), time.monotonic()
+    console, started = Console(soft_wrap=True, highlight=False, markup=False, emoji=False), time.monotonic()
 
     def log(line: str) -> None:
         console.print(f"[{time.monotonic() - started:5.1f} s] {line}")

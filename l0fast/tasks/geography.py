@@ -76,12 +76,16 @@ def real_words() -> frozenset[str]:
 
 
 @cache
-def respelled_world(seed: int) -> World:
+def respelled_world(seed: int, pieces: tuple[str, ...] = ()) -> World:
     """The training part of the real world with every name spelled anew and its values dealt out anew.
 
-    A word becomes the head of one training word and the tail of another ("Ashgali"), the same wherever it stands, so that
-    shapes, lengths and names within names stay as they are and nothing told is true: text to learn copying and looking up
-    from, not geography. No word made is a real one; all of it is for training, nothing is held out.
+    A word becomes the head of one training word and the tail of another ("Ashgali"), or some of `pieces` where there are any,
+    the same wherever it stands, so that names within names stay and nothing told is true: text to learn copying and looking
+    up from, not geography. No word made is a real one; all of it is for training, nothing is held out.
+
+    Args:
+        pieces: of a tokenizer, ASCII letters alone. A policy can't copy a piece it has hardly seen, and real names are no
+            even sample of them: of held-out names with such a piece 70 % were copied wrong, of the others 1 %.
     """
     rng = random.Random(f"respelled/{seed}")
     world = geography()
@@ -89,11 +93,13 @@ def respelled_world(seed: int) -> World:
     long_words = sorted({word for name in names for word in _LONG_WORD.findall(name)})
     taken = {*real_words(), *SENTENCE_WORDS}
     respelled: dict[str, str] = {}
+    heads = [piece for piece in pieces if piece.istitle()] or [w[: rng.randint(2, len(w) - 2)] for w in long_words]
+    tails = [piece for piece in pieces if piece.islower()] or [w[rng.randint(2, len(w) - 2) :] for w in long_words]
     for word in long_words:
         new = word
         while new.casefold() in taken:
-            head, tail = rng.choice(long_words), rng.choice(long_words)
-            new = head[: rng.randint(2, len(head) - 2)] + tail[rng.randint(2, len(tail) - 2) :]
+            num_tails = rng.randint(1, 3) if pieces else 1
+            new = rng.choice(heads) + "".join(rng.choices(tails, k=num_tails))
         taken.add(new.casefold())
         respelled[word] = new
     countries = sorted({fact.entity for fact in world.train_facts if fact.relation != "country"})

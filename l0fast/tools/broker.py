@@ -20,29 +20,27 @@ left of them after the last try is a ToolError that names their class and not th
 Agents get what JSON makes of a result, each a copy of its own. `secrets`, also as URLs spell them, are blanked in
 results and ToolErrors before those are kept or handed on.
 
-Kept are answers of tools with `cache`, by name, `version` and arguments with defaults filled in. A ToolError is never
+Kept are answers of tools with `cache`, by scope, name, `version` and arguments with defaults filled in. A ToolError is never
 kept: "no such page" may be "not yet". Modes of the file: "use" reads and adds; "record" makes every call anew and
 overwrites; "replay" calls nothing, and what the file hasn't got is a ToolError.
 """
 
 import asyncio
-import inspect
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote, quote_plus
 
 import orjson
 import stamina
-from pydantic import ConfigDict, PydanticUserError, ValidationError, validate_call
 
 from l0fast.errors import ToolError, UsageError
 from l0fast.sandbox.base import ToolSpec
-from l0fast.tools.cache import CacheFile, Key, Memory, Mode
+from l0fast.tools.cache import CacheFile, Key, Memory, Mode, normaliser
 
 MAX_BACKOFF_S = 5.0
 """Longest wait between two tries [s]."""
@@ -87,29 +85,35 @@ class Broker:
     """Wraps tools. Made by `open_broker`."""
 
     def __init__(self, memory: Memory, file: CacheFile | None, mode: Mode):
-        self._memory, self._file, self._mode = memory, file, mode
+        self._memory, self._file = memory, file
+        self._mode: Mode = mode
         self._tools: dict[str, _Tool] = {}
 
-    def wrap(self, spec: ToolSpec, policy: ToolPolicy = DEFAULT_POLICY) -> ToolSpec:
+    def wrap(self, spec: ToolSpec, policy: ToolPolicy = DEFAULT_POLICY, *, scope: str = "") -> ToolSpec:
         """`spec` under `policy`, for every agent. Once a tool: its slots and its answers are common to all who call.
 
-        Raises ValueError for a second tool of that name or a signature that can't be checked, and UsageError for a tool
-        without a cache in a replay, where nothing could answer.
+        Args:
+            scope: tells tools of one name apart that answer differently: searches of two corpora, say.
+
+        Raises ValueError for a second tool of that name and scope or a signature that can't be checked, and UsageError for
+        a tool without a cache in a replay, where nothing could answer.
         """
-        if spec.name in self._tools:
-            raise ValueError(f"tool {spec.name!r} is wrapped already: hand out the first wrapping, or use another name")
+        identity = f"{scope}/{spec.name}" if scope else spec.name
+        if identity in self._tools:
+            raise ValueError(f"tool {identity!r} is wrapped already: hand out the first wrapping, or use another scope")
         if self._mode == "replay" and not policy.cache:
             raise UsageError(f"tool {spec.name!r} is never recorded (cache = False): leave it out of a replay")
-        tool = self._tools[spec.name] = _Tool(spec, policy, self._memory, self._file, self._mode)
+        tool = self._tools[identity] = _Tool(identity, spec, policy, self._memory, self._file, self._mode)
         return replace(spec, call=tool.call)
 
     def take_step(self) -> dict[str, float]:
-        """{"tools/<name>/<figure>": ...} since the last call; the figures are `Counts`."""
-        return {
-            f"tools/{name}/{figure}": value
-            for name, tool in self._tools.items()
-            for figure, value in asdict(tool.take_counts()).items()
-        }
+        """{"tools/<name>/<figure>": ...} since the last call, summed over scopes; the figures are `Counts`."""
+        taken: dict[str, float] = {}
+        for tool in self._tools.values():
+            for figure, value in asdict(tool.take_counts()).items():
+                key = f"tools/{tool.name}/{figure}"
+                taken[key] = taken.get(key, 0) + value
+        return taken
 
     async def _end(self) -> None:
         tasks = [task for tool in self._tools.values() for task in tool.end()]
@@ -146,7 +150,7 @@ async def open_broker(
 
 @dataclass(slots=True)
 class Counts:
-    """What became of a tool's calls: calls = hits + shared + calls that were made."""
+    """What became of a tool's calls: calls = hits + shared + those that went on to the tool, or in a replay found nothing."""
 
     calls: int = 0
     """With arguments that fit."""
@@ -175,9 +179,13 @@ class _Failed(Exception):
 class _Tool:
     """One wrapped tool: the path of a call, from top to bottom."""
 
-    def __init__(self, spec: ToolSpec, policy: ToolPolicy, memory: Memory, file: CacheFile | None, mode: Mode):
-        self._spec, self._policy = spec, policy
-        self._memory, self._file, self._mode = memory, file, mode
+    def __init__(
+        self, identity: str, spec: ToolSpec, policy: ToolPolicy, memory: Memory, file: CacheFile | None, mode: Mode
+    ):
+        self.name = spec.name
+        self._identity, self._spec, self._policy = identity, spec, policy
+        self._memory, self._file = memory, file
+        self._mode: Mode = mode
         self._normalise = normaliser(spec.name, spec.signature)
         self._slots = asyncio.Semaphore(policy.max_concurrent)
         self._flights: dict[str, _Flight] = {}
@@ -193,7 +201,7 @@ class _Tool:
         self._counts.calls += 1
         if not self._policy.cache:
             return orjson.loads(await self._tried(args, kw))
-        key = Key(self._spec.name, self._policy.version, arguments)
+        key = Key(self._identity, self._policy.version, arguments)
         if self._mode != "record" and (kept := self._memory.get(key)) is not None:
             self._counts.hits += 1
             return orjson.loads(kept)
@@ -292,7 +300,7 @@ class _Tool:
             # to its callers a TypeError would be the agent's mistake, and its arguments were right
             raise RuntimeError(f"tool {name} failed, or its result is not JSON-like: {e}") from e
         except asyncio.CancelledError as e:
-            if task.cancelling() == cancels:
+            if not task.cancelling():
                 # it would end whoever waits without a trace
                 raise RuntimeError(f"tool {name} raised CancelledError, though nobody cancelled it") from e
             raise
@@ -329,12 +337,11 @@ class _Flight:
     async def join(self) -> bytes:
         me = asyncio.current_task()
         assert me is not None
-        cancels = me.cancelling()
         self._num_waiters += 1
         try:
             return await asyncio.shield(self.task)
         except asyncio.CancelledError as e:
-            if me.cancelling() == cancels:
+            if self.task.cancelled() and not me.cancelling():
                 raise RuntimeError(f"the broker was left while {self._name}() was running") from e
             raise
         finally:
@@ -350,46 +357,6 @@ class _Flight:
         # the world's failures no longer matter to anyone; a bug does
         if not self.task.cancelled() and not isinstance(e := self.task.exception(), ToolError | None):
             raise e
-
-
-def normaliser(name: str, signature: str) -> Callable[..., str]:
-    """A function that takes a call's arguments and returns them as JSON: by name, defaults filled in, keys sorted.
-
-    Equal texts mean equal calls: 1, 1.0 and True differ. It raises TypeError for arguments that don't fit the signature
-    or aren't JSON-like, which they are if JSON gives back the same. Raises ValueError for a signature that is no Python or
-    has annotations other than builtins, Any and Literal.
-    """
-    scope: dict[str, Any] = {"Any": Any, "Literal": Literal, "__name__": __name__}
-    try:
-        exec(f"def fits{signature}: return dict(locals())", scope)
-        fits = validate_call(config=ConfigDict(strict=True))(scope["fits"])
-    except (SyntaxError, NameError, TypeError, PydanticUserError) as e:
-        raise ValueError(
-            f"tool {name!r} has the signature {signature!r}, which can't be checked: {e}; "
-            "write (name: type) -> type with builtin types, Any or Literal"
-        ) from e
-    parameters = list(inspect.signature(scope["fits"]).parameters)
-
-    def normalise(*args: Any, **kw: Any) -> str:
-        try:
-            bound = fits(*args, **kw)
-        except ValidationError as e:
-            error = e.errors(include_url=False, include_context=False, include_input=False)[0]
-            at = error["loc"][0]
-            which = parameters[at] if isinstance(at, int) and at < len(parameters) else at
-            raise TypeError(f"{name}{signature} does not take these arguments: {which}: {error['msg']}") from None
-        # *args arrive as a tuple
-        bound = {name: list(value) if isinstance(value, tuple) else value for name, value in bound.items()}
-        problem = "JSON has no such value"
-        try:
-            text = orjson.dumps(bound, option=orjson.OPT_SORT_KEYS)
-            if orjson.loads(text) == bound:
-                return text.decode()
-        except (TypeError, ValueError) as e:
-            problem = str(e)
-        raise TypeError(f"{name}() takes strings, finite numbers, booleans, None, lists and dicts: {problem}")
-
-    return normalise
 
 
 def _spellings(secrets: tuple[str, ...]) -> list[str]:

@@ -1,22 +1,32 @@
-"""Where answers of tools are kept: in memory up to two bounds, and in a SQLite file that outlives the run.
+"""What makes two calls of a tool the same, and where answers are kept: in memory, and in a file that outlives the run.
 
-    Memory      least recently used first out; synchronous, some 0.3 us a look
+    normaliser  arguments, however they were passed -> one JSON text
+    Memory      within two bounds, least recently used first out
     CacheFile   one connection in one thread of its own; the event loop only ever waits for that thread's answers
 
 A row is (tool, version, arguments) -> value, both sides JSON. The file says whose it is (`application_id`) and which
-layout it has (`user_version`); any other file is refused and left as it was. Two processes may use one file: it is in WAL
-mode meanwhile, and who has to wait for a lock waits at most `BUSY_S`. The last to leave puts everything back into the one
-file, which can then be copied, or replayed from a folder that can't be written.
+layout it has (`user_version`); any other file is refused and left as it was. Several processes may use one file: it is in
+WAL mode meanwhile, and who has to wait for a lock waits at most `BUSY_S`. The last to leave puts everything back into the
+one file, which can then be copied, or replayed from a folder that can't be written. SQLite alone would now and then fail
+to change the mode, or leave its -wal file, where two come or leave at once: so they do that one at a time, under a flock
+of the folder.
 """
 
 import asyncio
 import contextlib
+import fcntl
+import inspect
+import os
 import sqlite3
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import orjson
+from pydantic import ConfigDict, PydanticUserError, ValidationError, validate_call
 
 from l0fast.errors import UsageError
 
@@ -36,6 +46,47 @@ class Key(NamedTuple):
     version: str
     arguments: str
     """JSON, sorted keys."""
+
+
+def normaliser(name: str, signature: str) -> Callable[..., str]:
+    """A function that takes a call's arguments and returns them as JSON: by name, defaults filled in, keys sorted.
+
+    Equal texts mean equal calls: 1, 1.0 and True differ. It raises TypeError for arguments that don't fit the signature
+    or aren't JSON-like, which they are if JSON gives back the same. Raises ValueError for a signature that is no Python or
+    has annotations other than builtins, Any and Literal.
+    """
+    scope: dict[str, Any] = {"Any": Any, "Literal": Literal, "__name__": __name__}
+    try:
+        exec(f"def fits{signature}: return locals()", scope)
+        fits = validate_call(config=ConfigDict(strict=True))(scope["fits"])
+    except (SyntaxError, NameError, TypeError, PydanticUserError) as e:
+        raise ValueError(
+            f"tool {name!r} has the signature {signature!r}, which can't be checked: {e}; "
+            "write (name: type) -> type with builtin types, Any or Literal"
+        ) from e
+    parameters = list(inspect.signature(scope["fits"]).parameters)
+
+    def normalise(*args: Any, **kw: Any) -> str:
+        try:
+            bound = fits(*args, **kw)
+        except ValidationError as e:
+            error = e.errors(include_url=False, include_context=False, include_input=False)[0]
+            at = error["loc"][0]
+            if isinstance(at, int):
+                at = parameters[at] if at < len(parameters) else f"argument {at + 1}"
+            raise TypeError(f"{name}() does not take these arguments: {at}: {error['msg']}") from None
+        # *args arrive as a tuple
+        bound = {name: list(value) if isinstance(value, tuple) else value for name, value in bound.items()}
+        problem = "JSON has no such value"
+        try:
+            text = orjson.dumps(bound, option=orjson.OPT_SORT_KEYS)
+            if orjson.loads(text) == bound:
+                return text.decode()
+        except (TypeError, ValueError) as e:
+            problem = str(e)
+        raise TypeError(f"{name}() takes strings, finite numbers, booleans, None, lists and dicts: {problem}")
+
+    return normalise
 
 
 class Memory:
@@ -87,7 +138,7 @@ class CacheFile:
         """Make the file, or open it; "replay" never makes or changes one."""
         file = cls(path)
         try:
-            file._db = await file._do(lambda: _open(path, mode))
+            file._db = await file._do(lambda: _alone(path, lambda: _open(path, mode)))
         except BaseException:
             file._thread.shutdown(wait=False)
             raise
@@ -102,7 +153,7 @@ class CacheFile:
         await self._do(lambda: self._db.execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?)", (*key, value)))
 
     async def close(self) -> None:
-        closed = self._do(lambda: _close(self._db))
+        closed = self._do(lambda: _close(self.path, self._db))
         # what was asked for is still done, then the thread ends, whether or not this coroutine is cancelled
         self._thread.shutdown(wait=False)
         await closed
@@ -113,8 +164,28 @@ class CacheFile:
     def _told(self, work: Callable[[], T]) -> T:
         try:
             return work()
-        except sqlite3.Error as e:
-            raise UsageError(f"the tool cache {str(self.path)!r} can't be used: {e}; name another file") from e
+        except (sqlite3.Error, OSError) as e:
+            raise UsageError(
+                f"the tool cache {str(self.path)!r} can't be used: {e}; name another file, or delete it"
+            ) from e
+
+
+def _alone(path: Path, work: Callable[[], T]) -> T:
+    """Do `work` while nobody else opens or closes a cache of that folder."""
+    folder = os.open(path.absolute().parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        deadline = time.monotonic() + BUSY_S
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.002)
+        return work()
+    finally:
+        os.close(folder)
 
 
 def _open(path: Path, mode: Mode) -> sqlite3.Connection:
@@ -123,8 +194,8 @@ def _open(path: Path, mode: Mode) -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?mode={'rw' if replay else 'rwc'}"
     db = sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None)
     try:
-        # what a transaction sees is not half of what another process is just writing
-        db.execute("BEGIN" if replay else "BEGIN IMMEDIATE")
+        # the file is made whole or not at all
+        db.execute("BEGIN")
         (application,) = db.execute("PRAGMA application_id").fetchone()
         (layout,) = db.execute("PRAGMA user_version").fetchone()
         (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
@@ -155,11 +226,15 @@ def _open(path: Path, mode: Mode) -> sqlite3.Connection:
     return db
 
 
-def _close(db: sqlite3.Connection) -> None:
-    try:
+def _close(path: Path, db: sqlite3.Connection) -> None:
+    def close() -> None:
         db.execute("PRAGMA busy_timeout = 0")
         # refused while another process has the file open, which then does it when it leaves
         with contextlib.suppress(sqlite3.OperationalError):
             db.execute("PRAGMA journal_mode = DELETE")
+        db.close()
+
+    try:
+        _alone(path, close)
     finally:
         db.close()

@@ -12,7 +12,6 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import islice
 
 import bm25s
@@ -33,8 +32,6 @@ MAX_RESULTS = 50
 """Largest k [sentences]."""
 MAX_TIES = 256
 """Equally good sentences among which one with the query's words in a row is looked for [sentences]."""
-CACHE_SIZE = 8192
-"""Queries whose results are kept [queries]."""
 SAME = 1e-5
 """Scores this close are equal: they are the same fp32 sums, taken in different orders."""
 
@@ -57,7 +54,6 @@ class LocalSearch:
             self._bm25.index(self._words, show_progress=False)
         most = COMMON_SHARE * len(self._corpus)
         self._common = {word for word, n in self._num_sentences_with.items() if n > most}
-        self._cached_search = lru_cache(CACHE_SIZE)(self._search)
 
     def search(self, query: str, k: int = 3) -> list[str]:
         """The at most `k` best sentences for `query`, in the order of the corpus; [] where no word of it occurs.
@@ -68,7 +64,7 @@ class LocalSearch:
             raise ToolError(f"search takes a string, not {type(query).__name__}: call search('some words')")
         if not isinstance(k, int) or not 1 <= k <= MAX_RESULTS:
             raise ToolError(f"search returns 1 to {MAX_RESULTS} sentences, not {k!r}: leave k out")
-        return [self._corpus[i] for i in self._cached_search(query, k)]
+        return [self._corpus[i] for i in self._search(query, k)]
 
     def _search(self, query: str, k: int) -> list[int]:
         """Indices into the corpus, rising."""

@@ -5,13 +5,15 @@
     policy     <- supervised learning, one pass
 
 Worlds: the real one teaches its wording; invented and respelled ones, made anew many times, leave copying as the only way
-to be right (low loss on real names can be memorised names).
+to be right (low loss on real names can be memorised names). Names of respelled and pieced worlds are made of the tokenizer's
+own pieces, each as likely as the others: a piece that is rare in the demonstrations can't be copied.
 """
 
 import asyncio
 import itertools
 import os
 import random
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +42,7 @@ from l0fast.tools.local_search import LocalSearch, search_tool
 from l0fast.types import Task, Trajectory
 from l0fast.warm_start.demonstrations import Demonstrator, Mistakes, good_move
 
+_LETTERS = re.compile("[A-Z]?[a-z]+$|[A-Z]$")
 _NUM_WORLDS = 32
 """Different invented and respelled worlds to draw on."""
 _OPEN = 128
@@ -56,8 +59,8 @@ class Demonstrations:
 
 
 RECIPES = {
-    "geography": Demonstrations(9_000_000, {"real": 0.3, "invented": 0.25, "respelled": 0.45}),
-    "invented": Demonstrations(6_500_000, {"invented": 1.0}),
+    "geography": Demonstrations(7_000_000, {"real": 0.3, "invented": 0.2, "respelled": 0.5}),
+    "invented": Demonstrations(5_000_000, {"invented": 0.5, "pieced": 0.5}),
 }
 VOCABULARY = {"geography": 1024, "invented": 640}
 
@@ -124,12 +127,14 @@ def make(options: Options, console: Console) -> None:
     console.print(f"policy in {options.out}; try it: python -m l0fast.run {options.recipe} --model.path {options.out}")
 
 
-def _world(kind: str, seed: int, n: int) -> World:
+def _world(kind: str, seed: int, n: int, pieces: tuple[str, ...] = ()) -> World:
     if kind == "real":
         return geography()
     # seed 0 of the invented worlds is the one that runs train and evaluate on
-    make_world = respelled_world if kind == "respelled" else invented_world
-    return make_world(derive_seed("warm start", kind, seed, n))
+    world_seed = derive_seed("warm start", kind, seed, n)
+    if kind == "respelled":
+        return respelled_world(world_seed, pieces)
+    return invented_world(world_seed, pieces if kind == "pieced" else ())
 
 
 def tokenizer_texts(world: World, seed: int) -> Iterator[str]:
@@ -165,13 +170,14 @@ async def _demonstrate(options: Options, config: RunConfig, chat: Chat, progress
         vocab_size=chat.vocab_size, max_tokens=config.agent.context_tokens, slots=_OPEN, script=demonstrator
     )
     numbers = itertools.count()
+    pieces = tuple(piece for piece in map(chat.decode, ([i] for i in range(chat.vocab_size))) if _LETTERS.match(piece))
     async with open_sandbox(
         SandboxConfig(kind=options.sandbox), max_sessions=_OPEN, log=progress.console.print
     ) as sandbox:
 
         @cache
         def player(kind: str, n: int) -> tuple[World, NBAgent]:
-            world = _world(kind, options.seed, n)
+            world = _world(kind, options.seed, n, pieces)
             demonstrator.add(world)
             search = search_tool(LocalSearch(world.train_corpus), config.task.search_results)
             limits = EpisodeLimits(max_turns=config.rollout.max_turns, timeout_s=config.rollout.episode_timeout_s)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from l0fast.config import SandboxConfig
+from l0fast.errors import SandboxError
+from l0fast.sandbox.docker import DockerBackend
 from l0fast.sandbox.local import LocalBackend
 from l0fast.sandbox.pool import SandboxPool
 
@@ -22,14 +24,34 @@ def _why_no_bwrap() -> str | None:
     return f"bubblewrap does not work here: {tried.stderr.strip()}" if tried.returncode else None
 
 
-NO_BWRAP = _why_no_bwrap()
+def _why_no_docker() -> str | None:
+    """Asked of the real backend: daemon and image are there, and nothing has to be pulled for a test."""
+
+    async def ask() -> None:
+        backend = DockerBackend(SandboxConfig(kind="docker", pull_timeout_s=0.01), log=lambda line: None)
+        try:
+            await backend.open()
+        finally:
+            await backend.close()
+
+    try:
+        asyncio.run(ask())
+    except SandboxError as e:
+        return str(e)
+    return None
 
 
-@pytest.fixture(
-    scope="module",
-    params=["process", pytest.param("bwrap", marks=pytest.mark.skipif(bool(NO_BWRAP), reason=NO_BWRAP or ""))],
-)
+WHY_NOT = {"process": None, "bwrap": _why_no_bwrap(), "docker": _why_no_docker()}
+REQUIRED = os.environ.get("L0FAST_TEST_SANDBOXES", "").split()
+"""Kinds that must be tested: there a reason to skip is a failure."""
+
+
+@pytest.fixture(scope="module", params=["process", "bwrap", "docker"])
 def kind(request: pytest.FixtureRequest) -> str:
+    why = WHY_NOT[request.param]
+    if why is not None:
+        assert request.param not in REQUIRED, why
+        pytest.skip(why)
     return request.param
 
 
@@ -37,8 +59,9 @@ def make_pool(
     kind: str, *, num_shards: int = 1, sessions_per_shard: int = 16, grace_s: float = 20.0, **config: Any
 ) -> SandboxPool:
     config = {"kind": kind, "sessions_per_shard": sessions_per_shard, "memory_mb": 256, **config}
+    settings = SandboxConfig(**config)
     return SandboxPool(
-        LocalBackend(kind, SandboxConfig(**config)),
+        DockerBackend(settings, log=print) if kind == "docker" else LocalBackend(kind, settings),
         num_shards=num_shards,
         sessions_per_shard=sessions_per_shard,
         start_timeout_s=20.0,

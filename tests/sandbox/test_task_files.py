@@ -1,6 +1,5 @@
 """What a task brings into a session's folder, and what is collected from it."""
 
-
 import pytest
 
 from l0fast.errors import SandboxError, UsageError

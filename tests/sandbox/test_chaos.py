@@ -1,0 +1,226 @@
+"""Killing what a run stands on, in the middle of it: the run goes on or ends with a clear error, and nothing is left.
+
+The whole command with the real learner and the simulated engine, which plays demonstrations as fast as the sandbox can.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from l0fast.run_dir import read_metrics, read_trajectories
+from l0fast.types import TrajectoryStatus
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+FIRST_UID = 1 << 30
+"""Sessions' uids are from here on."""
+
+
+class Run:
+    """`python -m l0fast.run` under way."""
+
+    def __init__(self, kind: str, run_dir: Path, env: dict[str, str]):
+        self.kind, self.run_dir = kind, run_dir
+        self.log = run_dir.parent / "log"
+        self.containers_before = containers(env) if kind == "docker" else set()
+        self.env = {
+            **os.environ,
+            **env,
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "TMPDIR": str(run_dir.parent),
+        }
+        args = ["invented", "--engine.kind", "simulated", "--sandbox.kind", kind, "--num-steps", str(STEPS)]
+        args += [
+            "--eval.questions",
+            "4",
+            "--eval.every",
+            "0",
+            "--eval.transfer-questions",
+            "2",
+            "--learner.threads",
+            "1",
+        ]
+        args += ["--rollout.max-refills", "20", "--run-dir", str(run_dir)]
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "l0fast.run", *args], cwd=ROOT, env=self.env, stdout=log, stderr=log
+            )
+
+    def steps(self) -> int:
+        metrics = self.run_dir / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    def wait_for(self, happened, what: str, timeout_s: float = 60):
+        deadline = time.monotonic() + timeout_s
+        while not (got := happened()):
+            assert self.process.poll() is None, f"the run ended before {what}: {self.log.read_text()}"
+            assert time.monotonic() < deadline, f"{what} did not happen: {self.log.read_text()}"
+            time.sleep(0.002)
+        return got
+
+    def finish(self) -> str:
+        self.process.wait(100)
+        return self.log.read_text()
+
+
+def processes_with(wanted) -> list[int]:
+    """Living processes for which `(pid, uid, command line) -> bool` holds."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                line = Path(f"/proc/{name}/cmdline").read_bytes()
+                if line and wanted(int(name), os.stat(f"/proc/{name}").st_uid, line):
+                    found.append(int(name))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    return found
+
+
+def sessions() -> list[int]:
+    return processes_with(lambda pid, uid, line: uid >= FIRST_UID)
+
+
+def zygotes(run: Run) -> list[int]:
+    """Their argument is the guest's folder; a session's is the same, and a bwrap's has more in front."""
+    return processes_with(
+        lambda pid, uid, line: b"guest.zygote" in line and uid < FIRST_UID and b"bwrap" not in line.split(b"\0")[0]
+    )
+
+
+def containers(env: dict[str, str]) -> set[str]:
+    argv = ["docker", "ps", "-aq", "--filter", "label=l0fast.driver"]
+    return set(
+        subprocess.run(
+            argv, env={**os.environ, **env}, capture_output=True, check=True, text=True, timeout=30
+        ).stdout.split()
+    )
+
+
+def nothing_is_left(run: Run, env: dict[str, str]) -> None:
+    deadline = time.monotonic() + 5
+    while True:
+        left = {
+            "processes": sessions() + zygotes(run),
+            "containers": containers(env) - run.containers_before if run.kind == "docker" else set(),
+            "folders": [p.name for p in run.run_dir.parent.iterdir() if p.name.startswith("l0fast-")],
+        }
+        if not any(left.values()):
+            return
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def played(run: Run) -> list:
+    return [t for path in sorted((run.run_dir / "trajectories").glob("step_*.jsonl")) for t in read_trajectories(path)]
+
+
+def ended_well(run: Run) -> dict:
+    said = run.finish()
+    assert run.process.returncode == 0, said
+    summary = json.loads((run.run_dir / "summary.json").read_text())
+    assert summary["steps"] == STEPS == len(read_metrics(run.run_dir))
+    return summary
+
+
+@pytest.fixture
+def start(tmp_path, kind):
+    runs = []
+
+    def start(kind: str, **env: str) -> Run:
+        runs.append(Run(kind, tmp_path / "run", env))
+        return runs[-1]
+
+    if os.geteuid() != 0:
+        pytest.skip("finding the sessions of a run takes root: their uids tell them")
+    yield start
+    for run in runs:
+        run.process.kill()
+        run.process.wait()
+
+
+def test_killed_sessions_cost_their_episodes_and_nobody_elses(start, kind):
+    run = start(kind)
+    run.wait_for(lambda: run.steps() >= 1, "the first step")
+    killed = 0
+    while killed < 3:
+        pid = run.wait_for(sessions, "a session")[0]
+        try:
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+        except ProcessLookupError:
+            # it has just ended by itself
+            continue
+    summary = ended_well(run)
+    lost = [t for t in played(run) if t.status is TrajectoryStatus.FAILED_SANDBOX]
+    assert len(lost) <= summary["failed_episodes"] <= killed
+    assert all(t.cause for t in lost)
+    nothing_is_left(run, {})
+
+
+def test_a_killed_zygote_is_replaced_and_the_run_goes_on(start, kind):
+    run = start(kind)
+    run.wait_for(lambda: run.steps() >= 1, "the first step")
+    run.wait_for(sessions, "a session")
+    os.kill(zygotes(run)[0], signal.SIGKILL)
+    summary = ended_well(run)
+    assert all("zygote" in t.cause for t in played(run) if t.status.failed), [
+        t.cause for t in played(run) if t.status.failed
+    ]
+    assert summary["failed_episodes"] <= 128
+    nothing_is_left(run, {})
+
+
+def test_a_killed_driver_leaves_nothing(start, kind):
+    run = start(kind)
+    run.wait_for(lambda: run.steps() >= 1, "the first step")
+    run.wait_for(sessions, "a session")
+    run.process.kill()
+    run.process.wait()
+    nothing_is_left(run, {})
+    assert len(read_metrics(run.run_dir)) >= 1
+
+
+def test_a_driver_killed_while_it_starts_leaves_nothing(start, kind):
+    run = start(kind)
+    run.wait_for(lambda: zygotes(run), "a zygote")
+    run.process.kill()
+    run.process.wait()
+    nothing_is_left(run, {})
+
+
+@pytest.mark.parametrize("kind", ["docker"], indirect=True)
+def test_a_removed_container_is_replaced_and_the_run_goes_on(start, kind):
+    run = start(kind)
+    run.wait_for(lambda: run.steps() >= 1, "the first step")
+    mine = run.wait_for(lambda: containers({}) - run.containers_before, "a container")
+    subprocess.run(["docker", "rm", "-f", *mine], check=True, capture_output=True, timeout=30)
+    ended_well(run)
+    nothing_is_left(run, {})
+
+
+@pytest.mark.parametrize("kind", ["docker"], indirect=True)
+def test_a_daemon_that_is_killed_and_comes_back_costs_its_containers_and_not_the_run(start, kind, private_daemon):
+    run = start(kind, DOCKER_HOST=private_daemon.host)
+    run.wait_for(lambda: run.steps() >= 1, "the first step")
+    # the new daemon stops the old one's containers
+    private_daemon.restart()
+    ended_well(run)
+    nothing_is_left(run, {"DOCKER_HOST": private_daemon.host})
+
+
+@pytest.mark.parametrize("kind", ["docker"], indirect=True)
+def test_a_daemon_that_is_gone_for_good_ends_the_run_with_a_clear_error_or_lets_it_finish(start, kind, private_daemon):
+    run = start(kind, DOCKER_HOST=private_daemon.host)
+    run.wait_for(lambda: run.steps() >= 1, "the first step")
+    private_daemon.stop()
+    said = run.finish()
+    # its containers go with it, or outlive it and finish the run
+    assert run.process.returncode == 0 or "shard" in said, said
+    nothing_is_left(run, {"DOCKER_HOST": private_daemon.host} if run.process.returncode == 0 else {})
