@@ -96,6 +96,17 @@ ATTACKS = {
         "import sys\nsys.modules['guest.frames'].MAX_FRAME = 1 << 30\ntool('x' * 200_000)",
         "lost",
     ),
+    "an import hook that swallows everything": (
+        "import sys\nclass Hook:\n    def find_spec(self, *a): raise SystemExit('mine')\nsys.meta_path.insert(0, Hook())\nsys.modules.clear()\nimport json",
+        "SystemExit",
+    ),
+    "the output file shrunk, sought in and reopened": (
+        "import os\nos.ftruncate(4, 0)\nos.lseek(4, 1 << 30, 0)\nos.write(4, b'a')\ntry:\n    os.ftruncate(4, 1 << 40)\n    print('open')\nexcept OSError:\n    os.ftruncate(4, 0)\n    print('held')",
+        "held",
+    ),
+    "the output file grown to the limit": ("import os\nos.ftruncate(4, 32 << 20)\nos.lseek(4, 0, 2)\nprint('\\nheld')", "held"),
+    "an answer longer than a frame": ("raise ValueError('x' * 1_000_000)", "ValueError"),
+    "a name of an exception longer than a frame": ("raise type('E' * 1_000_000, (Exception,), {})", "E" * 256),
     "patched builtins": (
         "import builtins\nfor name in ('len', 'print', 'isinstance', 'type', 'repr'): delattr(builtins, name)",
         "lost or harmless",
@@ -194,6 +205,40 @@ def pool(kind, run, new_pool):
     run(pool.start())
     yield pool
     run(pool.close())
+
+
+async def cells_until_lost(session):
+    while True:
+        await session.execute("1")
+
+
+def test_an_answer_submitted_by_a_daemon_after_its_cell_costs_the_session(pool, run):
+    """A forged frame of a process left behind."""
+    submitted = []
+
+    async def submit(answer):
+        submitted.append(answer)
+
+    tools = {"submit": ToolSpec(name="submit", signature="(answer)", doc="", call=submit)}
+    code = """
+        import json, os, time
+        frame = json.dumps({"op": "call", "id": 1, "name": "submit", "args": ["late"], "kw": {}}).encode()
+        if os.fork() == 0:
+            while os.path.exists("wait"): pass
+            while True: os.write(3, len(frame).to_bytes(4, "little") + frame)
+        """
+
+    async def main():
+        async with pool.session(tools, seed=1) as session:
+            await session.execute("open('wait', 'w').close()")
+            assert (await session.execute(textwrap.dedent(code))).error is None
+            await session.execute("import os\nos.unlink('wait')")
+            with pytest.raises(SandboxError):
+                await cells_until_lost(session)
+
+    run(main())
+    # in the middle of a cell its word is as good as the cell's own; between cells it is none
+    assert len(submitted) <= 1
 
 
 @pytest.mark.parametrize("name", ATTACKS)

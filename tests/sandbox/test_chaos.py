@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.own_daemon import own_daemon
 from l0fast.run_dir import read_metrics, read_trajectories
+from l0fast.sandbox.image import LOCAL_IMAGE
 from l0fast.types import TrajectoryStatus
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +129,23 @@ def ended_well(run: Run) -> dict:
     summary = json.loads((run.run_dir / "summary.json").read_text())
     assert summary["steps"] == STEPS == len(read_metrics(run.run_dir))
     return summary
+
+
+@pytest.fixture
+def private_daemon(kind, tmp_path):
+    """A dockerd that may be killed, with the image of the one that may not."""
+    archive = tmp_path / "image.tar"
+    image = subprocess.run(
+        ["docker", "image", "ls", "-q", LOCAL_IMAGE], check=True, capture_output=True, text=True, timeout=30
+    ).stdout
+    if not image or os.geteuid() != 0:
+        assert "docker" not in os.environ.get("L0FAST_TEST_SANDBOXES", ""), f"{LOCAL_IMAGE} and root are needed"
+        pytest.skip(f"a daemon of one's own takes root and an image that was built: {LOCAL_IMAGE}")
+    subprocess.run(["docker", "save", LOCAL_IMAGE, "-o", str(archive)], check=True, timeout=60)
+    with own_daemon() as own:
+        env = {**os.environ, "DOCKER_HOST": own.host}
+        subprocess.run(["docker", "load", "-i", str(archive)], check=True, env=env, timeout=60)
+        yield own
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from l0fast.sandbox.channel import (
     Call,
     Channel,
     Done,
+    Files,
     FrameParser,
     ProtocolError,
     Ready,
@@ -99,6 +100,7 @@ READY = {"op": "ready"}
 CALL = {"op": "call", "id": 1, "name": "f", "args": [1], "kw": {"k": 2}}
 DONE = {"op": "done", "n": 1, "err": None, "dropped": 0}
 FAILED = {**DONE, "err": {"name": "E", "value": "v", "traceback": "t"}}
+FILES = {"op": "files", "files": [["a/b", 3]]}
 
 
 def in_state(state: State) -> SessionState:
@@ -109,17 +111,20 @@ def in_state(state: State) -> SessionState:
         machine.start_cell()
     if state is State.CALLING:
         machine.received(CALL)
+    if state is State.COLLECTING:
+        machine.start_collecting()
     assert machine.state is state
     return machine
 
 
-@pytest.mark.parametrize("state", [State.STARTING, State.IDLE, State.RUNNING, State.CALLING])
-@pytest.mark.parametrize("message", [READY, CALL, DONE, FAILED])
+@pytest.mark.parametrize("state", [State.STARTING, State.IDLE, State.RUNNING, State.CALLING, State.COLLECTING])
+@pytest.mark.parametrize("message", [READY, CALL, DONE, FAILED, FILES])
 def test_a_frame_may_come_in_its_own_state_only(state, message):
     allowed = {
         (State.STARTING, "ready"): (State.IDLE, Ready()),
         (State.RUNNING, "call"): (State.CALLING, Call(1, "f", [1], {"k": 2})),
         (State.RUNNING, "done"): (State.IDLE, Done(("E", "v", "t") if message is FAILED else None, 0)),
+        (State.COLLECTING, "files"): (State.IDLE, Files([("a/b", 3)])),
     }
     machine = in_state(state)
     if (state, message["op"]) in allowed:
@@ -169,9 +174,31 @@ def test_a_malformed_frame_is_refused_where_its_like_may_come(message):
         in_state(State.RUNNING).received(message)
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        None,
+        {},
+        [[]],
+        [["a"]],
+        [["a", -1]],
+        [["a", True]],
+        [["a", 1.0]],
+        [["a", 1, 2]],
+        [[1, 1]],
+        [["../a", 1]],
+        [["/a", 1]],
+    ]
+    + [[["a//b", 1]], [["a/./b", 1]], [["", 1]], [["a\0", 1]], [["a", 1], ["b"]]],
+)
+def test_files_told_wrongly_or_under_a_name_that_leads_elsewhere_are_refused(files):
+    with pytest.raises(ProtocolError):
+        in_state(State.COLLECTING).received({"op": "files", "files": files})
+
+
 junk = st.sampled_from([None, True, -1, 0, 1, 2, 2**63, 1.5, "", "f", "done", [], [1], {}, {"k": 1}])
 near_misses = st.fixed_dictionaries(
-    {"op": st.sampled_from(["ready", "call", "call", "done", "done", "exec"]) | junk},
+    {"op": st.sampled_from(["ready", "call", "call", "done", "done", "files", "exec"]) | junk},
     optional={
         "id": st.integers(0, 3) | junk,
         "n": st.integers(0, 3) | junk,
@@ -180,14 +207,15 @@ near_misses = st.fixed_dictionaries(
         "kw": st.just({"k": 2}) | junk,
         "err": st.just({"name": "E", "value": "v", "traceback": "t"}) | junk,
         "dropped": junk,
+        "files": st.just([["a", 1]]) | junk,
     },
 )
 
 
-@given(st.lists(near_misses, max_size=12))
+@given(st.lists(st.tuples(near_misses, st.booleans()), max_size=12))
 def test_any_frames_whatever_keep_the_machine_in_its_states(frames):
     machine = SessionState()
-    for message in frames:
+    for message, collect in frames:
         try:
             event = machine.received(message)
         except ProtocolError:
@@ -197,7 +225,10 @@ def test_any_frames_whatever_keep_the_machine_in_its_states(frames):
             machine.answer_call()
         else:
             assert machine.state is State.IDLE
-            machine.start_cell()
+            if collect:
+                machine.start_collecting()
+            else:
+                machine.start_cell()
 
 
 def connected(action):

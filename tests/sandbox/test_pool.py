@@ -11,6 +11,8 @@ import textwrap
 import pytest
 
 from l0fast.errors import SandboxError
+from l0fast.sandbox.daemon import daemon
+from l0fast.sandbox.docker import LABEL, driver_label
 
 
 def zygote_pid(shard) -> int:
@@ -251,7 +253,13 @@ def group_of(pid):
     return members
 
 
-@pytest.mark.parametrize("after_s", [0, 0.002, 0.005, 0.01, 0.02, 0.05])
+async def containers_of_mine():
+    async with daemon() as found:
+        containers = await found.docker.containers.list(all=1, filters=f'{{"label":["{LABEL}"]}}')
+        return [c.id for c in containers if c["Labels"][LABEL] == driver_label(os.getpid())]
+
+
+@pytest.mark.parametrize("after_s", [0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4])
 def test_cancelling_a_start_leaves_nothing_whenever_it_comes(new_pool, kind, after_s):
     async def main():
         before = children()
@@ -270,8 +278,12 @@ def test_cancelling_a_start_leaves_nothing_whenever_it_comes(new_pool, kind, aft
         with pytest.raises(asyncio.CancelledError):
             await start
         assert children() == before
-        assert launched
-        assert group_of(launched[0]) == []
+        if kind == "docker":
+            # cancelled in the middle of a launch, which is then undone
+            assert await containers_of_mine() == []
+        else:
+            assert launched
+            assert group_of(launched[0]) == []
 
     asyncio.run(main())
 
@@ -279,7 +291,12 @@ def test_cancelling_a_start_leaves_nothing_whenever_it_comes(new_pool, kind, aft
 def test_preloaded_modules_are_there_and_others_of_the_host_are_not(new_pool, kind):
     async def main():
         pool = new_pool(kind, preload=("numpy",), memory_mb=1024)
-        await pool.start()
+        try:
+            await pool.start()
+        except SandboxError as e:
+            if kind == "docker" and "No module named 'numpy'" in str(e):
+                pytest.skip("the image has no numpy: build one with --packages numpy")
+            raise
         try:
             async with pool.session({}, seed=7) as session:
                 result = await session.execute("import sys\n'numpy' in sys.modules")

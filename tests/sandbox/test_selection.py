@@ -28,19 +28,32 @@ def test_the_kind_asked_for_is_opened_and_one_line_says_what_it_has_and_lacks(ki
     got, said = opened(kind=kind)
     assert got == kind
     assert len(said) == 1
-    assert re.match(rf"sandbox: {kind}, .* with .*; without .*CPU and memory", said[0])
+    assert re.match(rf"sandbox: {kind}\b.*, Python 3.* with .*; without .*a limit on a shard's CPU", said[0])
 
 
-def test_auto_takes_the_strongest_that_works_and_says_why_not_the_others():
+@pytest.fixture
+def no_docker(monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", "unix:///no/such/docker.sock")
+
+
+@pytest.mark.parametrize("kind", ["docker"], indirect=True)
+def test_auto_takes_docker_where_it_works(kind):
+    got, said = opened(kind="auto")
+    assert got == "docker"
+    assert len(said) == 1
+    assert "not bwrap" not in said[0]
+
+
+def test_auto_takes_the_strongest_that_works_and_says_why_not_the_others(no_docker):
     got, said = opened(kind="auto")
     assert got in ("bwrap", "process")
-    assert "docker" in said[0]
+    assert "not docker (no Docker daemon answers" in said[0]
     assert "\n" not in said[0]
     if got == "process":
         assert "bwrap" in said[0].partition("not docker")[2]
 
 
-def test_auto_falls_back_to_process_where_bwrap_is_missing(monkeypatch):
+def test_auto_falls_back_to_process_where_bwrap_is_missing(no_docker, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     got, said = opened(kind="auto")
     assert got == "process"
@@ -62,8 +75,8 @@ def test_bwrap_that_cannot_make_namespaces_is_refused_with_its_own_words(monkeyp
         opened(kind="bwrap")
 
 
-def test_docker_is_refused_for_now():
-    with pytest.raises(UsageError, match="not part of this version"):
+def test_docker_by_name_is_refused_with_the_remedy_where_no_daemon_listens(no_docker):
+    with pytest.raises(UsageError, match=r"no such socket.*DOCKER_HOST.*--sandbox.kind auto"):
         opened(kind="docker")
 
 
@@ -94,9 +107,10 @@ def test_a_process_is_taken_unasked_only_where_it_is_safe(landlock, seccomp, own
     report = Report(python="3.11", landlock=landlock, seccomp=seccomp, own_uids=own_uids)
     assert (selection.unsafe("process", report) is None) == safe
     assert selection.unsafe("bwrap", report) is None
+    assert selection.unsafe("docker", report) is None
 
 
-def test_auto_refuses_where_nothing_is_safe_but_process_by_name_is_allowed(monkeypatch):
+def test_auto_refuses_where_nothing_is_safe_but_process_by_name_is_allowed(no_docker, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr(selection, "unsafe", lambda kind, report: "this kernel has no Landlock")
     with pytest.raises(UsageError, match=r"no Landlock.*install bubblewrap.*--sandbox.kind process"):
