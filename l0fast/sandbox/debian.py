@@ -135,7 +135,8 @@ def strip(root: Path) -> None:
             # licences stay
             if folder.startswith(f"{root}/usr/share/doc/") and name in names and name != "copyright":
                 os.unlink(path)
-            elif mode & 0o6000 and not os.path.islink(path):
+            elif mode & 0o6000:
+                # no link has these bits, so none is followed
                 os.chmod(path, mode & 0o1777)
 
 

@@ -206,6 +206,20 @@ def test_a_daemon_that_hangs_has_a_deadline(path: Path):
     assert "no answer in 0.2 s" in refused(path, timeout_s=0.2, version=hang)
 
 
+def test_every_later_request_has_a_deadline(path: Path, monkeypatch: pytest.MonkeyPatch):
+    async def hang(request: web.Request) -> web.Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def main() -> None:
+        async with asyncio.timeout(30), serving(path, {"GET /images/json": hang}), daemon() as found:
+            with pytest.raises(SandboxError, match="could not list images: "), daemon_boundary("list images"):
+                await found.docker.images.list()
+
+    monkeypatch.setattr(module, "REQUEST_TIMEOUT_S", 0.2)
+    asyncio.run(main())
+
+
 def test_a_daemon_that_hangs_up_is_refused(path: Path):
     async def hang_up(request: web.Request) -> web.Response:
         assert request.transport is not None
