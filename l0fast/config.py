@@ -39,7 +39,7 @@ class TaskConfig(Config):
 
 class ModelConfig(Config):
     path: str = "geography"
-    """A model folder in Hugging Face form (with its tokenizer), or the name of one that ships: geography, invented."""
+    """A model folder in Hugging Face form (with its tokenizer), or the name of one that ships: geography."""
 
 
 class AgentConfig(Config):
@@ -165,7 +165,7 @@ class LearnerConfig(Config):
 class EvalConfig(Config):
     questions: PositiveInt = 600
     """Fixed held-out questions asked before and after training [questions]."""
-    every: NonNegativeInt = 12
+    every: NonNegativeInt = 8
     """Steps between sampled evaluations for the curve; 0 for none [steps]."""
     curve_questions: PositiveInt = 200
     """Held-out questions of those in-between evaluations; the first of the fixed ones, all where there are fewer [questions]."""
@@ -174,7 +174,7 @@ class EvalConfig(Config):
 
 
 class RunConfig(Config):
-    num_steps: PositiveInt = 36
+    num_steps: PositiveInt = 24
     """Optimizer steps to take [steps]."""
     seed: NonNegativeInt = 0
     """Of questions, sampling and initialisation."""

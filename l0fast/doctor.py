@@ -161,7 +161,7 @@ def _policies() -> Finding:
     good = wanted in there
     return Finding(
         "policies", "ok" if good else "missing", ", ".join(there) or f"none in {folder}",
-        "" if good else f"python -m l0fast.warm_start {wanted} --out {folder / wanted}", needed=True,
+        "" if good else f"python -m l0fast.warm_start --out {folder / wanted}", needed=True,
     )  # fmt: skip
 
 

@@ -106,7 +106,7 @@ FLAGS = [
     (["--learner.betas", "0.5", "0.6"], {"learner.betas": (0.5, 0.6)}),
     (["--sandbox.preload", "json"], {"sandbox.preload": ("json",)}),
     (["--rollout.temperature", "0.7"], {"rollout.temperature": 0.7}),
-    (["--model.path", "invented"], {"model.path": "invented"}),
+    (["--model.path", "geography"], {"model.path": "geography"}),
 ]
 
 
@@ -147,7 +147,7 @@ def test_every_shipped_recipe_is_valid(name: str):
         (["--zzz"], ["--zzz", "--help"]),
         (["-x"], ["-x", "--help"]),
         (["--rollout", "3"], ["section", "--rollout.group-size"]),
-        (["--num-steps", "many"], ["--num-steps many", "integer", "--num-steps 36"]),
+        (["--num-steps", "many"], ["--num-steps many", "integer", "--num-steps 24"]),
         (["--num-steps", "-3"], ["--num-steps -3", "greater than 0"]),
         (["--num-steps", "2.5"], ["--num-steps 2.5", "integer"]),
         (["--learner.lr", "nan"], ["--learner.lr nan", "finite"]),

@@ -201,6 +201,6 @@ def test_dry_run_prints_the_plan_and_writes_nothing(policy_folder: Path, tmp_pat
     out = finish(
         start("--dry-run", "--run-dir", str(tmp_path / "run"), "--model.path", str(policy_folder), "--seed", "3"), 0
     )
-    assert "36 steps" in out
+    assert "24 steps" in out
     assert "seed" in out
     assert not (tmp_path / "run").exists()

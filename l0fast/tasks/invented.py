@@ -31,16 +31,10 @@ CODAS = "  b d g k l l m n n n ng r r s s t th x".split(" ")
 
 
 class NameMaker:
-    """Makes names that differ from each other and share no word with a real name or with our own wording.
+    """Makes names that differ from each other and share no word with a real name or with our own wording."""
 
-    Args:
-        pieces: what to make them of, in place of syllables; see `respelled_world`.
-    """
-
-    def __init__(self, rng: random.Random, pieces: tuple[str, ...] = ()) -> None:
+    def __init__(self, rng: random.Random) -> None:
         self._rng = rng
-        self._heads = [piece for piece in pieces if piece.istitle()]
-        self._tails = [piece for piece in pieces if piece.islower()]
         self._taken = {*real_words(), *SENTENCE_WORDS}
         # as "San" and "New" do, a few words begin many names
         self._openers = [self.word(1) for _ in range(8)]
@@ -49,14 +43,11 @@ class NameMaker:
         """A new capitalised word."""
         rng = self._rng
         while True:
-            if self._heads:
-                word = rng.choice(self._heads) + "".join(rng.choices(self._tails, k=num_syllables))
-            else:
-                syllables = (rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(num_syllables))
-                word = "".join(syllables).capitalize() + rng.choice(CODAS)
-            if word.casefold() not in self._taken:
-                self._taken.add(word.casefold())
-                return word
+            syllables = (rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(num_syllables))
+            word = "".join(syllables) + rng.choice(CODAS)
+            if word not in self._taken:
+                self._taken.add(word)
+                return word.capitalize()
 
     def place(self) -> str:
         """A new name of a place: mostly one word, sometimes two or a hyphenated pair."""
@@ -72,10 +63,10 @@ class NameMaker:
 
 
 @cache
-def invented_world(seed: int, pieces: tuple[str, ...] = ()) -> World:
-    """The invented world of `seed`; the same seed, and pieces, give the same world."""
+def invented_world(seed: int) -> World:
+    """The invented world of `seed`; the same seed gives the same world."""
     rng = random.Random(f"invented/{seed}")
-    names = NameMaker(rng, pieces)
+    names = NameMaker(rng)
     countries = [names.place() for _ in range(NUM_COUNTRIES)]
     continents = [names.word(2) for _ in range(NUM_CONTINENTS)]
     currencies = [names.word(2) for _ in range(NUM_CURRENCIES)]
@@ -102,7 +93,7 @@ def invented_world(seed: int, pieces: tuple[str, ...] = ()) -> World:
         ]
     facts += [Fact(city, "country", country) for city, country in cities]
     heldout = hold_out(facts, num_countries=HELDOUT_COUNTRIES, num_cities=HELDOUT_CITIES)
-    return World(f"invented-{seed}" if not pieces else f"pieced-{seed}", facts, heldout)
+    return World(f"invented-{seed}", facts, heldout)
 
 
 def _log_uniform(rng: random.Random, low: float, high: float) -> int:

@@ -1,12 +1,12 @@
-"""python -m l0fast.warm_start [geography|invented] --out DIR: a policy folder from nothing.
+"""python -m l0fast.warm_start --out DIR: a policy folder from nothing.
 
     tokenizer  <- the wording once more often than the names: each training name once
     episodes   <- NBAgent x Demonstrator x a real sandbox, in many worlds
     policy     <- supervised learning, one pass
 
 Worlds: the real one teaches its wording; invented and respelled ones, made anew many times, leave copying as the only way
-to be right (low loss on real names can be memorised names). Names of respelled and pieced worlds are made of the tokenizer's
-own pieces, each as likely as the others: a piece that is rare in the demonstrations can't be copied.
+to be right (low loss on real names can be memorised names). Names of respelled worlds are made of the tokenizer's own pieces,
+each as likely as the others: a piece that is rare in the demonstrations can't be copied.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -30,6 +30,7 @@ from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.config import RunConfig, SandboxConfig
 from l0fast.engine.simulated import SimulatedEngine
 from l0fast.errors import UsageError, WorldError
+from l0fast.ipc import KEEP_BLOCKS
 from l0fast.learner.segments import segments_of
 from l0fast.rollout.rollouts import play_all
 from l0fast.sandbox import open_sandbox
@@ -51,24 +52,15 @@ _ROUND = 512
 """Demonstrations between two looks at how many tokens there are."""
 
 
-@dataclass(frozen=True, slots=True)
-class Demonstrations:
-    tokens: int
-    shares: dict[str, float]
-    """Of episodes, by kind of world."""
-
-
-RECIPES = {
-    "geography": Demonstrations(7_000_000, {"real": 0.3, "invented": 0.2, "respelled": 0.5}),
-    "invented": Demonstrations(5_000_000, {"invented": 0.5, "pieced": 0.5}),
-}
-VOCABULARY = {"geography": 1024, "invented": 640}
+NUM_TOKENS = 7_000_000
+"""Of demonstrations [tokens]."""
+SHARES = {"real": 0.3, "invented": 0.2, "respelled": 0.5}
+"""Of episodes, by kind of world."""
+VOCAB_SIZE = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    recipe: Annotated[Literal["geography", "invented"], tyro.conf.Positional] = "geography"
-    """Which policy to make."""
     out: Path
     """Folder to write: config, weights (bf16), tokenizer, chat template."""
     seed: int = 0
@@ -101,8 +93,7 @@ def make(options: Options, console: Console) -> None:
     from l0fast.warm_start.train import TrainSettings, new_policy, save_policy, train
 
     config = RunConfig()
-    home = _world("real" if options.recipe == "geography" else "invented", options.seed, 0)
-    tokenizer = train_tokenizer(tokenizer_texts(home, options.seed), VOCABULARY[options.recipe])
+    tokenizer = train_tokenizer(tokenizer_texts(geography(), options.seed), VOCAB_SIZE)
     model = new_policy(tokenizer, context_tokens=config.agent.context_tokens, seed=options.seed)
     save_tokenizer(tokenizer, options.out, context_tokens=config.agent.context_tokens)
     save_policy(model, options.out)  # the chat form needs the model's config; the weights are replaced below
@@ -124,7 +115,7 @@ def make(options: Options, console: Console) -> None:
 
         train(model, rows, TrainSettings(seed=options.seed), show)
     save_policy(model, options.out)
-    console.print(f"policy in {options.out}; try it: python -m l0fast.run {options.recipe} --model.path {options.out}")
+    console.print(f"policy in {options.out}; try it: python -m l0fast.run --model.path {options.out}")
 
 
 def _world(kind: str, seed: int, n: int, pieces: tuple[str, ...] = ()) -> World:
@@ -132,9 +123,7 @@ def _world(kind: str, seed: int, n: int, pieces: tuple[str, ...] = ()) -> World:
         return geography()
     # seed 0 of the invented worlds is the one that runs train and evaluate on
     world_seed = derive_seed("warm start", kind, seed, n)
-    if kind == "respelled":
-        return respelled_world(world_seed, pieces)
-    return invented_world(world_seed, pieces if kind == "pieced" else ())
+    return respelled_world(world_seed, pieces) if kind == "respelled" else invented_world(world_seed)
 
 
 def tokenizer_texts(world: World, seed: int) -> Iterator[str]:
@@ -161,8 +150,7 @@ async def _demonstrate(options: Options, config: RunConfig, chat: Chat, progress
     from l0fast.warm_start.train import Row
 
     rows: list[Row] = []
-    wanted = RECIPES[options.recipe]
-    total = int(wanted.tokens * options.scale)
+    total = int(NUM_TOKENS * options.scale)
     bar = progress.add_task("demonstrations", total=total, note="")
     rng = random.Random(derive_seed("demonstrations", options.seed))
     demonstrator = Demonstrator(chat, good_rate=options.good_rate, seed=options.seed)
@@ -189,7 +177,7 @@ async def _demonstrate(options: Options, config: RunConfig, chat: Chat, progress
         while tokens < total:
             plays = []
             num_plays = min(_ROUND, 1 + (total - tokens) // 100)  # an episode has some 280 tokens
-            for kind in rng.choices(list(wanted.shares), weights=list(wanted.shares.values()), k=num_plays):
+            for kind in rng.choices(list(SHARES), weights=list(SHARES.values()), k=num_plays):
                 world, agent = player(kind, rng.randrange(1 if kind == "real" else _NUM_WORLDS))
                 task = world.train_task(rng, two_hop_share=config.task.two_hop_share)
                 plays.append(_Play(agent, task, next(numbers)))
@@ -222,8 +210,8 @@ class _Play:
 
 
 if __name__ == "__main__":
-    # glibc gives large blocks back to the kernel at once, and a training step asks for the same ones again: 15 % of its time
-    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+    # read by glibc at its start: 15 % of the time of a training step
+    if not KEEP_BLOCKS.keys() <= os.environ.keys():
+        os.environ |= KEEP_BLOCKS
         os.execv(sys.executable, [sys.executable, "-m", "l0fast.warm_start", *sys.argv[1:]])
     sys.exit(main())
