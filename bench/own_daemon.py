@@ -77,10 +77,14 @@ class OwnDaemon:
             self._namespace = os.open(f"/proc/{self.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
 
     def kill(self) -> None:
-        """SIGKILL to dockerd alone; containerd and the containers go on."""
+        """SIGKILL to dockerd and its containerd; the containers go on."""
         assert self._process is not None, "not started"
         self._process.kill()
         self._process.wait()
+        # it dies of dockerd's death; but a new dockerd waits in vain for one that it takes for alive by its number, which
+        # it keeps where the first process of the machine is slow to reap
+        _end(lambda pid: self._ours(pid) and _program(pid) == b"containerd")
+        (self.folder / "exec/containerd/containerd.pid").unlink(missing_ok=True)
 
     def restart(self) -> None:
         """kill -9, then start again on the same folders."""
@@ -287,6 +291,10 @@ def _find(wanted: Callable[[int], Any]) -> list[int]:
                 # gone meanwhile; or not even root may look, as at a process 1 of another user namespace
                 continue
     return found
+
+
+def _program(pid: int) -> bytes:
+    return os.path.basename(Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0])
 
 
 def _remove_cgroup(parent: Path) -> None:

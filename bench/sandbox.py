@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from bench.own_daemon import own_daemon
 
+from bench.own_daemon import own_daemon
 from l0fast.config import SandboxConfig
 from l0fast.metrics import LoopLag
 from l0fast.sandbox.base import Session, ToolSpec

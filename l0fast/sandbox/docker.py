@@ -8,8 +8,9 @@ container, so a daemon that is slow, or restarts, costs no running session anyth
 read-only root, no capability but SETUID and SETGID, no new privileges, no IPC, limits on memory and processes, a tmpfs of
 limited size for the sessions' folders, no log.
 
-What survives a driver that is killed: nothing. The kernel closes its control sockets, the zygotes exit, the containers
-remove themselves. A container that was created and never started is found by its label at the next start (`sweep`).
+What survives a driver that is killed: nothing that runs. The kernel closes its control sockets, the zygotes exit, the
+containers remove themselves. Killed in the middle of a launch it leaves a folder with a socket, perhaps a container that
+was never started; both tell whose they were, and the next start removes them (`sweep`).
 
 Not covered: kernel bugs (`sandbox.runtime = "runsc"` puts gVisor in between), one session taking its siblings' CPU
 time or, up to the shard's limit, their memory (`sandbox.sessions_per_shard = 1` gives each agent a container).
@@ -34,6 +35,7 @@ from l0fast.config import SandboxConfig
 from l0fast.errors import SandboxError
 from l0fast.sandbox.daemon import Daemon, daemon_boundary
 from l0fast.sandbox.daemon import daemon as connect
+from l0fast.sandbox.guest.files import remove_tree
 from l0fast.sandbox.image import ensure_image
 from l0fast.sandbox.launch import BOOT, ETC, FOLDER_MB_PER_SESSION, GUEST, SYSTEM, Uids, environment, guest_config
 
@@ -150,7 +152,8 @@ class DockerBackend:
         words: asyncio.Task[str] | None = None
         try:
             # others can't enter the folder, so the socket itself may be open to the container's root
-            with tempfile.TemporaryDirectory(prefix="l0fast-") as folder, _listen(f"{folder}/control") as listener:
+            name = f"l0fast-{driver_label(os.getpid()).replace('/', '-')}-"
+            with tempfile.TemporaryDirectory(prefix=name) as folder, _listen(f"{folder}/control") as listener:
                 with daemon_boundary(f"start a container of {self._image}"):
                     async with asyncio.timeout(REQUEST_TIMEOUT_S):
                         create = asyncio.create_task(self._daemon.docker.containers.create(self._container(folder)))
@@ -212,6 +215,8 @@ class DockerBackend:
             "Cmd": ["/l0fast", "/l0fast/control"],
             "Env": [f"{name}={value}" for name, value in environment().items()],
             "Labels": {LABEL: driver_label(os.getpid())},
+            # a daemon that stops its containers would give a pid 1 that ignores SIGTERM ten seconds
+            "StopSignal": "SIGKILL",
             "User": "0:0",
             "WorkingDir": "/",
             "AttachStdout": True,
@@ -235,13 +240,14 @@ class DockerBackend:
             self._log(f"{e}; the daemon removes it when it is back")
 
     async def sweep(self) -> None:
-        """Remove containers whose driver has gone without them: created, and never started."""
+        """Remove what drivers left that were killed in the middle of a launch: containers, and folders of sockets."""
         with daemon_boundary("look for leftover containers"):
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
                 found = await self._daemon.docker.containers.list(all=1, filters=f'{{"label":["{LABEL}"]}}')
         for container in found:
             if not _driver_lives(container["Labels"][LABEL]):
                 await self.remove(container)
+        _sweep_folders()
 
 
 async def _remove(container: DockerContainer) -> None:
@@ -308,6 +314,13 @@ def driver_label(pid: int) -> str:
     # field 22, counted behind the name, which may hold anything
     started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return f"{pid}/{started}/{boot}"
+
+
+def _sweep_folders() -> None:
+    for folder in Path(tempfile.gettempdir()).glob("l0fast-*-*-*"):
+        pid, started, rest = folder.name.removeprefix("l0fast-").split("-", 2)
+        if not _driver_lives(f"{pid}/{started}/{rest.rpartition('-')[0]}"):
+            remove_tree(str(folder))
 
 
 def _driver_lives(label: str) -> bool:
