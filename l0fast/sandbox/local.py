@@ -92,6 +92,9 @@ class LocalLaunched:
         try:
             if self._info is not None:
                 await asyncio.to_thread(_wait_for_namespace, self._info)
+                if self._process.returncode != 0:
+                    # one that was killed before it could tell its child's number has taken the child along, or is about to
+                    await asyncio.to_thread(_sweep, {self.pid}, None)
             if self._root is not None:
                 # one that came to its end by itself has left nothing
                 if self._process.returncode != 0:

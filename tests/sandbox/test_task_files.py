@@ -74,6 +74,7 @@ def test_what_the_agent_leaves_is_collected_and_what_came_unchanged_is_not(pool,
     async def main():
         async with pool.session({}, seed=1, files=brought) as session:
             code = """
+import os
 os.makedirs('out/deep')
 open('out/deep/result.bin', 'wb').write(bytes(range(256)))
 open('answer.txt', 'w').write('42')
