@@ -151,6 +151,8 @@ async def _demonstrate(options: Options, config: RunConfig, chat: Chat, progress
 
     rows: list[Row] = []
     total = int(NUM_TOKENS * options.scale)
+    # making one takes about a second
+    num_worlds = min(_NUM_WORLDS, 1 + total // 100_000)
     bar = progress.add_task("demonstrations", total=total, note="")
     rng = random.Random(derive_seed("demonstrations", options.seed))
     demonstrator = Demonstrator(chat, good_rate=options.good_rate, seed=options.seed)
@@ -178,7 +180,7 @@ async def _demonstrate(options: Options, config: RunConfig, chat: Chat, progress
             plays = []
             num_plays = min(_ROUND, 1 + (total - tokens) // 100)  # an episode has some 280 tokens
             for kind in rng.choices(list(SHARES), weights=list(SHARES.values()), k=num_plays):
-                world, agent = player(kind, rng.randrange(1 if kind == "real" else _NUM_WORLDS))
+                world, agent = player(kind, rng.randrange(1 if kind == "real" else num_worlds))
                 task = world.train_task(rng, two_hop_share=config.task.two_hop_share)
                 plays.append(_Play(agent, task, next(numbers)))
             played = await play_all(_Play.run, plays, max_open=_OPEN)

@@ -188,7 +188,7 @@ def test_a_session_that_can_not_start_is_recorded(chat: Chat):
     class Broken:
         kind = "broken"
 
-        def session(self, tools, *, seed):
+        def session(self, tools, *, seed, files):
             raise SandboxError("no room")
 
     trajectory, _ = play(chat, say("1"), wrap=lambda sandbox: Broken())

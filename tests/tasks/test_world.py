@@ -229,7 +229,7 @@ def test_a_respelled_world_has_the_shapes_of_the_real_one_and_neither_its_long_n
     told = set(real.full_corpus)
     assert sum(sentence in told for sentence in respelled.full_corpus) < 0.01 * len(told)
     kept = respelled.train_names & {name for f in real.facts for name in (f.entity, f.value)}
-    assert len(kept) < 0.02 * len(real.train_names)  # "Osh", "Xi'an": no long word to spell anew
+    assert len(kept) < 0.03 * len(real.train_names)  # "Osh", "Xi'an": no long word to spell anew
     names = Names(real.heldout_names)
     assert not [sentence for sentence in respelled.train_corpus if names.occur_in(sentence)]
     assert respelled.full_corpus != respelled_world(5).full_corpus
