@@ -21,7 +21,9 @@ import contextlib
 import json
 import os
 import platform
+import socket
 import statistics
+import struct
 import subprocess
 import sys
 import textwrap
@@ -368,7 +370,7 @@ async def left_over(uids: list[tuple[int | None, int]], found: Daemon) -> int:
 # -- the soak
 
 
-async def soak(pool: SandboxPool, minutes: float, daemon_pid: int | None) -> dict[str, Any]:
+async def soak(pool: SandboxPool, minutes: float, daemon_pid: int) -> dict[str, Any]:
     """Sessions churn at full speed: start, cells, a tool, now and then a crash or a timeout, end."""
     until = time.monotonic() + 60 * minutes
     sessions = errors = 0
@@ -412,33 +414,39 @@ async def soak(pool: SandboxPool, minutes: float, daemon_pid: int | None) -> dic
     }
 
 
-def _sample(pool: SandboxPool, daemon_pid: int | None) -> dict[str, float]:
+def _sample(pool: SandboxPool, daemon_pid: int) -> dict[str, float]:
     def rss_mb(pid: int) -> float:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
     zygotes = [shard.launched.pid for shard in pool.shards]
-    sample = {
+    return {
         "driver_fds": float(len(os.listdir("/proc/self/fd"))),
         "driver_rss_mb": rss_mb(os.getpid()),
         "zygotes_rss_mb": sum(rss_mb(pid) for pid in zygotes),
         "zygotes_fds": float(sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in zygotes)),
         "processes": float(sum(name.isdigit() for name in os.listdir("/proc"))),
+        "daemon_rss_mb": rss_mb(daemon_pid),
+        "daemon_fds": float(len(os.listdir(f"/proc/{daemon_pid}/fd"))),
     }
-    if daemon_pid is not None:
-        sample |= {"daemon_rss_mb": rss_mb(daemon_pid), "daemon_fds": float(len(os.listdir(f"/proc/{daemon_pid}/fd")))}
-    return sample
 
 
 # -- the run
 
 
-async def measure(options: argparse.Namespace, daemon_pid: int | None) -> dict[str, Any]:
+def daemon_pid(endpoint: str) -> int:
+    """Of whoever listens on that socket."""
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(endpoint.removeprefix("unix://"))
+        return struct.unpack("3i", asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+
+
+async def measure(options: argparse.Namespace) -> dict[str, Any]:
     async with daemon() as found:
         image = await ensure_image(found, "auto", pull_timeout_s=300, log=print)
         print(f"{machine()}; {found.name}, image {image}")
         if options.soak:
             async with _pool("docker", (), 64) as pool:
-                return {"backend": "docker", "soak": await soak(pool, options.soak, daemon_pid)}
+                return {"backend": "docker", "soak": await soak(pool, options.soak, daemon_pid(found.endpoint))}
         peers = Peers(found, image)
         async with contextlib.AsyncExitStack() as stack:
             ours = [
@@ -534,15 +542,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder for sandbox.json or sandbox_soak.json")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        daemon_pid = None
         if options.own_daemon:
             own = stack.enter_context(own_daemon())
             os.environ["DOCKER_HOST"] = own.host
-            daemon_pid = own.pid
             build = [sys.executable, "-m", "l0fast.sandbox.image", "build", "--packages", *PRELOAD]
             subprocess.run(build, check=True, stdout=sys.stderr)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            results = runner.run(measure(options, daemon_pid))
+            results = runner.run(measure(options))
     if not options.soak:
         show(results)
     if options.results:
