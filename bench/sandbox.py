@@ -322,9 +322,8 @@ async def crowd(pool: SandboxPool, n: int, found: Daemon) -> dict[str, float]:
         try:
             async with pool.session(LOOK_UP, seed=i) as session:
                 await session.execute(f"x = {i}")
-                for n_call in range(4):
-                    result = await session.execute(f"x += look_up({n_call})\nx")
-                right = result.output == f"{i + 6}\n"
+                outputs = [(await session.execute(f"x += look_up({key})\nx")).output for key in range(4)]
+                right = outputs[-1] == f"{i + 6}\n"
                 ran += 1
                 if ran == n:
                     all_ran.set()

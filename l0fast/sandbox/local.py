@@ -117,7 +117,7 @@ class LocalBackend:
         self.config = guest_config(config)
         self._root = os.geteuid() == 0
         lacks = "a limit on a shard's CPU and memory"
-        self.lacks = (lacks,) if kind == "bwrap" else ("namespaces", "a limit on disk", lacks)
+        self.lacks: tuple[str, ...] = (lacks,) if kind == "bwrap" else ("namespaces", "a limit on disk", lacks)
 
     async def open(self) -> None:
         """Nothing to find first."""
