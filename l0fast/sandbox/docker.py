@@ -4,8 +4,7 @@
     close the control socket -> the zygote ends its sessions and exits -> the container ends and removes itself
 
 The daemon does lifecycle alone. Cells, tool calls, starts and ends of sessions go straight between the event loop and the
-container, so a daemon that is slow, or restarts, costs no running session anything by itself. What a container gets: no network, a
-read-only root, no capability but SETUID and SETGID, no new privileges, no IPC, limits on memory and processes, a tmpfs of
+container, so a daemon that is slow costs no running session anything. What a container gets: no network, a read-only root, no capability but SETUID and SETGID, no new privileges, no IPC, limits on memory and processes, a tmpfs of
 limited size for the sessions' folders, no log.
 
 What survives a driver that is killed: nothing that runs. The kernel closes its control sockets, the zygotes exit, the
@@ -319,7 +318,8 @@ def driver_label(pid: int) -> str:
 def _sweep_folders() -> None:
     for folder in Path(tempfile.gettempdir()).glob("l0fast-*-*-*"):
         pid, started, rest = folder.name.removeprefix("l0fast-").split("-", 2)
-        if not _driver_lives(f"{pid}/{started}/{rest.rpartition('-')[0]}"):
+        mine = folder.lstat().st_uid == os.geteuid()
+        if mine and not _driver_lives(f"{pid}/{started}/{rest.rpartition('-')[0]}"):
             remove_tree(str(folder))
 
 
