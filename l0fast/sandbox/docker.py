@@ -4,8 +4,9 @@
     close the control socket -> the zygote ends its sessions and exits -> the container ends and removes itself
 
 The daemon does lifecycle alone. Cells, tool calls, starts and ends of sessions go straight between the event loop and the
-container, so a daemon that is slow costs no running session anything. What a container gets: no network, a read-only root, no capability but SETUID and SETGID, no new privileges, no IPC, limits on memory and processes, a tmpfs of
-limited size for the sessions' folders, no log.
+container, so a daemon that is slow costs no running session anything. What a container gets: no network, a read-only
+root, no capability but SETUID and SETGID, no new privileges, no IPC, limits on memory and processes, a tmpfs of limited
+size for the sessions' folders, no log.
 
 What survives a driver that is killed: nothing that runs. The kernel closes its control sockets, the zygotes exit, the
 containers remove themselves. Killed in the middle of a launch it leaves a folder with a socket, perhaps a container that
