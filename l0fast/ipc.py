@@ -44,10 +44,6 @@ _FRAME = struct.Struct("<II")
 _TAIL_BYTES = 2000
 _PR_SET_PDEATHSIG = 1
 
-KEEP_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
-"""For the environment of a process that computes: glibc gives large blocks back to the kernel at once, and the next step
-asks for the same ones again, page by page."""
-
 
 class Message(NamedTuple):
     header: dict[str, Any]
@@ -221,8 +217,7 @@ async def spawn_worker(
     with _open_log(stderr_path) as log, ours, theirs:
         setup = json.dumps({"fd": theirs.fileno(), "parent": os.getpid(), "args": args})
         # the child finds what we find, installed or not
-        path = os.pathsep.join(p for p in sys.path if p)
-        env = {**KEEP_BLOCKS, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUNBUFFERED": "1"}
         # first, so that nothing is awaited between the child's start and the block that ends it
         reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 22)
         try:

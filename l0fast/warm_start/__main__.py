@@ -30,7 +30,6 @@ from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.config import RunConfig, SandboxConfig
 from l0fast.engine.simulated import SimulatedEngine
 from l0fast.errors import UsageError, WorldError
-from l0fast.ipc import KEEP_BLOCKS
 from l0fast.learner.segments import segments_of
 from l0fast.rollout.rollouts import play_all
 from l0fast.sandbox import open_sandbox
@@ -212,8 +211,8 @@ class _Play:
 
 
 if __name__ == "__main__":
-    # read by glibc at its start: 15 % of the time of a training step
-    if not KEEP_BLOCKS.keys() <= os.environ.keys():
-        os.environ |= KEEP_BLOCKS
+    # glibc gives large blocks back to the kernel at once, and a training step asks for the same ones again: 15 % of its time
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
         os.execv(sys.executable, [sys.executable, "-m", "l0fast.warm_start", *sys.argv[1:]])
     sys.exit(main())
