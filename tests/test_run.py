@@ -129,7 +129,7 @@ def test_ctrl_c_keeps_what_was_done_and_leaves_no_process(policy_folder: Path, t
         if "step 2/1000" in line:
             break
     children = children_of(process.pid)
-    assert len(children) >= 3  # engine, learner, sandbox
+    assert len(children) >= 2  # engine, learner; the sandbox too, where it is not docker's
     process.send_signal(signal.SIGINT)
     out = finish(process, 130)
     assert "interrupted after" in out
