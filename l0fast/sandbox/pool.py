@@ -172,8 +172,9 @@ class SandboxPool:
                 failures = 0
             except SandboxError as e:
                 self._last_failure = e
-                await asyncio.sleep(BACKOFF_S * 2**failures)
                 failures += 1
+                if failures < MAX_FAILURES:
+                    await asyncio.sleep(BACKOFF_S * 2 ** (failures - 1))
         self._change.set()
 
 

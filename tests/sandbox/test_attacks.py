@@ -208,8 +208,9 @@ def pool(kind, run, new_pool):
 
 
 async def cells_until_lost(session):
+    code = "import os\nif os.path.exists('wait'): os.unlink('wait')"
     while True:
-        await session.execute("1")
+        await session.execute(code)
 
 
 def test_an_answer_submitted_by_a_daemon_after_its_cell_costs_the_session(pool, run):
@@ -232,7 +233,6 @@ def test_an_answer_submitted_by_a_daemon_after_its_cell_costs_the_session(pool, 
         async with pool.session(tools, seed=1) as session:
             await session.execute("open('wait', 'w').close()")
             assert (await session.execute(textwrap.dedent(code))).error is None
-            await session.execute("import os\nos.unlink('wait')")
             with pytest.raises(SandboxError):
                 await cells_until_lost(session)
 

@@ -157,7 +157,9 @@ def test_a_killed_shard_is_an_error_in_its_sessions_and_is_rebuilt_with_nothing_
     asyncio.run(main())
 
 
-def test_a_slot_that_cannot_be_rebuilt_closes_and_says_why(new_pool, kind):
+def test_a_slot_that_cannot_be_rebuilt_closes_and_says_why(new_pool, kind, monkeypatch):
+    monkeypatch.setattr("l0fast.sandbox.pool.BACKOFF_S", 0.001)
+
     async def main():
         pool = new_pool(kind)
         await pool.start()
