@@ -8,14 +8,13 @@ the machine, a table and one JSON line; with --results also writes main_job.json
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from bench.machine import machine
 from l0fast.report.plots import compare_plot
 
 COLUMNS = {
@@ -76,18 +75,6 @@ def run(run_dir: Path, args: list[str]) -> dict[str, Any]:
     if not (run_dir / "summary.json").exists():
         subprocess.run([sys.executable, "-m", "l0fast.run", *args, "--run-dir", str(run_dir)], check=True)
     return json.loads((run_dir / "summary.json").read_text())
-
-
-def machine() -> str:
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.machine(),
-    )
-    return f"{len(os.sched_getaffinity(0))} cores of {cpu}, Python {platform.python_version()}, no GPU"
 
 
 if __name__ == "__main__":

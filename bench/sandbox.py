@@ -20,7 +20,6 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import socket
 import statistics
 import struct
@@ -36,9 +35,10 @@ from typing import Any
 
 import uvloop
 
+from bench.machine import machine
 from bench.own_daemon import own_daemon
 from l0fast.config import SandboxConfig
-from l0fast.metrics import LoopLag
+from l0fast.metrics import LoopLag, ProcessTreeMemory
 from l0fast.sandbox.base import Session, ToolSpec
 from l0fast.sandbox.daemon import Daemon, daemon
 from l0fast.sandbox.docker import LABEL
@@ -131,19 +131,8 @@ class Ours:
 
 
 def pss_mb(roots: list[int]) -> float:
-    """Proportional set size of these processes and all their descendants [MB]."""
-    total, todo = 0, list(roots)
-    while todo:
-        pid = todo.pop()
-        try:
-            for task in os.listdir(f"/proc/{pid}/task"):
-                todo += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1]) * 1024
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return total / 1e6
+    """PSS of these processes and all their descendants [MB]."""
+    return sum(ProcessTreeMemory(root).sample() for root in roots)
 
 
 def parent_of(pid: int) -> int:
@@ -506,20 +495,6 @@ def _result(ours: Ours, memory_mb: float, peers: Peers, theirs_memory: dict[str,
         "starts_per_s": statistics.median(ours.starts_per_s),
         "host_cpu_us_per_cell": 1e6 * statistics.median(ours.cpu_per_cell),
     }
-
-
-def machine() -> str:
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.machine(),
-    )
-    return (
-        f"{os.cpu_count()} x {model}, Linux {platform.release().partition('-')[0]}, Python {platform.python_version()}"
-    )
 
 
 def show(results: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ class Task:
     """What is asked, e.g. "capital" or "city>currency"; accuracy is also reported by kind."""
     hops: int = 1
     """Look-ups needed to answer."""
-    files: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict, hash=False)
     """What the agent finds in its folder: name there -> file on this machine."""
 
 

@@ -53,10 +53,10 @@ class Session(Protocol):
         ...
 
     async def collect(self, *, max_files: int = 64, max_bytes: int = 4 << 20) -> dict[str, bytes]:
-        """What the agent has left in its folder, by name ("out/plot.png"), the smallest names first.
+        """What the agent has left in its folder, by name ("out/plot.png"), folder by folder.
 
-        Regular files alone, no links; not what was brought along and not changed; no more than so many, and no more bytes
-        in all. Raises SandboxError where the session is lost.
+        Regular files alone, no links; not what was brought along and not changed. The first that is one too many, or would
+        pass `max_bytes` with those before it, ends the list. Raises SandboxError where the session is lost.
         """
         ...
 

@@ -65,18 +65,8 @@ class PoolSession:
                 # an answer with something forbidden right behind it is no answer
                 self._channel.check()
         except BaseException as e:
-            error = SandboxError("the session was left in the middle of a cell")
-            if limit.expired() and isinstance(e, TimeoutError):
-                error = SandboxError(
-                    f"the session was ended: its cell did not stop within {self._grace_s:g} s of its {timeout_s:g} s"
-                )
-            elif isinstance(e, ProtocolError):
-                error = e
-            # before anything else: a cell that nobody waits for must not go on
-            self._channel.lose(error)
-            self._end()
-            if isinstance(e, TimeoutError) and limit.expired():
-                raise error from e
+            late = f"its cell did not stop within {self._grace_s:g} s of its {timeout_s:g} s"
+            self._give_up(e, limit.expired(), late, left="in the middle of a cell")
             raise
         assert isinstance(event, Done)
         error = CellError(name=event.error[0], value=event.error[1], traceback=event.error[2]) if event.error else None
@@ -90,24 +80,33 @@ class PoolSession:
             async with limit:
                 event = await self._channel.collect(max_files, max_bytes)
                 self._channel.check()
+                assert isinstance(event, Files)
+                if len(event.files) > max_files or sum(size for _, size in event.files) > max_bytes:
+                    raise ProtocolError("the session told more files than it was asked for")
         except BaseException as e:
-            error = e if isinstance(e, ProtocolError) else SandboxError("the session was left while it told its files")
-            if limit.expired() and isinstance(e, TimeoutError):
-                error = SandboxError(f"the session was ended: it did not tell its files within {self._grace_s:g} s")
-            self._channel.lose(error)
-            self._end()
-            if isinstance(e, TimeoutError) and limit.expired():
-                raise error from e
+            late = f"it did not tell its files within {self._grace_s:g} s"
+            self._give_up(e, limit.expired(), late, left="while it told its files")
             raise
-        assert isinstance(event, Files)
-        if len(event.files) > max_files or sum(size for _, size in event.files) > max_bytes:
-            raise ProtocolError("the session told more files than it was asked for")
         data = self.lease.output.take_bytes(max_bytes)
         files, start = {}, 0
         for name, size in event.files:
             files[name] = data[start : start + size]
             start += size
         return files
+
+    def _give_up(self, e: BaseException, expired: bool, late: str, *, left: str) -> None:
+        """End the session for what came in between. Raises SandboxError where that was its own deadline."""
+        error = SandboxError(f"the session was left {left}")
+        timed_out = expired and isinstance(e, TimeoutError)
+        if timed_out:
+            error = SandboxError(f"the session was ended: {late}")
+        elif isinstance(e, ProtocolError):
+            error = e
+        # before anything else: a cell that nobody waits for must not go on
+        self._channel.lose(error)
+        self._end()
+        if timed_out:
+            raise error from e
 
     async def _answer(self, call: Call, calls: int, soft: float) -> Event:
         spec = self._tools.get(call.name)

@@ -43,13 +43,13 @@ from l0fast.types import Task, Trajectory
 from l0fast.warm_start.demonstrations import Demonstrator, Mistakes, good_move
 
 _LETTERS = re.compile("[A-Z]?[a-z]+$|[A-Z]$")
+"""A piece that can begin a name, or go on with one."""
 _NUM_WORLDS = 32
 """Different invented and respelled worlds to draw on."""
 _OPEN = 128
 """Demonstrations played at once."""
 _ROUND = 512
 """Demonstrations between two looks at how many tokens there are."""
-
 
 NUM_TOKENS = 7_000_000
 """Of demonstrations [tokens]."""
@@ -68,7 +68,7 @@ class Options:
     """Share of the tokens to train on; small values try the path out."""
     good_rate: float = 0.43
     """Probability of the good move at each decision of a demonstration."""
-    sandbox: Literal["auto", "bwrap", "process"] = "auto"
+    sandbox: Literal["auto", "docker", "bwrap", "process"] = "auto"
     """Where demonstrations run."""
 
 

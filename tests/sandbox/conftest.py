@@ -14,6 +14,7 @@ from l0fast.errors import SandboxError
 from l0fast.sandbox.docker import DockerBackend
 from l0fast.sandbox.local import LocalBackend
 from l0fast.sandbox.pool import SandboxPool
+from tests.sandbox.processes import processes_with
 
 
 def _why_no_bwrap() -> str | None:
@@ -102,20 +103,4 @@ def pool(kind: str, run: Callable[..., Any]) -> Iterator[SandboxPool]:
 
 @pytest.fixture(scope="session")
 def processes() -> Callable[[Callable[[int, int, bytes], bool]], list[int]]:
-    """Pids for which `(pid, uid, command line) -> bool` holds."""
-
-    def find(wanted: Callable[[int, int, bytes], bool]) -> list[int]:
-        found = []
-        for entry in os.scandir("/proc"):
-            if entry.name.isdigit():
-                try:
-                    with open(f"/proc/{entry.name}/cmdline", "rb") as f:
-                        line = f.read()
-                    # a zombie has no command line, and is nobody's leftover but its parent's
-                    if line and wanted(int(entry.name), entry.stat().st_uid, line):
-                        found.append(int(entry.name))
-                except (FileNotFoundError, ProcessLookupError):
-                    continue
-        return found
-
-    return find
+    return processes_with

@@ -19,6 +19,7 @@ from bench.own_daemon import own_daemon
 from l0fast.run_dir import read_metrics, read_trajectories
 from l0fast.sandbox.image import LOCAL_IMAGE
 from l0fast.types import TrajectoryStatus
+from tests.sandbox.processes import processes_with
 
 ROOT = Path(__file__).parents[2]
 STEPS = 5
@@ -75,20 +76,6 @@ class Run:
     def finish(self) -> str:
         self.process.wait(100)
         return self.log.read_text()
-
-
-def processes_with(wanted) -> list[int]:
-    """Living processes for which `(pid, uid, command line) -> bool` holds."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                line = Path(f"/proc/{name}/cmdline").read_bytes()
-                if line and wanted(int(name), os.stat(f"/proc/{name}").st_uid, line):
-                    found.append(int(name))
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    return found
 
 
 def zygotes() -> set[int]:

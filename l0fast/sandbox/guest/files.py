@@ -65,11 +65,8 @@ def collect(folder: str, brought: Brought, output_fd: int, *, max_files: int, ma
                 data = os.pread(fd, status.st_size, 0)
                 max_bytes -= len(data)
                 os.write(output_fd, data)
-                try:
-                    short.encode()
-                except UnicodeEncodeError:
-                    short = short.encode("utf-8", "replace").decode()
-                told.append([short, len(data)])
+                # a name need not be UTF-8, what is told of it must
+                told.append([short.encode("utf-8", "replace").decode(), len(data)])
             finally:
                 os.close(fd)
     return told
