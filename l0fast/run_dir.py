@@ -13,6 +13,7 @@ the sleeps it takes the interpreter back from the event loop at once: 10-35 ms o
 
 import asyncio
 import os
+import shutil
 import threading
 import time
 import tomllib
@@ -114,8 +115,20 @@ class RunDir:
     def __enter__(self) -> "RunDir":
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.close()
+        if _is_usage_error(error) and not self._holds_work():
+            # only while it ran did it show that a setting can't be used: the same command, set right, finds its folder free
+            shutil.rmtree(self.path)
+
+    def _holds_work(self) -> bool:
+        return any((self.path / "trajectories").iterdir()) or (self.path / "metrics.jsonl").stat().st_size > 0
+
+
+def _is_usage_error(error: BaseException | None) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup(UsageError) is not None
+    return isinstance(error, UsageError)
 
 
 def step_name(step: int) -> str:

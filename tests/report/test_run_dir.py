@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
-from l0fast.run_dir import RunDir, read_config, read_metrics, read_summary, read_trajectories, step_name
+from l0fast.run_dir import RunDir, check_free, read_config, read_metrics, read_summary, read_trajectories, step_name
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
 
@@ -66,6 +66,37 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path)
     with pytest.raises(UsageError, match="holds files"):
         RunDir.create(tmp_path, RunConfig())
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def end_with(run_dir: RunDir, error: Exception) -> None:
+    with run_dir:
+        run_dir.log("starting")
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UsageError("no such image"), ExceptionGroup("tasks", [UsageError("no such image")])],
+    ids=["bare", "grouped"],
+)
+def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path: Path, error: Exception):
+    with pytest.raises(type(error)):
+        end_with(RunDir.create(tmp_path / "run", RunConfig()), error)
+    check_free(tmp_path / "run")
+
+
+def test_what_was_done_before_a_usage_error_stays(tmp_path: Path):
+    run_dir = RunDir.create(tmp_path / "run", RunConfig())
+    run_dir.metrics({"step": 1})
+    with pytest.raises(UsageError):
+        end_with(run_dir, UsageError("the cache file has gone"))
+    assert read_metrics(tmp_path / "run") == [{"step": 1}]
+
+
+def test_a_bug_leaves_the_log(tmp_path: Path):
+    with pytest.raises(KeyError):
+        end_with(RunDir.create(tmp_path / "run", RunConfig()), KeyError("bug"))
+    assert "starting" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_row_is_on_disk_when_metrics_returns(tmp_path: Path):
