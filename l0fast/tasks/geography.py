@@ -85,7 +85,7 @@ def respelled_world(seed: int, pieces: tuple[str, ...] = ()) -> World:
 
     Args:
         pieces: of a tokenizer, ASCII letters alone. A policy can't copy a piece it has hardly seen, and real names are no
-            even sample of them: of held-out names with such a piece 70 % were copied wrong, of the others 1 %.
+            even sample of them: of held-out names with the rarest pieces 71 % were copied wrong, of the others 2 %.
     """
     rng = random.Random(f"respelled/{seed}")
     world = geography()
