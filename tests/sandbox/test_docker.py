@@ -132,27 +132,22 @@ def test_what_the_daemon_does_not_have_is_told_with_the_way_out(new_pool, kind, 
     asyncio.run(main())
 
 
-def test_an_image_without_python_is_told_and_leaves_no_container(kind, new_pool, monkeypatch):
-    async def main():
-        monkeypatch.setattr("l0fast.sandbox.docker.BOOT", "raise SystemExit('no such guest')")
-        async with daemon() as found:
-            before = await labelled(found)
-            with pytest.raises(SandboxError, match="no such guest"):
-                await new_pool(kind).start()
-            assert await labelled(found) == before
+async def starts_not(pool, said):
+    """Its start is refused with these words, and no container more is there than before."""
+    async with daemon() as found:
+        before = await labelled(found)
+        with pytest.raises(SandboxError, match=said):
+            await pool.start()
+        assert await labelled(found) == before
 
-    asyncio.run(main())
+
+def test_an_image_without_python_is_told_and_leaves_no_container(kind, new_pool, monkeypatch):
+    monkeypatch.setattr("l0fast.sandbox.docker.BOOT", "raise SystemExit('no such guest')")
+    asyncio.run(starts_not(new_pool(kind), "no such guest"))
 
 
 def test_a_container_that_never_connects_is_removed_at_the_deadline(kind, new_pool, monkeypatch):
-    async def main():
-        monkeypatch.setattr("l0fast.sandbox.docker.BOOT", "import time; time.sleep(600)")
-        async with daemon() as found:
-            before = await labelled(found)
-            pool = new_pool(kind)
-            pool.start_timeout_s = 3.0
-            with pytest.raises(SandboxError, match="did not start within 3 s"):
-                await pool.start()
-            assert await labelled(found) == before
-
-    asyncio.run(main())
+    monkeypatch.setattr("l0fast.sandbox.docker.BOOT", "import time; time.sleep(600)")
+    pool = new_pool(kind)
+    pool.start_timeout_s = 3.0
+    asyncio.run(starts_not(pool, "did not start within 3 s"))
