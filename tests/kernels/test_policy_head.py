@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from l0fast_kernels.policy_head import k3, policy_head, policy_loss_tokens, token_logprobs
+from l0fast_kernels.policy_head import k3, policy_head, policy_loss_tokens, token_logprobs, token_stats
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "l0_golden.json").read_text())
 INPUTS = {name: torch.tensor(values, dtype=torch.float64) for name, values in GOLDEN["inputs"].items()}
@@ -191,8 +191,9 @@ def test_bf16_weights_keep_fp32_log_probs():
 def test_log_probs_alone_are_the_heads():
     p = problem()
     _, stats = policy_head(**p, **CLIPS, temperature=0.8)
-    alone = token_logprobs(p["hidden_TD"], p["weight_VD"], p["target_ids_T"], 0.8, chunk=5)
-    torch.testing.assert_close(alone, stats.logprobs)
+    logprobs, entropy = token_stats(p["hidden_TD"], p["weight_VD"], p["target_ids_T"], 0.8, chunk=5)
+    torch.testing.assert_close(logprobs, stats.logprobs)
+    torch.testing.assert_close(entropy, stats.entropy)
     assert not token_logprobs(p["hidden_TD"].requires_grad_(), p["weight_VD"], p["target_ids_T"]).requires_grad
 
 
