@@ -13,7 +13,8 @@ The loss of a row depends on that row alone, so its gradient is made on the way 
     dz = dloss/dlp (onehot(target) - softmax(z)) / temperature;   dh = dz W;   dW += dz^T h
 That is 6 T D V flops (2 for the logits, 2 each for dh and dW), where keeping no logits and recomputing them takes 8. The
 bound is the matmuls. What lies between them, the epilogue, is one Triton kernel on CUDA (policy_epilogue.py) and the
-plain PyTorch below everywhere else. Peak memory above h, W and their gradients: fp32 logits and low-precision dz of one chunk.
+plain PyTorch below everywhere else. Peak memory above h, W and their gradients: the fp32 logits of one
+chunk, whose memory dz takes over.
 
 Clipped ratio: Schulman et al., "Proximal Policy Optimization", https://arxiv.org/abs/1707.06347. Wider upper clip: Yu et al.,
 "DAPO", https://arxiv.org/abs/2503.14476. Dual clip: Ye et al., https://arxiv.org/abs/1912.09729. CISPO: MiniMax, "MiniMax-M1",
@@ -24,6 +25,7 @@ Head in chunks: Liger kernel, https://arxiv.org/abs/2410.10989.
 Shape letters, this file only: T sampled tokens, C rows of a chunk, V vocabulary, D hidden size.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -34,6 +36,8 @@ MAX_LOG_RATIO = 20.0
 """Log-ratios are cut here before exp, which keeps inf * 0 out of the gradient; every clip has long taken hold by then [nats]."""
 MAX_K3 = 10.0
 """Bound of one token's k3 [nats]."""
+TILE = 128
+"""Rows that a matmul's program works on at a time."""
 
 Objective = Literal["ppo", "cispo"]
 Backend = Literal["auto", "torch", "triton"]
@@ -96,7 +100,7 @@ def policy_head(
     dual_clip: float = 3.0,
     kl_coef: float = 0.0,
     tis_cap: float = 2.0,
-    chunk: int = 1024,
+    chunk: int = 1536,
     backend: Backend = "auto",
 ) -> tuple[Tensor, HeadStats]:
     """Summed policy loss of T sampled tokens, differentiable in `hidden_TD` and `weight_VD`.
@@ -161,7 +165,7 @@ def token_stats(
     weight_VD: Tensor,
     ids_T: Tensor,
     temperature: float = 1.0,
-    chunk: int = 1024,
+    chunk: int = 1536,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of `ids_T` under softmax(hidden W^T / temperature) and that distribution's entropy, each [T] float32 [nats].
@@ -198,7 +202,7 @@ class _PolicyHead(torch.autograd.Function):
         hidden_TD: Tensor,
         weight_VD: Tensor,
         target_ids_T: Tensor,
-        per_token: dict[str, Tensor | None],
+        per_token: Mapping[str, Tensor | None],
         settings: dict[str, Any],
     ) -> tuple[Tensor, ...]:
         dhidden_TD, dweight_VD, seen = _chunks(
@@ -232,7 +236,7 @@ def _chunks(
     hidden_TD: Tensor,
     weight_VD: Tensor,
     target_ids_T: Tensor,
-    per_token: dict[str, Tensor | None],
+    per_token: Mapping[str, Tensor | None],
     settings: dict[str, Any],
     want_dhidden: bool,
     want_dweight: bool,
@@ -258,8 +262,9 @@ def _chunks(
     dhidden_TD = torch.empty_like(hidden_TD) if want_dhidden else None
     dweight_VD = torch.empty_like(weight_VD, dtype=torch.float32) if want_dweight else None
     want_grad = want_dhidden or want_dweight
-    logits = hidden_TD.new_empty(min(chunk, T), V, dtype=torch.float32)
-    dlogits = torch.empty_like(logits, dtype=hidden_TD.dtype) if want_grad else None
+    chunk = _even_chunk(T, chunk)
+    logits = hidden_TD.new_empty(chunk, V, dtype=torch.float32)
+    dlogits = _over(logits, hidden_TD.dtype) if want_grad else None
     for start in range(0, T, chunk):
         rows = slice(start, start + chunk)
         hidden_CD = hidden_TD[rows]
@@ -293,15 +298,28 @@ def _chunks(
     return dhidden_TD, dweight_VD, seen
 
 
+def _even_chunk(T: int, chunk: int) -> int:
+    """Rows of a chunk when T rows are cut into as few as `chunk` allows, in steps of a matmul's tile where there are several."""
+    num_chunks = -(-T // chunk)
+    return T if num_chunks <= 1 else min(chunk, -(-T // num_chunks // TILE) * TILE)
+
+
+def _over(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C, V] of `dtype` in the memory of the logits: the gradient of a row is written where its logits were."""
+    if dtype.itemsize > logits_CV.itemsize:
+        return torch.empty_like(logits_CV, dtype=dtype)
+    return logits_CV.view(dtype)[:, : logits_CV.shape[1]]
+
+
 def torch_epilogue(
     logits_CV: Tensor,
     dlogits_CV: Tensor | None,
     target_ids_C: Tensor,
-    per_token: dict[str, Tensor | None],
+    per_token: Mapping[str, Tensor | None],
     out: dict[str, Tensor],
     settings: dict[str, Any],
 ) -> None:
-    """What `policy_epilogue.triton_epilogue` does, in plain PyTorch; arguments as there. Overwrites the logits."""
+    """What `policy_epilogue.triton_epilogue` does, in plain PyTorch; arguments as there. `dlogits_CV` may lie over the logits."""
     temperature = settings["temperature"]
     if temperature != 1.0:
         logits_CV.div_(temperature)

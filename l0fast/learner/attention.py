@@ -140,8 +140,8 @@ def packed_attention(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        rows = (x[0].transpose(0, 1) for x in (query, key, value))
-        return Cascade.apply(*rows, layout, scale, flash())[None], None  # pyright: ignore[reportOptionalSubscript]
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return Cascade.apply(q, k, v, layout, scale, flash())[None], None  # pyright: ignore[reportOptionalSubscript]
     return _row_by_row(query, key, value, layout, scale), None
 
 
@@ -204,7 +204,9 @@ class Cascade(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator hides the names
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         own, shared = _calls(ctx.layout, ctx.scale)
         dout = grads[0].contiguous()
@@ -295,7 +297,7 @@ def flash_attn_ops() -> FlashOps:
     def backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Varlen
     ) -> tuple[Tensor, Tensor, Tensor]:
-        made = tuple(torch.empty_like(x) for x in (q, k, v))
+        made = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         options = {"window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
         _flash_attn_varlen_backward(dout, q, k, v, out, lse, *made, **sizes(call), **options, deterministic=False)
         return made
@@ -326,8 +328,8 @@ def self_test(ops: FlashOps, device: str) -> float:
     out = Cascade.apply(*inputs, layout, 0.2, ops)
     ours = (out, *torch.autograd.grad(out, inputs, dout.to(device, torch.bfloat16)))
     exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
-    rows = (x.transpose(0, 1)[None] for x in exact)
-    truth = _row_by_row(*rows, layout, 0.2)[0]
+    q, k, v = (x.transpose(0, 1)[None] for x in exact)
+    truth = _row_by_row(q, k, v, layout, 0.2)[0]
     theirs = (truth, *torch.autograd.grad(truth, exact, dout.bfloat16().double()))
     errors = [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True)]
     # nan is no error that max() would see

@@ -64,7 +64,7 @@ def test_kernels_compile_for_sm_90_without_spills(capsys, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     with capsys.disabled():
-        print("\nregisters a thread on sm_90:", {name: used["REG"] for name, used in found.items()})
+        print("\nregisters a thread on sm_90:", {name: used["REG"] for name, used in found.items()})  # noqa: T201
     assert len(found) == 10
     for name, used in found.items():
         assert used["LOCAL"] == used["STACK"] == 0, f"{name} spills: {used}"

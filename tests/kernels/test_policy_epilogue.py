@@ -122,6 +122,18 @@ def test_bf16_gradients_are_the_rounded_ones():
     torch.testing.assert_close(ours.double(), theirs, rtol=1.01 * unit, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_may_be_written_over_the_logits(dtype):
+    logits, targets, per_token = problem(30, 3 * BLOCK_V + 17)
+    apart = run(logits, targets, per_token, SETTINGS, dtype)["dlogits"]
+    block = logits.to(DEVICE, copy=True)
+    over = block.view(dtype)[:, : logits.shape[1]]
+    out = {name: torch.empty(30, device=DEVICE) for name in OUT}
+    on_device = {name: x.to(DEVICE) for name, x in per_token.items()}
+    triton_epilogue(block, over, targets.to(DEVICE), on_device, out, SETTINGS)
+    assert torch.equal(over.cpu(), apart)
+
+
 def test_logits_far_apart_and_tokens_that_are_impossible_stay_finite():
     logits, targets, per_token = problem(4, BLOCK_V + 100)
     targets[:] = 7
