@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -286,12 +286,10 @@ def head_errors(contenders: dict[str, Callable[..., Tensor]], p: dict[str, Tenso
     errors: dict[str, Any] = {}
     for name, head in contenders.items():
         forward_backward(head, p)()
-        made = (p["hidden"].grad, p["weight"].grad)
-        assert made[0] is not None
-        assert made[1] is not None
-        errors[name] = dict(
-            zip(("dhidden", "dweight"), (rel(g, t) for g, t in zip(made, true, strict=True)), strict=True)
-        )  # pyright: ignore[reportArgumentType]
+        dhidden, dweight = p["hidden"].grad, p["weight"].grad
+        assert dhidden is not None
+        assert dweight is not None
+        errors[name] = {"dhidden": rel(dhidden, true[0]), "dweight": rel(dweight, true[1])}
     ours, _ = token_stats(p["hidden"].detach(), p["weight"].detach(), p["ids"])
     errors["policy_head"]["logprob_max_abs"] = (ours.double() - logprobs).abs().max().item()
     naive = (p["hidden"] @ p["weight"].T).detach().float().log_softmax(-1).gather(1, p["ids"][:, None])[:, 0]
@@ -433,14 +431,32 @@ def bench_attention(device: str, rounds: int) -> dict[str, Any]:
 
 def bench_step(device: str, rounds: int) -> dict[str, Any]:
     if device == "cuda":
-        cases = [("Qwen3-0.6B", False), ("Qwen3-0.6B", True), ("Qwen3-4B", True)]
-    else:
-        cases = [("tiny", False)]
-    rows = []
-    for name, liger in cases:
+        import torch.distributed as dist
+
+        # FSDP2 wants a process group, for one rank too
+        dist.init_process_group("nccl", rank=0, world_size=1, store=dist.HashStore(), device_id=torch.device("cuda:0"))
         try:
-            rows.append(whole_step(name, liger, device, rounds))
-        except (torch.OutOfMemoryError, ImportError) as e:
+            return _bench_step(device, rounds)
+        finally:
+            dist.destroy_process_group()
+    return _bench_step(device, rounds)
+
+
+def _bench_step(device: str, rounds: int) -> dict[str, Any]:
+    if device == "cuda":
+        cases: list[tuple[str, bool, Literal["on", "off"]]] = [
+            ("Qwen3-0.6B", False, "on"),
+            ("Qwen3-0.6B", True, "on"),
+            ("Qwen3-0.6B", True, "off"),
+            ("Qwen3-4B", True, "on"),
+        ]
+    else:
+        cases = [("tiny", False, "off")]
+    rows = []
+    for name, liger, checkpointing in cases:
+        try:
+            rows.append(whole_step(name, liger, checkpointing, device, rounds))
+        except torch.OutOfMemoryError as e:
             rows.append({"model": name, "liger": liger, "failed": f"{type(e).__name__}: {str(e)[:200]}"})
         say(rows[-1])
         gc.collect()
@@ -449,12 +465,13 @@ def bench_step(device: str, rounds: int) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def whole_step(name: str, liger: bool, device: str, rounds: int) -> dict[str, Any]:
+def whole_step(name: str, liger: bool, checkpointing: Literal["on", "off"], device: str, rounds: int) -> dict[str, Any]:
     """Steps of a random-weight model on a batch of L0's shape: groups of 8, a prompt of 2,048 tokens, 4 turns of 300 + 500."""
     import numpy as np
     from transformers import AutoModelForCausalLM
 
     from l0fast.config import LearnerConfig
+    from l0fast.learner import loading
     from l0fast.learner.packing import pack_rows, row_of
     from l0fast.learner.policy_model import PolicyModel
     from l0fast.learner.segments import segments_of
@@ -501,13 +518,15 @@ def whole_step(name: str, liger: bool, device: str, rounds: int) -> dict[str, An
         model.save_pretrained(folder)
         parameters = sum(p.numel() for p in model.parameters())
         del model
-        policy = PolicyModel(
-            Path(folder),
-            LearnerConfig(kl_coef=0.0, lr=1e-6, liger=liger),
-            num_steps=100,
-            temperature=1.0,
-            device=device,
-        )
+        apply_liger = loading.apply_liger
+        if not liger:
+            # what Liger has changed in transformers stays changed, so cases without it come first
+            loading.apply_liger = lambda model_type: None
+        try:
+            config = LearnerConfig(kl_coef=0.0, lr=1e-6, activation_checkpointing=checkpointing)
+            policy = PolicyModel(Path(folder), config, num_steps=100, temperature=1.0, device=device)
+        finally:
+            loading.apply_liger = apply_liger
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -525,6 +544,7 @@ def whole_step(name: str, liger: bool, device: str, rounds: int) -> dict[str, An
         return {
             "model": name,
             "liger": liger,
+            "activation_checkpointing": checkpointing,
             "parameters": parameters,
             "packs": len(packs),
             "tokens_laid_out": tokens,
