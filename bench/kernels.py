@@ -5,7 +5,8 @@
 
 head        policy_head against naive PyTorch (all logits at once), Liger's fused linear GRPO loss and Liger's fused linear
             scaled cross-entropy: time of forward + backward, peak memory above the inputs, error against float64
-epilogue    the Triton kernel alone, over tiles and warps, against the bytes it must move; and the head over chunk sizes
+epilogue    the Triton kernel alone, over tiles and warps, against the bytes it must move; and the head over sizes of
+            chunks and spans
 attention   the shared-prefix cascade against the same rows laid out whole (merged), forward + backward
 step        a whole optimizer step of a random-weight model of a real shape, with and without Liger's layers: tokens/s and MFU
 
@@ -164,6 +165,9 @@ def naive_head(p: dict[str, Tensor]) -> Tensor:
     return loss_of(torch.log_softmax(logits, -1).gather(1, p["ids"][:, None])[:, 0], p)
 
 
+LIGER_GRPO_TOKENS = 10_240
+
+
 def liger_cross_entropy(p: dict[str, Tensor]) -> Tensor:
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import (  # pyright: ignore[reportMissingImports]
         LigerFusedLinearScaledCrossEntropyFunction,
@@ -174,14 +178,23 @@ def liger_cross_entropy(p: dict[str, Tensor]) -> Tensor:
 
 
 def liger_grpo(p: dict[str, Tensor]) -> Tensor:
-    """Its rows are whole sequences with one advantage each: here 512 tokens, no padding, which is its best case."""
+    """Its rows are whole sequences with one advantage each: here 512 tokens, no padding, which is its best case.
+
+    Its `delta` is what we call dual_clip. Compiled, as it is by default, for one length only: compiling takes longer than the rest.
+    """
     from liger_kernel.chunked_loss.grpo_loss import (  # pyright: ignore[reportMissingImports]
         LigerFusedLinearGRPOLoss,
     )
 
     rows = (-1, min(512, len(p["ids"])))
     module = LigerFusedLinearGRPOLoss(
-        beta=0.001, epsilon_low=0.2, epsilon_high=0.25, loss_type="dapo", use_ref_model=True, chunk_size=2
+        beta=0.001,
+        epsilon_low=0.2,
+        epsilon_high=0.25,
+        loss_type="dapo",
+        chunk_size=2,
+        delta=3.0,
+        compiled=len(p["ids"]) == LIGER_GRPO_TOKENS,
     )
     loss, *_ = module(
         p["hidden"].view(*rows, p["hidden"].shape[-1]),
@@ -252,6 +265,11 @@ def bench_head(device: str, rounds: int) -> dict[str, Any]:
             row: dict[str, Any] = {"shape": shape, "tokens": T, "vocab": V, "hidden": D}
             # the definition keeps some five [T, V] blocks of fp32
             able = {n: c for n, c in contenders.items() if n != "naive" or T * V * 20 < 60e9}
+            if T not in (lengths[0], LIGER_GRPO_TOKENS):
+                able.pop("liger_grpo", None)
+            if device == "cuda":
+                # what liger_grpo compiled for another shape only confuses it
+                torch._dynamo.reset()
             for name in list(able):
                 try:
                     forward_backward(able[name], p)()
@@ -263,7 +281,8 @@ def bench_head(device: str, rounds: int) -> dict[str, Any]:
                     del able[name], contenders[name]
             if T == lengths[0]:
                 row["errors"] = head_errors(able, p)
-            runs = {name: forward_backward(head, p) for name, head in able.items()}
+            timed = {n: c for n, c in able.items() if n != "liger_grpo" or T == LIGER_GRPO_TOKENS}
+            runs = {name: forward_backward(head, p) for name, head in timed.items()}
             row |= {f"{n}_peak_gb": round(peak_gb(run, (p["hidden"], p["weight"])), 3) for n, run in runs.items()}
             row |= {f"{name}_ms": round(ms, 3) for name, ms in clock(runs, rounds).items()}
             # dW is kept in fp32 until it is handed on in the dtype of W
@@ -331,8 +350,11 @@ def bench_epilogue(device: str, rounds: int) -> dict[str, Any]:
     for row in rows:
         say(row)
     p = head_problem(10_240, V, D, device, torch.bfloat16)
-    sizes = (1024, 1152, 1280, 1408, 1536, 1664, 1792, 2048)
-    chunks = {str(chunk): forward_backward(our_head, p, chunk=chunk) for chunk in sizes}
+    sizes = [(c, s) for s in (2048, 2560, 3456, 5120) for c in (256, 384, 512, 768, 1024)] + [
+        (1024, 1024),
+        (1152, 1152),
+    ]
+    chunks = {f"{c} of {s}": forward_backward(our_head, p, chunk=c, span=s) for c, s in sizes}
     chunk_rows = [
         {
             "chunk": int(chunk),
@@ -581,7 +603,7 @@ def say(row: dict[str, Any]) -> None:
     print(json.dumps(row), flush=True)
 
 
-SECTIONS = {"head": bench_head, "epilogue": bench_epilogue, "attention": bench_attention, "step": bench_step}
+SECTIONS = {"epilogue": bench_epilogue, "head": bench_head, "attention": bench_attention, "step": bench_step}
 
 
 def main() -> int:

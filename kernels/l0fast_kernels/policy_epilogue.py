@@ -130,9 +130,6 @@ def policy_epilogue_kernel(
                 z = tl.load(logits_ptr + start + columns, mask=inside, other=-float("inf")).to(tl.float32)
                 p = tl.exp(z * inv_temperature - lse)
                 hit = (start + columns == target).to(tl.float32)
-                # dlogits may lie over the logits, in a narrower dtype: what is written now was read in this tile or an earlier
-                # one, by every thread once all of them are here
-                tl.debug_barrier()
                 tl.store(dlogits_ptr + start + columns, (g * (hit - p)).to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
@@ -151,8 +148,7 @@ def triton_epilogue(
 
     Args:
         logits_CV: [C, V], rows contiguous.
-        dlogits_CV: [C, V], for the gradient; None computes none. Its rows may begin where those of the logits do, in their
-            memory, if its dtype is no wider.
+        dlogits_CV: [C, V] of any floating dtype, for the gradient; None computes none.
         per_token: advantages, loss_weights, old_logprobs, ref_logprobs, sampler_logprobs, each [C] float32 or None; without
             advantages there is no loss, only log-probs and entropy.
         out: loss, logprobs, entropy, kl, clipped, each [C] float32.

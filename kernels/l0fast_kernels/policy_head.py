@@ -11,10 +11,12 @@
 
 The loss of a row depends on that row alone, so its gradient is made on the way forward, while its logits are there:
     dz = dloss/dlp (onehot(target) - softmax(z)) / temperature;   dh = dz W;   dW += dz^T h
+Rows go in two sizes: the fp32 logits of a chunk exist at a time, and the dz, of half the bytes, of a span of several chunks:
+each span reads and writes all of dW in fp32, so that few of them are wanted.
 That is 6 T D V flops (2 for the logits, 2 each for dh and dW), where keeping no logits and recomputing them takes 8. The
 bound is the matmuls. What lies between them, the epilogue, is one Triton kernel on CUDA (policy_epilogue.py) and the
-plain PyTorch below everywhere else. Peak memory above h, W and their gradients: the fp32 logits of one
-chunk, whose memory dz takes over.
+plain PyTorch below everywhere else. Peak memory above h, W and their gradients: 4 V bytes a row of a
+chunk and 2 V a row of a span.
 
 Clipped ratio: Schulman et al., "Proximal Policy Optimization", https://arxiv.org/abs/1707.06347. Wider upper clip: Yu et al.,
 "DAPO", https://arxiv.org/abs/2503.14476. Dual clip: Ye et al., https://arxiv.org/abs/1912.09729. CISPO: MiniMax, "MiniMax-M1",
@@ -100,7 +102,8 @@ def policy_head(
     dual_clip: float = 3.0,
     kl_coef: float = 0.0,
     tis_cap: float = 2.0,
-    chunk: int = 1536,
+    chunk: int = 512,
+    span: int = 2560,
     backend: Backend = "auto",
 ) -> tuple[Tensor, HeadStats]:
     """Summed policy loss of T sampled tokens, differentiable in `hidden_TD` and `weight_VD`.
@@ -118,6 +121,7 @@ def policy_head(
         objective: "ppo", the clipped ratio, or "cispo", the log-prob weighted by the clipped ratio.
         temperature: that of the sampler, > 0.
         chunk: rows whose logits exist at a time.
+        span: rows whose gradients by logits exist at a time.
         backend: of the epilogue. "auto": triton on CUDA, torch elsewhere.
 
     Returns:
@@ -153,6 +157,7 @@ def policy_head(
         "max_log_ratio": MAX_LOG_RATIO,
         "max_k3": MAX_K3,
         "chunk": chunk,
+        "span": span,
         "backend": backend,
     }
     loss_sum, *stats = _PolicyHead.apply(hidden_TD, weight_VD, target_ids_T, per_token, settings)
@@ -165,7 +170,7 @@ def token_stats(
     weight_VD: Tensor,
     ids_T: Tensor,
     temperature: float = 1.0,
-    chunk: int = 1536,
+    chunk: int = 512,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of `ids_T` under softmax(hidden W^T / temperature) and that distribution's entropy, each [T] float32 [nats].
@@ -173,7 +178,7 @@ def token_stats(
     No gradient; arguments as in `policy_head`.
     """
     _check_head(hidden_TD, weight_VD, temperature)
-    settings = _NO_LOSS | {"temperature": temperature, "chunk": chunk, "backend": backend}
+    settings = _NO_LOSS | {"temperature": temperature, "chunk": chunk, "span": chunk, "backend": backend}
     _, _, seen = _chunks(hidden_TD, weight_VD, ids_T, dict.fromkeys(_PER_TOKEN), settings, False, False)
     return seen["logprobs"], seen["entropy"]
 
@@ -242,7 +247,7 @@ def _chunks(
     want_dweight: bool,
 ) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
     """For each chunk of rows: logits, epilogue, gradients. Returns dhidden, dweight (float32), and loss and stats of each token."""
-    T, V, chunk = len(hidden_TD), len(weight_VD), settings["chunk"]
+    T, V = len(hidden_TD), len(weight_VD)
     on_cuda = hidden_TD.is_cuda
     backend = settings["backend"]
     if backend == "auto":
@@ -262,53 +267,50 @@ def _chunks(
     dhidden_TD = torch.empty_like(hidden_TD) if want_dhidden else None
     dweight_VD = torch.empty_like(weight_VD, dtype=torch.float32) if want_dweight else None
     want_grad = want_dhidden or want_dweight
-    chunk = _even_chunk(T, chunk)
+    span = _even(T, settings["span"])
+    chunk = _even(span, settings["chunk"])
     logits = hidden_TD.new_empty(chunk, V, dtype=torch.float32)
-    dlogits = _over(logits, hidden_TD.dtype) if want_grad else None
-    for start in range(0, T, chunk):
-        rows = slice(start, start + chunk)
-        hidden_CD = hidden_TD[rows]
-        C = len(hidden_CD)
-        logits_CV = logits[:C]
-        if low_precision:
-            torch.mm(hidden_CD, weight_VD.T, out_dtype=torch.float32, out=logits_CV)
-        elif hidden_TD.dtype == torch.float32:
-            torch.mm(hidden_CD, weight_VD.T, out=logits_CV)
-        else:
-            logits_CV.copy_(hidden_CD @ weight_VD.T)
-        epilogue(
-            logits_CV,
-            None if dlogits is None else dlogits[:C],
-            target_ids_T[rows],
-            {name: None if values is None else values[rows] for name, values in per_token.items()},
-            {name: values[rows] for name, values in seen.items()},
-            settings,
-        )
-        if dhidden_TD is not None and dlogits is not None:
-            torch.mm(dlogits[:C], weight_VD, out=dhidden_TD[rows])
-        if dweight_VD is not None and dlogits is not None:
+    dlogits = hidden_TD.new_empty(span, V) if want_grad else None
+    for start in range(0, T, span):
+        end = min(start + span, T)
+        for first in range(start, end, chunk):
+            rows = slice(first, min(first + chunk, end))
+            logits_CV = logits[: rows.stop - first]
+            if low_precision:
+                torch.mm(hidden_TD[rows], weight_VD.T, out_dtype=torch.float32, out=logits_CV)
+            elif hidden_TD.dtype == torch.float32:
+                torch.mm(hidden_TD[rows], weight_VD.T, out=logits_CV)
+            else:
+                logits_CV.copy_(hidden_TD[rows] @ weight_VD.T)
+            epilogue(
+                logits_CV,
+                None if dlogits is None else dlogits[first - start : rows.stop - start],
+                target_ids_T[rows],
+                {name: None if values is None else values[rows] for name, values in per_token.items()},
+                {name: values[rows] for name, values in seen.items()},
+                settings,
+            )
+        if dlogits is None:
+            continue
+        dlogits_SV, hidden_SD = dlogits[: end - start], hidden_TD[start:end]
+        if dhidden_TD is not None:
+            torch.mm(dlogits_SV, weight_VD, out=dhidden_TD[start:end])
+        if dweight_VD is not None:
             # beta = 0 ignores what is there
             beta = 0.0 if start == 0 else 1.0
             if low_precision:
-                torch.addmm(dweight_VD, dlogits[:C].T, hidden_CD, out_dtype=torch.float32, beta=beta, out=dweight_VD)
+                torch.addmm(dweight_VD, dlogits_SV.T, hidden_SD, out_dtype=torch.float32, beta=beta, out=dweight_VD)
             else:
-                dweight_VD.addmm_(dlogits[:C].T.float(), hidden_CD.float(), beta=beta)
+                dweight_VD.addmm_(dlogits_SV.T.float(), hidden_SD.float(), beta=beta)
     if T == 0 and dweight_VD is not None:
         dweight_VD.zero_()
     return dhidden_TD, dweight_VD, seen
 
 
-def _even_chunk(T: int, chunk: int) -> int:
-    """Rows of a chunk when T rows are cut into as few as `chunk` allows, in steps of a matmul's tile where there are several."""
-    num_chunks = -(-T // chunk)
-    return T if num_chunks <= 1 else min(chunk, -(-T // num_chunks // TILE) * TILE)
-
-
-def _over(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C, V] of `dtype` in the memory of the logits: the gradient of a row is written where its logits were."""
-    if dtype.itemsize > logits_CV.itemsize:
-        return torch.empty_like(logits_CV, dtype=dtype)
-    return logits_CV.view(dtype)[:, : logits_CV.shape[1]]
+def _even(T: int, most: int) -> int:
+    """Rows of a part when T rows are cut into as few as `most` allows; where there are several, whole tiles of a matmul."""
+    num_parts = -(-T // most)
+    return T if num_parts <= 1 else min(most, -(-T // num_parts // TILE) * TILE)
 
 
 def torch_epilogue(
@@ -319,7 +321,7 @@ def torch_epilogue(
     out: dict[str, Tensor],
     settings: dict[str, Any],
 ) -> None:
-    """What `policy_epilogue.triton_epilogue` does, in plain PyTorch; arguments as there. `dlogits_CV` may lie over the logits."""
+    """What `policy_epilogue.triton_epilogue` does, in plain PyTorch; arguments as there. Overwrites the logits."""
     temperature = settings["temperature"]
     if temperature != 1.0:
         logits_CV.div_(temperature)

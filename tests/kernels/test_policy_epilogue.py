@@ -122,18 +122,6 @@ def test_bf16_gradients_are_the_rounded_ones():
     torch.testing.assert_close(ours.double(), theirs, rtol=1.01 * unit, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_may_be_written_over_the_logits(dtype):
-    logits, targets, per_token = problem(30, 3 * BLOCK_V + 17)
-    apart = run(logits, targets, per_token, SETTINGS, dtype)["dlogits"]
-    block = logits.to(DEVICE, copy=True)
-    over = block.view(dtype)[:, : logits.shape[1]]
-    out = {name: torch.empty(30, device=DEVICE) for name in OUT}
-    on_device = {name: x.to(DEVICE) for name, x in per_token.items()}
-    triton_epilogue(block, over, targets.to(DEVICE), on_device, out, SETTINGS)
-    assert torch.equal(over.cpu(), apart)
-
-
 def test_logits_far_apart_and_tokens_that_are_impossible_stay_finite():
     logits, targets, per_token = problem(4, BLOCK_V + 100)
     targets[:] = 7
@@ -189,7 +177,7 @@ def test_the_head_with_the_kernel_is_no_further_from_float64_than_with_torch(dty
 
     def gradients(backend, dtype=dtype):
         leaves = [x.to(dtype).requires_grad_() for x in (hidden.detach(), weight.detach())]
-        loss, _ = policy_head(*leaves, ids, **per_token, kl_coef=0.1, chunk=8, backend=backend)
+        loss, _ = policy_head(*leaves, ids, **per_token, kl_coef=0.1, chunk=8, span=16, backend=backend)
         loss.backward()
         return [x.grad.double() for x in leaves]
 

@@ -152,11 +152,13 @@ def test_the_first_step_on_a_batch_follows_the_log_prob():
     assert ours["loss"].item() == pytest.approx(-p["advantages_T"].sum().item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 23, 1000])
-def test_the_chunk_changes_nothing(chunk):
+@pytest.mark.parametrize(("chunk", "span"), [(1, 1), (7, 23), (7, 10), (23, 7), (1000, 1000), (2, 1000)])
+def test_the_cut_into_chunks_and_spans_changes_nothing(chunk, span, monkeypatch):
+    # tiles of two rows, so that parts are as uneven as those of a real batch
+    monkeypatch.setattr("l0fast_kernels.policy_head.TILE", 2)
     p = problem()
-    whole = run(p, kl_coef=0.1, chunk=23)
-    for name, value in run(p, kl_coef=0.1, chunk=chunk).items():
+    whole = run(p, kl_coef=0.1, chunk=23, span=23)
+    for name, value in run(p, kl_coef=0.1, chunk=chunk, span=span).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)
 
 
