@@ -4,7 +4,7 @@ Flags win over the recipe's TOML, which wins over the defaults here. A rule that
 the sentence it guards.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -123,21 +123,59 @@ class EngineConfig(Config):
     """Time the engine has to load the model [s]."""
     threads: NonNegativeInt = 0
     """OpenMP threads; 0 takes all cores this process may use."""
+    memory_share: float = Field(default=0.4, gt=0, lt=1)
+    """Share of a GPU's memory that sglang takes for weights and keys and values; the learner lives in the rest."""
+    sglang: tuple[str, ...] = ()
+    """Further arguments of sglang.Engine, each name=value with the value in JSON, e.g. attention_backend="triton"."""
+
+
+NO_DUAL_CLIP = 1e9
+"""A `dual_clip` that never takes hold: no ratio is larger than exp(20)."""
+
+_SETTINGS = ("advantage", "objective", "loss_mean", "clip_low", "clip_high", "dual_clip", "kl_coef")
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    name: {setting: value for setting, value in zip(_SETTINGS, values, strict=True) if value is not None}
+    for name, *values in [
+        # algorithm      advantage       objective  loss_mean   clip_low clip_high dual_clip     kl_coef
+        ("reinforce_pp", "reinforce_pp", "ppo",     "token",    0.2,     0.25,     3.0,          0.001),
+        ("grpo",         "group",        "ppo",     "sequence", 0.2,     0.2,      NO_DUAL_CLIP, 0.04),
+        ("dr_grpo",      "dr_grpo",      "ppo",     "constant", 0.2,     0.2,      NO_DUAL_CLIP, 0.0),
+        ("rloo",         "rloo",         "ppo",     "constant", None,    None,     NO_DUAL_CLIP, None),
+        ("dapo",         "group",        "ppo",     "token",    0.2,     0.28,     NO_DUAL_CLIP, 0.0),
+        ("gspo",         "group",        "gspo",    "sequence", 3e-4,    4e-4,     None,         None),
+        ("cispo",        "group",        "cispo",   "token",    1.0,     0.28,     None,         0.0),
+    ]
+}  # fmt: skip
+"""What `learner.algorithm` stands for; formulas and papers in learner/algorithms.py. None: the algorithm says nothing of it."""
 
 
 class LearnerConfig(Config):
-    advantage: Literal["reinforce_pp", "group", "rloo"] = "reinforce_pp"
-    """REINFORCE++ over turns (L0), group-relative (GRPO) or leave-one-out (RLOO)."""
+    algorithm: Literal["none", "reinforce_pp", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "cispo"] = "none"
+    """A published algorithm by name, short for the advantage, objective, loss_mean, clips and kl_coef it consists of; those that are set besides, in the recipe too, stay as they are set."""
+    advantage: Literal["reinforce_pp", "group", "dr_grpo", "rloo", "running_mean", "gae"] = "reinforce_pp"
+    """REINFORCE++ over turns (L0), group-relative (GRPO), that without the division by the spread (Dr. GRPO), leave-one-out (RLOO), against a running mean of earlier steps' rewards, or GAE over turns, which needs a critic."""
     whiten: Literal["batch", "none"] = "batch"
-    """"batch": (A - mean) / (std + 1e-8) over all turns of the step, one vote a turn. Of reinforce_pp; the others compare within a group."""
+    """"batch": (A - mean) / (std + 1e-8) over all turns of the step, one vote a turn. Of reinforce_pp and gae; the others compare episodes."""
     gamma: float = Field(default=0.95, ge=0, le=1)
     """Discount from turn to turn."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """GAE's lambda: 0 trusts the critic, 1 the rewards."""
+    objective: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """What is done with the ratio of new to old policy: clipped token by token (PPO, GRPO), one ratio a sequence (GSPO), or a clipped weight that leaves every token its gradient (CISPO). All the same while a batch gets one optimizer step."""
+    loss_mean: Literal["token", "sequence", "constant"] = "token"
+    """What the summed loss of tokens is divided by: the number of tokens (L0, DAPO), each trajectory's own and then the number of trajectories (GRPO), or the most tokens that many trajectories could have sampled, rollout.max_turns x agent.max_new_tokens each (Dr. GRPO)."""
     lr: PositiveFloat = 7e-4
     """AdamW's peak learning rate."""
     warmup_steps: NonNegativeInt = 3
     """Linear warm-up [steps]."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up, if it does."""
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    """The learning rate decays linearly to this share of its peak by the last step."""
+    """Share of its peak that the learning rate has come down to by the last step."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps a batch is cut into; more than 1 needs a pass for the log-probs before the first of them."""
+    tis_cap: NonNegativeFloat = 2.0
+    """Truncated importance sampling: a token counts as often more as the learner finds it likelier than the engine did, at most this; 0 trusts the engine."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's betas."""
     weight_decay: NonNegativeFloat = 0.01
@@ -154,12 +192,44 @@ class LearnerConfig(Config):
     """Weight of KL(policy || start model), k3 form; 0 loads no reference."""
     pack_tokens: PositiveInt = 8192
     """Tokens of one pack, the unit of a forward and backward pass [tokens]."""
+    critic: Literal["none", "head", "copy"] = "none"
+    """Estimates what a turn will earn, for advantage = gae. "head": a linear layer on the policy's hidden states; "copy": on those of a second model, which starts as the policy does."""
+    critic_lr: PositiveFloat = 1e-3
+    """AdamW's learning rate for the critic. A copy wants a smaller one."""
+    value_clip: PositiveFloat = 0.5
+    """A value that moved further than this from where it was at the start of the step gains nothing by it; of more than one minibatch [rewards]."""
+    mismatch_warn: NonNegativeFloat = 1e-3
+    """Warn when the learner and the engine disagree this much about the sampled tokens (mismatch_k3); 0 for never [nats]."""
+    mismatch_stop: NonNegativeFloat = 1e-2
+    """End the run when they disagree this much; 0 for never [nats]."""
+    stream: Literal["auto", "on", "off"] = "auto"
+    """Train on groups as they finish, while others are still played; for advantages that look at one group only. The same gradient up to rounding. "auto": where the learner has a GPU, for on a CPU it takes the cores that play."""
     permute_advantages: bool = False
     """Control: shuffle advantages over trajectories, so that there is nothing to learn."""
+    ranks: NonNegativeInt = 0
+    """Processes that share the model and the batch, one a GPU; 0 takes all GPUs there are, or one process on the CPU."""
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Keep only the inputs of layers and compute them again in the backward pass: less memory for a third more compute. "auto": on a GPU."""
+    offload: Literal["none", "cpu"] = "none"
+    """"cpu" keeps weights, gradients and optimizer state in main memory, where the optimizer then runs; layers come to the GPU as they are needed."""
+    lora_rank: NonNegativeInt = 0
+    """Train low-rank additions to the linear layers instead of the weights (needs peft); 0 trains the weights."""
+    lora_alpha: PositiveInt = 32
+    """The additions are scaled by this over their rank."""
     threads: NonNegativeInt = 0
-    """OpenMP threads; 0 takes all cores this process may use."""
+    """OpenMP threads; 0 shares out all cores this process may use among the ranks."""
+    start_timeout_s: PositiveFloat = 120.0
+    """Time the ranks have to import torch and load the model [s]."""
     step_timeout_s: PositiveFloat = 600.0
-    """Time one optimizer step may take [s]."""
+    """Time the ranks may take for what they are asked: the packs of some groups, or an optimizer step [s]."""
+
+    @model_validator(mode="after")
+    def _an_algorithm_stands_for_its_settings(self):
+        for name, value in ALGORITHMS.get(self.algorithm, {}).items():
+            if name not in self.model_fields_set:
+                # past `frozen`: this is still the making of it
+                object.__setattr__(self, name, value)
+        return self
 
 
 class EvalConfig(Config):
@@ -171,6 +241,13 @@ class EvalConfig(Config):
     """Held-out questions of those in-between evaluations; the first of the fixed ones, all where there are fewer [questions]."""
     transfer_questions: PositiveInt = 100
     """Held-out questions of the chains that are never trained on, asked after training [questions]."""
+
+
+class CheckpointConfig(Config):
+    every: NonNegativeInt = 8
+    """Steps between checkpoints, from which --resume goes on; there is one after the last step and one on Ctrl-C, too. 0 for none at all [steps]."""
+    keep: PositiveInt = 2
+    """Newest checkpoints that are kept."""
 
 
 class RunConfig(Config):
@@ -187,6 +264,7 @@ class RunConfig(Config):
     engine: EngineConfig = EngineConfig()
     learner: LearnerConfig = LearnerConfig()
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
     def _a_step_fits_among_the_open_groups(self):
@@ -216,8 +294,17 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _gae_has_a_critic(self):
+        if self.learner.advantage == "gae" and self.learner.critic == "none":
+            raise ValueError(
+                "learner.advantage = 'gae' needs to know what a turn is expected to earn, but learner.critic = 'none': "
+                "set --learner.critic to head or copy"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_relative_advantage_has_someone_to_compare_with(self):
-        if self.learner.advantage != "reinforce_pp" and self.rollout.group_size < 2:
+        if self.learner.advantage in ("group", "dr_grpo", "rloo") and self.rollout.group_size < 2:
             raise ValueError(
                 f"learner.advantage = {self.learner.advantage!r} compares the episodes of a group, but "
                 f"rollout.group_size = {self.rollout.group_size}: raise --rollout.group-size to 2 or more"

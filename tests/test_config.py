@@ -161,7 +161,7 @@ def test_every_shipped_recipe_is_valid(name: str):
         (["zoo"], ["'zoo'", *shipped_recipes(), ".toml"]),
         (["geography", "invented"], ["2 recipes", "geography, invented"]),
         (["missing.toml"], ["missing.toml", "No such file", *shipped_recipes()]),
-        (["--resume", "runs/x"], ["--resume runs/x", "not in this version", "--model.path runs/x/model"]),
+        (["--resume", "runs/x"], ["runs/x/config.toml", "No such file", "the folder of a run"]),
         (["--rollout.max-open-groups", "2"], ["rollout.max_open_groups = 2", "--rollout.max-open-groups to 16"]),
         (["--agent.max-new-tokens", "640"], ["agent.max_new_tokens = 640", "agent.context_tokens = 640"]),
         (

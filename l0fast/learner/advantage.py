@@ -4,16 +4,24 @@
                      Hu, "REINFORCE++", https://arxiv.org/abs/2501.03262, over turns as in L0, https://arxiv.org/abs/2506.23667
     group-relative   A = (R - mean) / (std + 1e-8) within the group, the same for every turn of an episode (GRPO)
                      Shao et al., "DeepSeekMath", https://arxiv.org/abs/2402.03300, section 4.1
+    centred          A = R - mean within the group: no division, which would favour the groups that nearly agree (Dr. GRPO)
+                     Liu et al., "Understanding R1-Zero-Like Training", https://arxiv.org/abs/2503.20783, section 3.2
     leave-one-out    A = R - mean of the others of the group (RLOO)
                      Ahmadian et al., "Back to Basics", https://arxiv.org/abs/2402.14740; Kool et al., 2019
+    running mean     A = R - b, b the decaying mean of what earlier steps earned, so that it knows nothing of the actions it
+                     is a baseline for, and the gradient stays unbiased (Williams, 1992); leave-one-out before there is one
     GAE              delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1};  return = A + V
-                     Schulman et al., https://arxiv.org/abs/1506.02438
+                     Schulman et al., https://arxiv.org/abs/1506.02438, over turns as in L0, whitened like REINFORCE++
 
 All standard deviations are unbiased, which leaves them undefined for one number: where there is nothing to compare with
 the advantage is 0. Failed trajectories are not looked at: they have no vote and no tokens in the loss.
+
+What looks at one group only (`streams`) can be trained on as groups finish, in any order, with the same result.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -22,6 +30,11 @@ from l0fast.types import Group, Trajectory
 
 EPSILON = 1e-8
 """Added to a standard deviation before dividing by it."""
+MEMORY = 0.8
+"""Share of the running mean that is kept at a step: about the last five steps count."""
+
+Values = Sequence[Sequence[Sequence[float] | np.ndarray]]
+"""[group][trajectory] -> [turns]: what the critic expects from a turn on, itself included."""
 
 
 def discounted_returns(rewards: Sequence[float], gamma: float) -> np.ndarray:
@@ -37,6 +50,11 @@ def normalise(values: np.ndarray) -> np.ndarray:
     if len(values) < 2:
         return np.zeros_like(values)
     return (values - values.mean()) / (values.std(ddof=1) + EPSILON)
+
+
+def centre(rewards: np.ndarray) -> np.ndarray:
+    """[n] -> [n]: each reward minus the mean of all; 0 for one alone."""
+    return rewards - rewards.mean() if len(rewards) else rewards
 
 
 def leave_one_out(rewards: np.ndarray) -> np.ndarray:
@@ -76,8 +94,49 @@ def gae_over_tokens(
     return gae(rewards, token_values, gamma, lam)
 
 
+@dataclass(slots=True, kw_only=True)
+class RunningMean:
+    """The baseline of "running_mean". It moves between steps only, so a step's advantages don't depend on who finished first."""
+
+    total: float = 0.0
+    weight: float = 0.0
+    """Of the steps in `total`; below 1 at first, and dividing by it keeps the start from counting as 0."""
+
+    @property
+    def baseline(self) -> float | None:
+        """None before the first step."""
+        return self.total / self.weight if self.weight else None
+
+    def observe(self, groups: Sequence[Group]) -> None:
+        """Take in what a step's trajectories earned, one vote each, after that step's advantages were computed."""
+        rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
+        if rewards:
+            # fsum: the same sum in any order
+            self.total = MEMORY * self.total + (1 - MEMORY) * math.fsum(rewards) / len(rewards)
+            self.weight = MEMORY * self.weight + (1 - MEMORY)
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, float]) -> "RunningMean":
+        return cls(**state)
+
+
+def streams(config: LearnerConfig) -> bool:
+    """Whether a group's advantages are the same alone as in its step's batch, so that it can be trained on when it is done."""
+    whitens = config.advantage in ("reinforce_pp", "gae") and config.whiten == "batch"
+    return not whitens and not config.permute_advantages
+
+
 def compute_advantages(
-    groups: Sequence[Group], config: LearnerConfig, rng: np.random.Generator
+    groups: Sequence[Group],
+    config: LearnerConfig,
+    rng: np.random.Generator,
+    *,
+    running: RunningMean | None = None,
+    values: Values | None = None,
 ) -> list[list[np.ndarray]]:
     """Advantages of a batch: [group][trajectory] -> [turns] float64. `group.failures` are not in it.
 
@@ -88,29 +147,93 @@ def compute_advantages(
 
     Args:
         rng: used by `permute_advantages` alone.
+        running: the baseline; needed by "running_mean" alone, and not changed.
+        values: of the critic; needed by "gae" alone.
 
     Raises:
-        ValueError: a trajectory without one reward a turn.
+        ValueError: a trajectory without one reward a turn, or (gae) one value a turn; no `running` or `values` where needed.
     """
-    per_turn = [turns for group in groups for turns in _before_whitening(group, config)]
+    _check_rewards(groups)
+    match config.advantage:
+        case "reinforce_pp":
+            per_turn = [discounted_returns(t.rewards, config.gamma) for group in groups for t in group.trajectories]
+        case "gae":
+            per_turn = [advantages for advantages, _ in _gae_over_turns(groups, config, values)]
+        case "group" | "dr_grpo" | "rloo" | "running_mean":
+            per_turn = [turns for group in groups for turns in _compare(group, config, running)]
     if config.permute_advantages:
         givers = rng.permutation(len(per_turn))
         per_turn = [_stretch(per_turn[giver], len(own)) for giver, own in zip(givers, per_turn, strict=True)]
-    if config.advantage == "reinforce_pp" and config.whiten == "batch" and per_turn:
+    if config.advantage in ("reinforce_pp", "gae") and config.whiten == "batch" and per_turn:
         ends = np.cumsum([len(turns) for turns in per_turn])
         per_turn = np.split(normalise(np.concatenate(per_turn)), ends[:-1])
-    remaining = iter(per_turn)
-    return [[next(remaining) for _ in group.trajectories] for group in groups]
+    return _by_group(per_turn, groups)
 
 
-def _before_whitening(group: Group, config: LearnerConfig) -> list[np.ndarray]:
-    for trajectory in group.trajectories:
-        _check_rewards(trajectory)
-    if config.advantage == "reinforce_pp":
-        return [discounted_returns(trajectory.rewards, config.gamma) for trajectory in group.trajectories]
+def critic_targets(groups: Sequence[Group], config: LearnerConfig, values: Values) -> list[list[np.ndarray]]:
+    """What the critic should have said of each turn: GAE's returns, as `compute_advantages` is indexed."""
+    _check_rewards(groups)
+    return _by_group([returns for _, returns in _gae_over_turns(groups, config, values)], groups)
+
+
+def number_turns(groups: Sequence[Group]) -> list[list[np.ndarray]]:
+    """All turns of a batch, counted through, indexed as `compute_advantages` is.
+
+    Laid out in packs in place of advantages, they say which turn each sampled token belongs to.
+    """
+    per_trajectory = [trajectory for group in groups for trajectory in group.trajectories]
+    ends = np.cumsum([len(trajectory.turns) for trajectory in per_trajectory], dtype=int)
+    numbers = [np.arange(end - len(t.turns), end, dtype=float) for t, end in zip(per_trajectory, ends, strict=True)]
+    return _by_group(numbers, groups)
+
+
+def values_of_turns(groups: Sequence[Group], turn_numbers: np.ndarray, token_values: np.ndarray) -> Values:
+    """What the critic said at the first token of each turn, having read all that came before; 0 for a turn without tokens.
+
+    Args:
+        turn_numbers: [tokens], of `number_turns`, as they lie in packs (exact in float32 up to 16 million turns).
+        token_values: [tokens], in the same order, a turn's tokens in theirs.
+    """
+    numbers = number_turns(groups)
+    flat = np.zeros(sum(len(turns) for group in numbers for turns in group))
+    turns, first = np.unique(turn_numbers.astype(int), return_index=True)
+    flat[turns] = token_values[first]
+    return [[flat[turns.astype(int)] for turns in group] for group in numbers]
+
+
+def _compare(group: Group, config: LearnerConfig, running: RunningMean | None) -> list[np.ndarray]:
+    """Episodes against each other or against the running mean; every turn of an episode gets its episode's."""
     rewards = np.array([trajectory.reward for trajectory in group.trajectories], np.float64)
-    scores = normalise(rewards) if config.advantage == "group" else leave_one_out(rewards)
+    if config.advantage == "running_mean":
+        if running is None:
+            raise ValueError("learner.advantage = 'running_mean' has no running mean; pass the one the run keeps")
+        scores = leave_one_out(rewards) if running.baseline is None else rewards - running.baseline
+    else:
+        scores = {"group": normalise, "dr_grpo": centre, "rloo": leave_one_out}[config.advantage](rewards)
     return [np.full(len(t.turns), score) for t, score in zip(group.trajectories, scores, strict=True)]
+
+
+def _gae_over_turns(
+    groups: Sequence[Group], config: LearnerConfig, values: Values | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    if values is None:
+        raise ValueError("learner.advantage = 'gae' has no values; ask the critic for one a turn first")
+    pairs = [
+        (trajectory, of_turns)
+        for group, per_trajectory in zip(groups, values, strict=True)
+        for trajectory, of_turns in zip(group.trajectories, per_trajectory, strict=True)
+    ]
+    for trajectory, of_turns in pairs:
+        if len(of_turns) != len(trajectory.turns):
+            raise ValueError(
+                f"{_name(trajectory)} has {len(trajectory.turns)} turns but {len(of_turns)} values; give each one"
+            )
+    return [gae(trajectory.rewards, of_turns, config.gamma, config.gae_lambda) for trajectory, of_turns in pairs]
+
+
+def _by_group(per_trajectory: Sequence[np.ndarray], groups: Sequence[Group]) -> list[list[np.ndarray]]:
+    remaining = iter(per_trajectory)
+    return [[next(remaining) for _ in group.trajectories] for group in groups]
 
 
 def _stretch(values: np.ndarray, length: int) -> np.ndarray:
@@ -120,9 +243,14 @@ def _stretch(values: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([np.full(max(length - len(values), 0), values[0]), values[max(len(values) - length, 0) :]])
 
 
-def _check_rewards(trajectory: Trajectory) -> None:
-    if len(trajectory.rewards) != len(trajectory.turns):
-        raise ValueError(
-            f"trajectory {trajectory.index} of task {trajectory.task.id!r} has {len(trajectory.turns)} turns but "
-            f"{len(trajectory.rewards)} rewards; score it before training on it"
-        )
+def _check_rewards(groups: Sequence[Group]) -> None:
+    for trajectory in (t for group in groups for t in group.trajectories):
+        if len(trajectory.rewards) != len(trajectory.turns):
+            raise ValueError(
+                f"{_name(trajectory)} has {len(trajectory.turns)} turns but {len(trajectory.rewards)} rewards; "
+                "score it before training on it"
+            )
+
+
+def _name(trajectory: Trajectory) -> str:
+    return f"trajectory {trajectory.index} of task {trajectory.task.id!r}"
