@@ -1,8 +1,10 @@
 """From words on the command line to settings that hold, before anything heavy is imported.
 
     python -m l0fast.run [RECIPE] [--run-dir DIR] [--seed N] [--smoke] [--dry-run] [--section.key VALUE ...]
+    python -m l0fast.run --resume DIR [--dry-run] [--num-steps N] [...]
 
     defaults < recipe (TOML) < --smoke < flags        merged as one tree, validated once, as a whole
+    the run's config.toml < flags                     to go on with it; what would make another run of it is refused
 
 The tree of models in config.py says which flags exist, how many values each takes and what they mean. tyro prints it as
 `--help`. Reading it back is done here, for two reasons: RECIPE may stand anywhere among the flags, and a bad value in
@@ -14,6 +16,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -25,7 +28,7 @@ from pydantic.fields import FieldInfo
 from l0fast import __version__
 from l0fast.config import Config, RunConfig
 from l0fast.errors import UsageError
-from l0fast.run_dir import check_free
+from l0fast.run_dir import check_free, checkpoints, read_config, read_driver_state, read_summary
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -35,6 +38,29 @@ SMOKE: dict[str, Any] = {
     "eval": {"questions": 48, "every": 0, "curve_questions": 48, "transfer_questions": 24},
 }
 """What --smoke changes: the same path, as short as it gets."""
+
+
+MAY_CHANGE = (
+    "num_steps",
+    "checkpoint.",
+    "engine.",
+    "eval.every",
+    "eval.curve_questions",
+    "learner.activation_checkpointing",
+    "learner.mismatch_",
+    "learner.offload",
+    "learner.ranks",
+    "learner.start_timeout_s",
+    "learner.step_timeout_s",
+    "learner.stream",
+    "learner.threads",
+    "rollout.episode_timeout_s",
+    "rollout.max_refills",
+    "sandbox.",
+    "tools.",
+)
+"""Settings, and beginnings of their names, that a resumed run may have otherwise: how long it goes on, where and how fast
+it runs, what is watched. All others say what is learned, from what."""
 
 
 class _Command(Config):
@@ -47,7 +73,7 @@ class _Command(Config):
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Resolve, validate and print the plan; write nothing."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Go on with the run in DIR. Not in this version: says what to do instead."""
+    """Go on with the run in DIR from its newest checkpoint, with its settings; --num-steps and those of machinery may change."""
 
 
 class _CommandLine(RunConfig, _Command):
@@ -62,10 +88,13 @@ class Invocation:
     """Name of the recipe, or stem of its file."""
     config: RunConfig
     run_dir: Path
-    """Free when parsed: missing, or an empty folder."""
+    """Free when parsed: missing, or an empty folder. That of the run to go on with, if there is one."""
     smoke: bool = False
     dry_run: bool = False
     resume: Path | None = None
+    """The checkpoint to go on from."""
+    changes: tuple[str, ...] = ()
+    """What the flags changed of the settings of a run that goes on, e.g. "num_steps = 48, was 24"."""
 
 
 def parse(argv: Sequence[str]) -> Invocation:
@@ -84,11 +113,8 @@ def parse(argv: Sequence[str]) -> Invocation:
             "keep one of them, and put -- before every flag's name"
         )
     command = {name: flags.pop(name) for name in _Command.model_fields if name in flags}
-    if (resume := command.get("resume")) is not None:
-        raise UsageError(
-            f"--resume {resume}: going on exactly where a run stopped is not in this version; to train on from the "
-            f"model it ended with, start a new run with --model.path {resume / 'model'}"
-        )
+    if (run_dir := command.pop("resume", None)) is not None:
+        return _resumed(run_dir, positionals, command, flags)
     recipe = _find_recipe(positionals[0] if positionals else _Command().recipe)
     smoke, dry_run = command.get("smoke", False), command.get("dry_run", False)
     layers = [_read_toml(recipe), SMOKE if smoke else {}, flags]
@@ -96,6 +122,52 @@ def parse(argv: Sequence[str]) -> Invocation:
     run_dir = command.get("run_dir") or Path("runs") / f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     check_free(run_dir)
     return Invocation(recipe=recipe.stem, config=config, run_dir=run_dir, smoke=smoke, dry_run=dry_run)
+
+
+def _resumed(
+    run_dir: Path, positionals: Sequence[str], command: Mapping[str, Any], flags: Mapping[str, Any]
+) -> Invocation:
+    if besides := [*positionals, *(_flag(name) for name, value in command.items() if value and name != "dry_run")]:
+        raise UsageError(
+            f"--resume {run_dir} goes on with that run as it was set up, so {besides[0]} has no place beside it: "
+            "leave one of the two out"
+        )
+    before = read_config(run_dir)
+    config = _validate([before.model_dump(mode="json"), flags], run_dir / "config.toml")
+    changed = {
+        path: (old, new)
+        for path, _ in _leaves(RunConfig)
+        if (old := attrgetter(path)(before)) != (new := attrgetter(path)(config))
+    }
+    for path, (old, new) in changed.items():
+        if not path.startswith(MAY_CHANGE):
+            raise UsageError(
+                f"{_flag(path)} {new} would make another run of {run_dir}, which has {old}: leave it out to go on, or "
+                f"start a new run with --model.path {run_dir / 'model'}"
+            )
+    if not (valid := checkpoints(run_dir)):
+        raise UsageError(
+            f"{run_dir} holds no checkpoint, so there is nothing to go on from (checkpoint.every = "
+            f"{before.checkpoint.every} steps): start the run again"
+        )
+    step = read_driver_state(valid[-1])["step"]
+    if config.num_steps < step:
+        raise UsageError(
+            f"num_steps = {config.num_steps}, but {run_dir} has taken {step} steps already: give --num-steps {step} or more"
+        )
+    if config.num_steps == step and read_summary(run_dir).get("finished"):
+        raise UsageError(
+            f"{run_dir} is done, with all of its {step} steps: give --num-steps {2 * step} or another number above "
+            f"{step} to go on"
+        )
+    return Invocation(
+        recipe=f"as in {run_dir / 'config.toml'}",
+        config=config,
+        run_dir=run_dir,
+        dry_run=command.get("dry_run", False),
+        resume=valid[-1],
+        changes=tuple(f"{path} = {new}, was {old}" for path, (old, new) in changed.items()),
+    )
 
 
 def smoke(config: RunConfig) -> RunConfig:
@@ -120,7 +192,9 @@ def render_plan(invocation: Invocation) -> str:
     between = f"; {min(e.curve_questions, e.questions):,} every {e.every} steps" if curve else ""
     lines = {
         "recipe": invocation.recipe + (" (smoke)" if invocation.smoke else ""),
-        "run dir": f"{invocation.run_dir} (not made)",
+        "run dir": f"{invocation.run_dir} (goes on from {invocation.resume.name})"
+        if invocation.resume
+        else f"{invocation.run_dir} (not made)",
         "model": c.model.path,
         "task": f"{c.task.kind}, {c.task.two_hop_share:.0%} of the questions need two look-ups",
         "training": f"{c.num_steps} steps x {r.groups_per_step} groups x {r.group_size} episodes = {training:,} episodes "

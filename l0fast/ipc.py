@@ -12,12 +12,16 @@ carry `id` and `op`; many may be in flight and may be answered in any order. A c
 once, with its exit status and the last lines it wrote. It has a session of its own, so Ctrl-C reaches only the driver;
 it asks the kernel to be killed with its parent, so a killed driver leaves nothing behind.
 
-Weights do not travel: `SharedWeights` is one anonymous memory file (memfd) that the learner writes and the engine reads,
-inherited as a descriptor. It has no name, so there is nothing to unlink.
+A child that misses a deadline is asked for its stacks, by SIGUSR1: they are its last words.
+
+What is large does not travel. It lies in an anonymous memory file (memfd) that children inherit as a descriptor: in
+`SharedWeights` what the learner writes and the engine reads, in `SharedBytes` what the driver writes and all ranks of the
+learner read. Such a file has no name, so there is nothing to unlink.
 """
 
 import asyncio
 import ctypes
+import faulthandler
 import itertools
 import json
 import mmap
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
 
 _FRAME = struct.Struct("<II")
 _TAIL_BYTES = 2000
+_STACKS_S = 0.3
+"""Time a silent child gets to write down where it is [s]."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -104,6 +110,18 @@ class Worker:
         finally:
             del self._pending[request]
 
+    def kill(self) -> None:
+        """End the child, and all it started, at once. Does nothing once it is gone."""
+        if self._process.returncode is None:
+            # its own process group; gone already if it ended just now
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    @property
+    def dead(self) -> bool:
+        """Whether it ended without being asked to."""
+        return self._failure is not None and not self._closing
+
     def notify(self, op: str, **fields: Any) -> None:
         """Tell the child something it does not answer. Does nothing once the child is gone."""
         if self._failure is None:
@@ -119,6 +137,11 @@ class Worker:
             async with asyncio.timeout(timeout_s):
                 answer = await self._pending[request]
         except TimeoutError as e:
+            # one that is still starting has no handler yet, and would die of it
+            if request != 0 and self._process.returncode is None:
+                with suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGUSR1)
+                await asyncio.sleep(_STACKS_S)
             raise self._error(self._with_last_words(f"did not answer {op!r} in {timeout_s:g} s")) from e
         if (error := answer.header.get("error")) is not None:
             raise self._error(f"{self.name} failed at {op!r}: {error}\n{answer.header.get('traceback', '')}".rstrip())
@@ -154,10 +177,7 @@ class Worker:
         except TimeoutError:
             pass
         finally:
-            # its own process group; gone already if it ended just now
-            with suppress(ProcessLookupError):
-                if self._process.returncode is None:
-                    os.killpg(self.pid, signal.SIGKILL)
+            self.kill()
             await self._process.wait()
 
     def _post_mortem(self) -> WorldError:
@@ -270,6 +290,7 @@ class Channel:
         """The channel to the driver and the `args` it gave. Call it before slow imports: it ties our life to the driver's."""
         setup = json.loads(sys.argv[1])
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        faulthandler.register(signal.SIGUSR1)
         if os.getppid() != setup["parent"]:
             # the driver died before we could ask to die with it
             sys.exit(1)
@@ -313,7 +334,42 @@ class Channel:
         self.reply(to, error=f"{type(error).__name__}: {error}", traceback=traceback)
 
 
-# --- weights -------------------------------------------------------------------------------------------------------
+# --- large things --------------------------------------------------------------------------------------------------
+
+
+class SharedBytes:
+    """A memory file that grows: one process writes, others read it where it lies. Made by `shared_bytes`.
+
+    Whoever writes again has been told by all readers that they are done.
+    """
+
+    def __init__(self, fd: int):
+        self.fd = fd
+        self._map = mmap.mmap(-1, 1)
+
+    def reserve(self, num_bytes: int) -> memoryview:
+        """Room to write: the first `num_bytes`, with what they held before or zeros."""
+        if num_bytes > os.fstat(self.fd).st_size:
+            os.ftruncate(self.fd, num_bytes)
+        return self.view(num_bytes)
+
+    def view(self, num_bytes: int) -> memoryview:
+        """What was written there, as it lies; valid until anyone writes again."""
+        if num_bytes > len(self._map):
+            # a new map: views of the old one may still be held, and keep it
+            self._map = mmap.mmap(self.fd, os.fstat(self.fd).st_size)
+        return memoryview(self._map)[:num_bytes]
+
+
+@contextmanager
+def shared_bytes(name: str) -> Iterator[SharedBytes]:
+    """An empty one. The memory is gone when the last process that maps it is."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        yield SharedBytes(fd)
+    finally:
+        os.close(fd)
+
 
 _HEADER_BYTES = 64
 _ALIGN_BYTES = 64

@@ -34,11 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         known, bugs = group.split(L0fastError)
         if known is None or bugs is not None:
             raise
-        return _complain(next(_leaves(known)))
+        return _complain(next(_leaves(known)), group)
 
 
-def _complain(error: BaseException) -> int:
-    print(f"l0fast: {error}", file=sys.stderr)  # noqa: T201
+def _complain(error: BaseException, group: BaseException | None = None) -> int:
+    # a note says how to go on
+    for line in (f"l0fast: {error}", *getattr(group or error, "__notes__", ())):
+        print(line, file=sys.stderr)  # noqa: T201
     return 2 if isinstance(error, UsageError) else 1
 
 

@@ -5,14 +5,21 @@
     trajectories/step_0001.jsonl   what the agents did, one trajectory a line; also eval_before.jsonl and so on
     summary.json                   the outcome, replaced as a whole
     log.txt                        what a person was told, with times
+    checkpoints/step_000008/       all that going on from there takes; written by the learner, whole or not at all
     plots/  model/                 made at the end by others
+
+One run writes it at a time: `log.txt` is locked, by the kernel, so that a killed run leaves no lock behind. A run that goes
+on first takes away what was written after its checkpoint, so that it is written once.
 
 Trajectories are encoded and written by a thread that sleeps as long as it works, half a millisecond at a time. Without
 the sleeps it takes the interpreter back from the event loop at once: 10-35 ms of lag for 600 long trajectories, measured.
 """
 
 import asyncio
+import fcntl
 import os
+import re
+import shlex
 import shutil
 import threading
 import time
@@ -47,8 +54,15 @@ class RunDir:
 
     def __init__(self, path: Path):
         self.path = path
-        self._metrics = (path / "metrics.jsonl").open("ab")
         self._log = (path / "log.txt").open("a", encoding="utf-8")
+        try:
+            fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._log.close()
+            raise UsageError(
+                f"run folder {path} is being written by a run that still goes on: end that first"
+            ) from None
+        self._metrics = (path / "metrics.jsonl").open("ab")
         self._log_lock = threading.Lock()
 
     @classmethod
@@ -62,16 +76,38 @@ class RunDir:
         try:
             (path / "trajectories").mkdir(parents=True)
             (path / "plots").mkdir()
-            # TOML has no null, and no setting is one
-            (path / "config.toml").write_text(tomli_w.dumps(config.model_dump(mode="json")), encoding="utf-8")
+            _write_config(path, config)
             return cls(path)
         except OSError as e:
             raise UsageError(f"run folder {path} can't be written ({e.strerror}): choose another with --run-dir") from e
+
+    @classmethod
+    def resume(cls, path: Path, config: RunConfig, step: int) -> "RunDir":
+        """Open the folder of a run that goes on after `step`, as that step left it.
+
+        Raises:
+            UsageError: a run is still writing it, or it can't be written.
+        """
+        try:
+            run_dir = cls(path)
+            try:
+                _forget_after(path, step)
+                _write_config(path, config)
+            except BaseException:
+                run_dir.close()
+                raise
+        except OSError as e:
+            raise UsageError(f"run folder {path} can't be written ({e.strerror}): make it yours and try again") from e
+        return run_dir
 
     @property
     def model_path(self) -> Path:
         """Where the final model goes."""
         return self.path / "model"
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint after a step goes."""
+        return self.path / "checkpoints" / f"step_{step:06d}"
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Append one flat object; on disk when this returns."""
@@ -117,12 +153,16 @@ class RunDir:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.close()
-        if _is_usage_error(error) and not self._holds_work():
-            # only while it ran did it show that a setting can't be used: the same command, set right, finds its folder free
+        if self.vanishes_with(error):
             shutil.rmtree(self.path)
 
-    def _holds_work(self) -> bool:
-        return any((self.path / "trajectories").iterdir()) or (self.path / "metrics.jsonl").stat().st_size > 0
+    def vanishes_with(self, error: BaseException | None) -> bool:
+        """Whether the folder goes when the run ends with this error.
+
+        Only while it ran did it show that a setting can't be used: the same command, set right, finds its folder free.
+        """
+        holds_work = any((self.path / "trajectories").iterdir()) or (self.path / "metrics.jsonl").stat().st_size > 0
+        return _is_usage_error(error) and not holds_work
 
 
 def _is_usage_error(error: BaseException | None) -> bool:
@@ -155,11 +195,72 @@ def check_free(path: Path) -> None:
         )
 
 
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    # the learner writes under another name, and takes learner.json away first from what it removes
+    found = [
+        (step, path) for path in (run_dir / "checkpoints").glob("*") if (step := _step_of(path.name, "")) is not None
+    ]
+    return [path for _, path in sorted(found) if (path / "learner.json").exists()]
+
+
+def read_driver_state(checkpoint: Path) -> dict[str, Any]:
+    """What the driver wrote into a checkpoint. Raises UsageError where there is none."""
+    path = checkpoint / "driver.json"
+    try:
+        return _decode(orjson.loads, path.read_bytes(), str(path))
+    except OSError as e:
+        raise UsageError(f"{path} can't be read ({e.strerror}): is {checkpoint} a checkpoint of a run?") from e
+
+
+def resume_hint(run_dir: Path) -> str:
+    """How to go on with a run, as a line to copy."""
+    if not checkpoints(run_dir):
+        return f"{run_dir} has no checkpoint yet, so there is nothing to resume"
+    return f"resume with: python -m l0fast.run --resume {shlex.quote(str(run_dir))}"
+
+
 def read_config(run_dir: Path) -> RunConfig:
-    """The settings a run was made with."""
-    return RunConfig.model_validate_json(
-        orjson.dumps(tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8")))
-    )
+    """The settings a run was made with. Raises UsageError where there are none that hold."""
+    path = run_dir / "config.toml"
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UsageError(f"{path} can't be read ({e.strerror}): is {run_dir} the folder of a run?") from e
+    except tomllib.TOMLDecodeError as e:
+        raise UsageError(f"{path} is not TOML: {e}; mend that place") from e
+    return _decode(RunConfig.model_validate_json, orjson.dumps(settings), str(path))
+
+
+def _write_config(run_dir: Path, config: RunConfig) -> None:
+    partial = run_dir / ".config.toml.partial"
+    # TOML has no null, and no setting is one
+    partial.write_text(tomli_w.dumps(config.model_dump(mode="json")), encoding="utf-8")
+    os.replace(partial, run_dir / "config.toml")
+
+
+def _step_of(name: str, ending: str) -> int | None:
+    """The step in a name like step_0012.jsonl or eval_step_12.jsonl."""
+    match = re.fullmatch(rf"(?:eval_)?step_(\d+){re.escape(ending)}", name)
+    return int(match[1]) if match else None
+
+
+def _forget_after(run_dir: Path, step: int) -> None:
+    """Remove what a run wrote after a step, and what it was writing when it ended."""
+    kept_bytes = 0
+    for line, place in _lines(run_dir / "metrics.jsonl"):
+        # a killed run may leave half of its last row
+        if not line.endswith(b"\n") or _decode(orjson.loads, line, place)["step"] > step:
+            break
+        kept_bytes += len(line)
+    os.truncate(run_dir / "metrics.jsonl", kept_bytes)
+    for file in (run_dir / "trajectories").iterdir():
+        of_step = _step_of(file.name, ".jsonl")
+        if file.name.endswith(".partial") or "_after" in file.stem or (of_step is not None and of_step > step):
+            file.unlink()
+    for unfinished in {*(run_dir / "checkpoints").glob("*")} - {*checkpoints(run_dir)}:
+        shutil.rmtree(unfinished)
+    (run_dir / "summary.json").unlink(missing_ok=True)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

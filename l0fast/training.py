@@ -4,8 +4,16 @@
              held-out questions: before, every few steps, after; everything is written to the run's folder
 
 Who waits for whom: the loop in `_train` for a step's worth of groups, then for the learner, then for the engine to take
-the new weights; only then are the next questions admitted, so every token is sampled from the policy it trains.
+the new weights; only then are the next questions admitted, so every token is sampled from the policy it trains. With
+`learner.stream` the learner gets each group when it is done, and only the optimizer step waits for the last one.
 Leaving a block ends what it started: processes, sessions, files.
+
+A run can go on after anything, kill -9 of all its processes included. What a step leaves is the learner's state, in its
+own form, and a few numbers of this file's (`Training.state`, driver.json); both are one folder, the checkpoint. Questions
+are drawn again from the first one and passed over up to `Groups.position`, seeds depend on group numbers, and groups make
+a step in the order of their numbers: with an engine that says the same to the same prompt and seed, the run that goes on
+is, bit for bit, the one that was not killed. Not so with `learner.stream`: gradients are added up in the order in which
+groups finish, which is equal up to rounding.
 """
 
 import asyncio
@@ -13,10 +21,13 @@ import random
 import signal
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from l0fast import __version__
 from l0fast.agent.chat import Chat
@@ -26,15 +37,16 @@ from l0fast.config import RunConfig
 from l0fast.engine.base import Engine
 from l0fast.engine.simulated import SimulatedEngine
 from l0fast.engine.transformers import check_model_folder, transformers_engine
-from l0fast.errors import UsageError
+from l0fast.errors import LearnerError, UsageError
 from l0fast.ipc import SharedWeights, shared_weights
-from l0fast.learner.client import LearnerClient, batch_advantages, learner
+from l0fast.learner.advantage import RunningMean, streams
+from l0fast.learner.client import Advantages, LearnerClient, batch_advantages, learner
 from l0fast.metrics import LoopLag, ProcessTreeMemory, StepClock
 from l0fast.report.live import Live
 from l0fast.report.plots import PlotError, draw_in_subprocess
 from l0fast.rollout.rollouts import Groups, play_all, rollouts
 from l0fast.rollout.sampling import DynamicSampling
-from l0fast.run_dir import RunDir, step_name
+from l0fast.run_dir import RunDir, read_driver_state, resume_hint, step_name
 from l0fast.sandbox import open_sandbox
 from l0fast.sandbox.base import Sandbox, ToolSpec
 from l0fast.seeding import derive_seed
@@ -51,23 +63,39 @@ from l0fast.warm_start.demonstrations import Demonstrator
 MODELS = Path(__file__).parent / "models"
 """Policies that ship, a folder each."""
 
+T = TypeVar("T")
+
 
 async def run(invocation: Invocation) -> int:
-    """Run to the end, or to Ctrl-C or SIGTERM; the summary is written either way. Returns the exit code."""
+    """Run to the end, or to Ctrl-C or SIGTERM; the summary is written either way. Returns the exit code.
+
+    What ends a run otherwise is raised, with a note that says how to go on with it.
+    """
     started = time.monotonic()
     config = invocation.config
     check(config)
     with (
-        RunDir.create(invocation.run_dir, config) as run_dir,
+        _open_run_dir(invocation) as run_dir,
         Live(config.num_steps, invocation.run_dir, log=run_dir.log) as live,
     ):
-        live.phase(f"l0fast {__version__}, recipe {invocation.recipe}, writing {invocation.run_dir}")
         training = Training(config, run_dir, live, started)
-        interrupted = await _until_interrupted(training.run())
-        summary = training.summary()
+        begins = f"recipe {invocation.recipe}"
+        if invocation.resume:
+            training.go_on(invocation.resume)
+            begins = "; ".join((f"going on after step {training.step}", *invocation.changes))
+        live.phase(f"l0fast {__version__}, {begins}, writing {invocation.run_dir}")
+        try:
+            interrupted = await _until_interrupted(training.run(), live)
+        except BaseException as e:
+            if not run_dir.vanishes_with(e):
+                e.add_note(resume_hint(run_dir.path))
+                run_dir.log(resume_hint(run_dir.path))
+            raise
+        summary = training.summary() | {"finished": not interrupted}
         run_dir.summary(summary)
         if interrupted:
             live.phase(f"interrupted after {training.step} steps; what was done is kept")
+            live.phase(resume_hint(run_dir.path))
         else:
             try:
                 await draw_in_subprocess(run_dir.path)
@@ -76,6 +104,13 @@ async def run(invocation: Invocation) -> int:
                 live.phase(f"no pictures: {e}")
         live.close(summary)
     return 130 if interrupted else 0
+
+
+def _open_run_dir(invocation: Invocation) -> RunDir:
+    if invocation.resume is None:
+        return RunDir.create(invocation.run_dir, invocation.config)
+    step = read_driver_state(invocation.resume)["step"]
+    return RunDir.resume(invocation.run_dir, invocation.config, step)
 
 
 def check(config: RunConfig) -> None:
@@ -87,6 +122,11 @@ def check(config: RunConfig) -> None:
         load_world(config.task).heldout_tasks(config.eval.questions, two_hop_share=config.task.two_hop_share)
     except ValueError as e:
         raise UsageError(f"eval.questions = {config.eval.questions}: {e}") from e
+    if config.learner.stream == "on" and not streams(config.learner):
+        raise UsageError(
+            f"learner.stream = 'on', but learner.advantage = {config.learner.advantage!r} looks at the whole batch as it is "
+            "set up: leave it at auto, or take another one, for example --learner.advantage group"
+        )
 
 
 def model_folder(path: str) -> Path:
@@ -100,7 +140,7 @@ def model_folder(path: str) -> Path:
     return folder
 
 
-async def _until_interrupted(work: Coroutine[Any, Any, None]) -> bool:
+async def _until_interrupted(work: Coroutine[Any, Any, None], live: Live) -> bool:
     """Await `work`. The first SIGINT or SIGTERM cancels it, which is then True; a second one kills as usual."""
     task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
@@ -114,6 +154,7 @@ async def _until_interrupted(work: Coroutine[Any, Any, None]) -> bool:
         nonlocal interrupted
         interrupted = True
         release()
+        live.phase("ending, as soon as the learner is between two steps; once more ends it at once")
         task.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -126,6 +167,16 @@ async def _until_interrupted(work: Coroutine[Any, Any, None]) -> bool:
     finally:
         release()
     return interrupted
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`. When this is cancelled meanwhile, it is so only after `work` has ended."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,12 +205,22 @@ class Training:
     """On time.monotonic."""
     step: int = 0
     """Optimizer steps taken."""
+    position: int = 0
+    """Number of the first group that no step has learned from or dropped."""
     episodes: int = 0
     failed_episodes: int = 0
     tokens_generated: int = 0
     first_episode_s: float | None = None
     results: dict[str, Any] = field(default_factory=dict)
     """Held-out accuracies for the summary."""
+    running: RunningMean = field(default_factory=RunningMean)
+    """Baseline of advantage = running_mean."""
+    checkpoint: Path | None = None
+    """The one to go on from."""
+    saved_step: int = 0
+    """That of the newest checkpoint."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """What a checkpoint keeps of this object, as the last whole step left it."""
     lag: LoopLag = field(default_factory=LoopLag)
     memory: ProcessTreeMemory = field(default_factory=ProcessTreeMemory)
     clock: StepClock = field(default_factory=StepClock)
@@ -172,15 +233,47 @@ class Training:
             for meter in meters:
                 meter.cancel()
 
+    def go_on(self, checkpoint: Path) -> None:
+        """Be where a checkpoint says, its time included. The learner follows when it has started."""
+        state = read_driver_state(checkpoint)
+        self.checkpoint, self.state = checkpoint, state
+        self.step = self.saved_step = state["step"]
+        self.position = state["position"]
+        self.episodes, self.failed_episodes = state["episodes"], state["failed_episodes"]
+        self.tokens_generated, self.first_episode_s = state["tokens_generated"], state["first_episode_s"]
+        self.results = state["results"]
+        self.running = RunningMean.from_state(state["running_mean"])
+        self.memory.peak_mb = state["peak_pss_mb"]
+        self.started -= state["wall_s"]
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "config": self.config.model_dump(mode="json"),
+            "model_path": str(model_folder(self.config.model.path).absolute()),
+            "step": self.step,
+            "position": self.position,
+            "episodes": self.episodes,
+            "failed_episodes": self.failed_episodes,
+            "tokens_generated": self.tokens_generated,
+            "first_episode_s": self.first_episode_s,
+            "results": dict(self.results),
+            "running_mean": self.running.state(),
+            "peak_pss_mb": self.memory.peak_mb,
+            "wall_s": time.monotonic() - self.started,
+        }
+
     async def _train(self, rooms: Rooms) -> None:
         config, rollout = self.config, self.config.rollout
-        await self._evaluate(rooms, "before", config.eval.questions, greedy=True)
-        await self._evaluate_transfer(rooms, "before")
-        sampling = DynamicSampling(
-            drop_rate=rollout.drop_rate,
-            max_drops=rollout.max_drop_rounds * rollout.groups_per_step,
-            seed=config.seed,
-        )
+        if self.checkpoint:
+            await rooms.learner.load_checkpoint(self.checkpoint)
+            await rooms.engine.update_weights(self.step)
+        else:
+            await self._evaluate(rooms, "before", config.eval.questions, greedy=True)
+            await self._evaluate_transfer(rooms, "before")
+        questions = self._questions(rooms)
+        # thousands of them take a second
+        await asyncio.to_thread(lambda: next(islice(questions, self.position, self.position), None))
 
         async def play(task: Task, number: int, index: int, attempt: int) -> Trajectory:
             seed = derive_seed(config.seed, "episode", number, index, attempt)
@@ -190,34 +283,85 @@ class Training:
         try:
             async with rollouts(
                 play,
-                self._questions(rooms),
+                questions,
                 group_size=rollout.group_size,
                 max_open_groups=rollout.max_open_groups,
                 max_refills=rollout.max_refills,
-                sampling=sampling,
+                sampling=DynamicSampling(
+                    drop_rate=rollout.drop_rate,
+                    max_drops=rollout.max_drop_rounds * rollout.groups_per_step,
+                    seed=config.seed,
+                ),
+                position=self.position,
             ) as groups:
                 self.clock.take_step()
                 while self.step < config.num_steps:
                     await self._step(rooms, groups)
-        finally:
-            # after Ctrl-C too, once the step under way is done: what was learned is kept
-            if self.step:
-                await rooms.learner.save(self.run_dir.model_path)
+        except BaseException as e:
+            # Ctrl-C, or something that broke: what was learned is kept, if there is a learner to ask
+            if not _holds(e, LearnerError):
+                await self._keep(rooms)
+            raise
+        await self._keep(rooms)
         await self._evaluate(rooms, "after", config.eval.questions, greedy=True)
         await self._evaluate_transfer(rooms, "after")
 
     async def _step(self, rooms: Rooms, groups: Groups) -> None:
         """One optimizer step, and what is told of it."""
+        if self._streams(rooms.learner):
+            batch, advantages = await self._stream(rooms, groups)
+            learn = rooms.learner.finish_step(self.step + 1)
+        else:
+            batch = await groups.take(self.config.rollout.groups_per_step)
+            advantages = await asyncio.to_thread(
+                batch_advantages, batch, self.config, self.step + 1, running=self.running
+            )
+            learn = rooms.learner.step(batch, advantages, self.step + 1)
+        # half of it would leave the learner ahead of what is written
+        await _to_its_end(self._learn(rooms, learn, batch, advantages, groups))
+        groups.done(len(batch))
+        every = self.config.checkpoint.every
+        if every and self.step % every == 0:
+            await self._save_checkpoint(rooms)
+
+    def _streams(self, learner: LearnerClient) -> bool:
+        wanted = self.config.learner.stream
+        return streams(self.config.learner) and (wanted == "on" or (wanted == "auto" and learner.device == "cuda"))
+
+    async def _stream(self, rooms: Rooms, groups: Groups) -> tuple[list[Group], Advantages]:
+        """Train on groups as they finish; returns the step's, in their order, when the learner has had all of them."""
+        done: list[tuple[Group, list[np.ndarray]]] = []
+        async with aclosing(groups.stream(self.config.rollout.groups_per_step)) as batches:
+            async for batch in batches:
+                advantages = batch_advantages(batch, self.config, self.step + 1, running=self.running)
+                with self.clock.part("learn"):
+                    await rooms.learner.accumulate(batch, advantages)
+                done += zip(batch, advantages, strict=True)
+        done.sort(key=lambda pair: pair[0].number)
+        return [group for group, _ in done], [advantages for _, advantages in done]
+
+    async def _learn(
+        self,
+        rooms: Rooms,
+        learn: Coroutine[Any, Any, dict[str, Any]],
+        batch: Sequence[Group],
+        advantages: Advantages,
+        groups: Groups,
+    ) -> None:
+        """From a step's groups to what is written of it."""
         config = self.config
-        batch = await groups.take(config.rollout.groups_per_step)
-        advantages = batch_advantages(batch, config, self.step + 1)
         with self.clock.part("learn"):
-            learned = await rooms.learner.step(batch, advantages, self.step + 1)
+            learned = await learn
         self.step += 1
+        self.position = groups.position
+        self.running.observe(batch)
         with self.clock.part("sync"):
             await rooms.engine.update_weights(self.step)
         metrics = {"step": self.step} | self._rollout_metrics(rooms, batch, groups.dropped)
         metrics |= {f"learner/{name}": value for name, value in learned.items()}
+        for complaint in ("skipped", "mismatch_warning"):
+            if learned.get(complaint):
+                self.live.phase(f"step {self.step}: {learned[complaint]}")
         evaluation = config.eval
         if evaluation.every and self.step % evaluation.every == 0 and self.step < config.num_steps:
             with self.clock.part("evaluate"):
@@ -229,7 +373,6 @@ class Training:
             for turns in (*(turns.tolist() for turns in per_trajectory), *([[]] * len(group.failures)))
         ]
         await self.run_dir.trajectories(step_name(self.step), played, per_turn)
-        groups.done(len(batch))
         metrics |= self.clock.take_step() | self.lag.take_step() | rooms.broker.take_step()
         metrics |= {"time/since_start_s": time.monotonic() - self.started}
         training_s = metrics["time/step_s"] - metrics["time/evaluate_s"]
@@ -239,6 +382,19 @@ class Training:
         }
         self.run_dir.metrics(metrics)
         self.live.step(metrics)
+        self.state = self._state()
+
+    async def _save_checkpoint(self, rooms: Rooms) -> None:
+        await rooms.learner.save_checkpoint(self.run_dir.checkpoint_path(self.step), self.state)
+        self.saved_step = self.step
+
+    async def _keep(self, rooms: Rooms) -> None:
+        """Write what was learned so far: a model to use, and a checkpoint to go on from if every step was a whole one."""
+        if not self.step:
+            return
+        if self.config.checkpoint.every and self.saved_step < self.step == self.state["step"]:
+            await self._save_checkpoint(rooms)
+        await rooms.learner.save(self.run_dir.model_path)
 
     async def _play(self, agent: NBAgent, task: Task, *, index: int, temperature: float, seed: int) -> Trajectory:
         """One episode with its rewards, counted."""
@@ -350,7 +506,7 @@ class Training:
                 self.live.phase("starting engine and learner")
                 async with (
                     self._engine(folder, chat, [world, *variants, other], weights) as engine,
-                    learner(config, folder, weights=weights, log_dir=log_dir) as learner_client,
+                    learner(_watched(config), folder, weights=weights, log_dir=log_dir) as learner_client,
                 ):
 
                     def agent(scope: str, corpus: Sequence[str]) -> NBAgent:
@@ -420,6 +576,19 @@ class Training:
             limits=EpisodeLimits(max_turns=config.rollout.max_turns, timeout_s=config.rollout.episode_timeout_s),
             part=self.clock.part,
         )
+
+
+def _watched(config: RunConfig) -> RunConfig:
+    """What the learner is run with: a simulated engine makes its log-probs up, and there is no mismatch to watch."""
+    if config.engine.kind != "simulated":
+        return config
+    learner = config.learner.model_copy(update={"mismatch_warn": 0.0, "mismatch_stop": 0.0})
+    return config.model_copy(update={"learner": learner})
+
+
+def _holds(error: BaseException, kind: type[BaseException]) -> bool:
+    """Whether an error, or one in a group of them, is of a kind."""
+    return isinstance(error, kind) or (isinstance(error, BaseExceptionGroup) and error.subgroup(kind) is not None)
 
 
 def _accuracy(trajectories: Sequence[Trajectory]) -> float:

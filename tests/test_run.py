@@ -1,18 +1,14 @@
 """The command as a user runs it: in a process of its own, with real engine, sandbox and learner on a tiny random policy."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from l0fast.run_dir import read_config, read_metrics, read_trajectories
+from l0fast.run_dir import checkpoints, read_config, read_metrics, read_trajectories
+from tests.command import children_of, finish, seen, start, wait_until_gone
 
-ROOT = Path(__file__).parents[1]
 SMALL = ["--engine.threads", "1", "--learner.threads", "1", "--rollout.max-turns", "2", "--agent.max-new-tokens", "8"]
 SUMMARY_KEYS = {
     "eval_accuracy_before",
@@ -31,47 +27,6 @@ SUMMARY_KEYS = {
     "seed",
     "version",
 }
-
-
-def start(*args: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "l0fast.run", *args],
-        cwd=ROOT,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def finish(process: subprocess.Popen[str], code: int) -> str:
-    out, _ = process.communicate(timeout=110)
-    assert process.returncode == code, out
-    return out
-
-
-def children_of(pid: int) -> set[int]:
-    """All descendants of a process."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        parents[int(stat.parent.name)] = int(fields[1])
-    found, frontier = set(), {pid}
-    while frontier := {child for child, parent in parents.items() if parent in frontier} - found:
-        found |= frontier
-    return found
-
-
-def wait_until_gone(pids: set[int], timeout_s: float = 5) -> set[int]:
-    """Those that are still there after a while."""
-    deadline = time.monotonic() + timeout_s
-    while (alive := {pid for pid in pids if Path(f"/proc/{pid}").exists()}) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return alive
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +88,11 @@ def test_ctrl_c_keeps_what_was_done_and_leaves_no_process(policy_folder: Path, t
     process.send_signal(signal.SIGINT)
     out = finish(process, 130)
     assert "interrupted after" in out
+    assert f"resume with: python -m l0fast.run --resume {run_dir}\n" in out
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["steps"] >= 2
-    assert len(read_metrics(run_dir)) in (summary["steps"], summary["steps"] - 1)  # it may stop inside a step
+    assert len(read_metrics(run_dir)) == summary["steps"]  # it never stops inside a step
+    assert checkpoints(run_dir)[-1].name == f"step_{summary['steps']:06d}"
     assert (run_dir / "model" / "model.safetensors").exists()
     assert not wait_until_gone(children)
 
@@ -163,35 +120,16 @@ def test_the_same_seed_with_the_simulated_engine_gives_the_same_run(policy_folde
     for process in runs:
         finish(process, 0)
 
-    def seen(name: str):
-        timings = ("time/", "loop/", "_s")
-        metrics = [
-            {
-                k: v
-                for k, v in row.items()
-                if not k.startswith(timings[:2]) and not k.endswith(timings[2]) and "_per_s" not in k
-            }
-            for row in read_metrics(tmp_path / name)
-        ]
-        for row in metrics:
-            # whether an identical call had been answered or was still running is a matter of time; that there was one is not
-            row["tools/search/reused"] = row.pop("tools/search/hits") + row.pop("tools/search/shared")
-        played = [
-            [(turn.prompt_ids, turn.response_ids, turn.output) for turn in t.turns]
-            for file in sorted((tmp_path / name / "trajectories").iterdir())
-            for t in read_trajectories(file)
-        ]
-        return metrics, played
-
-    assert seen("a") == seen("b")
-    assert seen("a") != seen("c")
+    a, b, c = (seen(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a != c
 
 
 @pytest.mark.parametrize(("args", "sentence"), [
     (["--model.path", "/no/such/folder"], "neither a folder nor a policy that ships"),
     (["--eval.questions", "1000000"], "held-out questions"),
     (["--nmu-steps", "3"], "--num-steps"),
-    (["--resume", "runs/x"], "not in this version"),
+    (["--resume", "runs/x"], "has no place beside it"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence_and_nothing_is_written(args: list[str], sentence: str, tmp_path: Path):
     out = finish(start("--run-dir", str(tmp_path / "run"), *args), 2)

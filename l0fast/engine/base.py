@@ -24,6 +24,16 @@ class Sampling:
     """The same seed, prompt and weights give the same ids, whoever shares the batch (up to rounding)."""
 
 
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Which policy sampled a stretch of a response."""
+
+    policy_version: int
+    start: int
+    end: int
+    """Ids [start, end) of the response."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
     response_ids: tuple[int, ...]
@@ -32,6 +42,9 @@ class Sampled:
     finish_reason: str
     """"stop" | "length" | "abort"."""
     policy_version: int
+    """Of the first id; the oldest there is in the response."""
+    version_spans: tuple[VersionSpan, ...] = ()
+    """Where weights came while it was sampled: who sampled what. Empty: all of it is of `policy_version`."""
     cached_tokens: int = 0
     """Prompt tokens that were not computed again."""
 

@@ -1,127 +1,374 @@
 """The learner as the event loop sees it: groups in, metrics out, new weights in shared memory. No torch.
 
-    groups -> advantages -> segments -> rows -> packs -> bytes     in a thread: a batch takes tens of milliseconds
-           -> rank (child process): one optimizer step, weights published
-           -> metrics
+    accumulate   groups -> segments -> rows -> packs -> dealt to ranks -> shared memory      in a thread: milliseconds
+                 -> all ranks at once: forward and backward, gradients add up
+    finish_step  -> all ranks at once: one optimizer step, weights published
+                 -> metrics
+    step         both
 
-Who waits for whom: the caller for its step; the rank for the next one. Nothing is trained while the caller generates.
+Who waits for whom: the caller for its answer, one at a time; the ranks for each other, inside collectives. So when one
+of them dies or is stuck all are: the one to blame is looked for, its last words are the error, and all ranks are ended.
+Nothing is trained while the caller generates, unless it sends groups as they finish.
 """
 
 import asyncio
+import importlib.metadata
+import itertools
+import json
+import os
+import socket
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from l0fast.config import RunConfig
-from l0fast.errors import LearnerError
-from l0fast.ipc import SharedWeights, Worker, spawn_worker
-from l0fast.learner.advantage import compute_advantages
-from l0fast.learner.packing import pack_rows, row_of, to_bytes
+from l0fast.errors import LearnerError, UsageError
+from l0fast.ipc import SharedBytes, SharedWeights, Worker, shared_bytes, spawn_worker
+from l0fast.learner.advantage import RunningMean, compute_advantages
+from l0fast.learner.mismatch import judge
+from l0fast.learner.packing import Pack, balance, loss_denominator, pack_rows, payload_bytes, row_of, write_payload
 from l0fast.learner.segments import segments_of
 from l0fast.types import Group
 
 Advantages = list[list[np.ndarray]]
 """[group][trajectory] -> [turns]"""
 
-START_TIMEOUT_S = 120.0
-"""Time the child has to import torch and load the model [s]."""
+BUCKET_BYTES = 512 << 20
+"""Of weights on their way to an engine on the same GPU [bytes]."""
+BLAME_S = 2.0
+"""Time that other ranks get to fail too, once one has: the first to say so may only have lost the one that died [s]."""
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What was sent since the last step."""
+
+    denominator: float = 0.0
+    advantages: list[np.ndarray] = field(default_factory=list)
+    pack_s: float = 0.0
+    busy_s: float = 0.0
 
 
 class LearnerClient:
     """A running learner. Made by `learner`."""
 
-    def __init__(self, config: RunConfig, worker: Worker):
-        self.parameters: int = worker.ready["parameters"]
+    def __init__(self, config: RunConfig, workers: Sequence[Worker], packs: SharedBytes):
+        self.parameters: int = workers[0].ready["parameters"]
         """Of the policy; tied ones count once."""
-        self.pid = worker.pid
-        self._config, self._worker = config, worker
+        self.device: str = workers[0].ready["device"]
+        """What the ranks compute on: "cpu" or "cuda"."""
+        self.pids = tuple(worker.pid for worker in workers)
+        self._config, self._workers, self._packs = config, workers, packs
+        self._batch = _Batch()
+        self._policy_version = 0
+        self._lock = asyncio.Lock()
+        self._failure: str | None = None
 
     async def step(self, groups: Sequence[Group], advantages: Advantages, policy_version: int) -> dict[str, Any]:
-        """One optimizer step on these groups; when it returns, the weights are published under `policy_version`.
+        """`accumulate` and `finish_step`."""
+        await self.accumulate(groups, advantages)
+        return await self.finish_step(policy_version)
+
+    async def accumulate(self, groups: Sequence[Group], advantages: Advantages) -> None:
+        """Forward and backward on these groups; the weights stay as they are until `finish_step`.
+
+        Groups that come together are taken in the order of their numbers, whatever order they are in here.
 
         Args:
             advantages: as `batch_advantages` makes them.
 
+        Raises:
+            LearnerError: a rank failed, died or missed its deadline.
+            ValueError: a group that can't be trained on: a turn without its log-probs, or with an empty prompt.
+        """
+        async with self._lock:
+            start = time.perf_counter()
+            order = sorted(range(len(groups)), key=lambda i: groups[i].number)
+            groups, advantages = [groups[i] for i in order], [advantages[i] for i in order]
+            dealt, denominator = await asyncio.to_thread(self._deal, groups, advantages)
+            self._batch.pack_s += time.perf_counter() - start
+            if dealt:
+                await self._ask("accumulate", **dealt)
+            self._batch.denominator += denominator
+            self._batch.advantages += [turns for per_trajectory in advantages for turns in per_trajectory]
+            self._batch.busy_s += time.perf_counter() - start
+
+    async def finish_step(self, policy_version: int) -> dict[str, Any]:
+        """One optimizer step on what was accumulated; when it returns, the weights are published under `policy_version`.
+
         Returns:
-            What `PolicyModel.step` reports (None for a number that is not finite), with advantages_mean and
-            advantages_std over turns, pack_s (making the packs) and step_s (everything) [s].
+            What `PolicyModel.finish_step` reports (None for a number that is not finite), with advantages_mean and
+            advantages_std over turns, mismatch_warning (a sentence or None), pack_s (making the packs) and step_s
+            (everything the learner was asked for since the last step) [s].
 
         Raises:
-            LearnerError: the child failed, died or missed its deadline.
-            ValueError: a group that can't be trained on: no rewards, no sampled token.
+            LearnerError: a rank failed, died or missed its deadline; the engine samples from another policy than is
+                trained (`learner.mismatch_stop`).
+            ValueError: no sampled token in all that was accumulated.
         """
-        start = time.perf_counter()
-        payload, stats = await asyncio.to_thread(batch_payload, groups, advantages, self._config.learner.pack_tokens)
-        pack_s = time.perf_counter() - start
-        header, _ = await self._worker.call(
-            "step", memoryview(payload), timeout_s=self._config.learner.step_timeout_s, policy_version=policy_version
-        )
-        return {**header["metrics"], **stats, "pack_s": pack_s, "step_s": time.perf_counter() - start}
+        async with self._lock:
+            start = time.perf_counter()
+            batch, self._batch = self._batch, _Batch()
+            if not batch.denominator:
+                raise ValueError("the groups of this step hold no sampled token, so there is nothing to learn from")
+            answers = await self._ask("finish_step", denominator=batch.denominator, policy_version=policy_version)
+            self._policy_version = policy_version
+        metrics = answers[0]["metrics"]
+        turns = np.concatenate(batch.advantages)
+        return {
+            **metrics,
+            "advantages_mean": float(turns.mean()),
+            "advantages_std": float(turns.std()),
+            "mismatch_warning": judge(metrics, self._config.learner),
+            "pack_s": batch.pack_s,
+            "step_s": batch.busy_s + time.perf_counter() - start,
+        }
+
+    async def buckets(self, bucket_bytes: int = BUCKET_BYTES) -> AsyncIterator[list[str]]:
+        """The weights as the last step left them, bucket by bucket: of each rank's, what an engine on its GPU can read.
+
+        What `SGLangEngine.update_weights` takes. The ranks keep all of it, in bf16, until they are asked again.
+        """
+        async with self._lock:
+            first = True
+            while True:
+                answers = await self._ask("export", bucket_bytes=bucket_bytes, first=first)
+                first, buckets = False, [answer["bucket"] for answer in answers]
+                if buckets[0] is None:
+                    return
+                yield buckets
 
     async def save(self, path: Path) -> None:
         """Write the policy as a model folder in Hugging Face form. Raises LearnerError."""
-        await self._worker.call("save", timeout_s=self._config.learner.step_timeout_s, path=str(path))
+        async with self._lock:
+            await self._ask("save", path=str(path))
+
+    async def save_checkpoint(self, path: Path, driver_state: dict[str, Any]) -> None:
+        """Write all that going on from here takes, `driver_state` (JSON-like) included, to a folder; between two steps.
+
+        Returns when the state is copied. It is written while training goes on, and has its name when it is complete; the
+        oldest in the same folder beyond `checkpoint.keep` then go.
+
+        Raises:
+            LearnerError: a rank failed, at this save or at writing the one before.
+        """
+        async with self._lock:
+            await self._ask(
+                "save_checkpoint", path=str(path), driver_state=driver_state, policy_version=self._policy_version
+            )
+
+    async def load_checkpoint(self, path: Path) -> dict[str, Any]:
+        """Go back to a checkpoint, saved by any number of ranks, and publish its weights under the version they had.
+
+        Returns:
+            The `driver_state` it was saved with.
+
+        Raises:
+            UsageError: no checkpoint.
+            LearnerError: a rank failed, or it is of another model.
+        """
+        file = path / "driver.json"
+        try:
+            driver_state = json.loads(await asyncio.to_thread(file.read_bytes))
+        except (OSError, ValueError) as e:
+            raise UsageError(f"{file} can't be read ({e}); name the folder of a complete checkpoint") from e
+        async with self._lock:
+            answers = await self._ask("load_checkpoint", path=str(path))
+            self._policy_version, self._batch = answers[0]["policy_version"], _Batch()
+        return driver_state
+
+    async def close(self) -> None:
+        """Wait until the last checkpoint is written. Nothing to do where a rank has failed. Raises LearnerError."""
+        async with self._lock:
+            if self._failure is None:
+                await self._ask("wait_checkpoint")
+
+    def _deal(self, groups: Sequence[Group], advantages: Advantages) -> tuple[dict[str, Any], float]:
+        """Packs into shared memory: what ranks need to find theirs, empty if there are none, and the loss denominator."""
+        packs, denominator = batch_packs(groups, advantages, self._config, len(self._workers))
+        if not packs:
+            return {}, 0.0
+        ranks = balance(packs, len(self._workers))
+        flat = [pack for rank in ranks for pack in rank]
+        num_bytes = payload_bytes(flat)
+        write_payload(flat, self._packs.reserve(num_bytes))
+        return {"num_bytes": num_bytes, "bounds": [0, *itertools.accumulate(map(len, ranks))]}, denominator
+
+    async def _ask(self, op: str, **fields: Any) -> list[dict[str, Any]]:
+        """All ranks at once; their answers in order. After a failure there are no ranks to ask any more."""
+        if self._failure is not None:
+            raise LearnerError(self._failure)
+        timeout_s = self._config.learner.step_timeout_s
+        calls = [asyncio.create_task(worker.call(op, timeout_s=timeout_s, **fields)) for worker in self._workers]
+        try:
+            done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+            if any(call.exception() for call in done):
+                await asyncio.wait(calls, timeout=BLAME_S)
+                error = self._blame(calls)
+                self._failure = str(error)
+                raise error
+            return [call.result()[0] for call in calls]
+        finally:
+            for call, worker in zip(calls, self._workers, strict=True):
+                call.cancel()
+                if self._failure is not None:
+                    worker.kill()
+            await asyncio.gather(*calls, return_exceptions=True)
+
+    def _blame(self, calls: Sequence[asyncio.Task[Any]]) -> BaseException:
+        """Who died, or else who failed, or else all who are silent."""
+        ended = [
+            (w, error)
+            for w, call in zip(self._workers, calls, strict=True)
+            if call.done() and (error := call.exception())
+        ]
+        dead = [error for worker, error in ended if worker.dead]
+        answered = [error for _, error in ended if not isinstance(error.__cause__, TimeoutError)]
+        if dead or answered or len(ended) == 1:
+            return [*dead, *answered, *(error for _, error in ended)][0]
+        return LearnerError("\n".join(str(error) for _, error in ended))
 
 
-def batch_advantages(groups: Sequence[Group], config: RunConfig, policy_version: int) -> Advantages:
+def batch_advantages(
+    groups: Sequence[Group], config: RunConfig, policy_version: int, *, running: RunningMean | None = None
+) -> Advantages:
     """Advantages of the batch that leads to `policy_version`: [group][trajectory] -> [turns]."""
     # its own stream a step, so that a run that goes on later permutes as the uninterrupted one did
-    return compute_advantages(groups, config.learner, np.random.default_rng([config.seed, policy_version]))
+    rng = np.random.default_rng([config.seed, policy_version])
+    return compute_advantages(groups, config.learner, rng, running=running)
 
 
-def batch_payload(
-    groups: Sequence[Group], advantages: Advantages, pack_tokens: int
-) -> tuple[bytearray, dict[str, float]]:
-    """The packs of a batch, serialised, and what was seen of its advantages."""
+def batch_packs(
+    groups: Sequence[Group], advantages: Advantages, config: RunConfig, num_ranks: int = 1
+) -> tuple[list[Pack], float]:
+    """The packs of some groups, none where they hold no sampled token, and their share of the loss denominator."""
+    learner, rollout = config.learner, config.rollout
     rows = [
         [
-            row_of(segment, trajectory, turns)
+            row_of(segment, trajectory, turns, learner.loss_mean)
             for trajectory, turns in zip(group.trajectories, per_trajectory, strict=True)
             for segment in segments_of(trajectory)
         ]
         for group, per_trajectory in zip(groups, advantages, strict=True)
     ]
-    if not any(map(len, rows)):
-        raise ValueError(
-            f"the {len(groups)} groups of this step hold no sampled token, so there is nothing to learn from"
-        )
-    flat = np.concatenate([turns for per_trajectory in advantages for turns in per_trajectory])
-    stats = {"advantages_mean": float(flat.mean()), "advantages_std": float(flat.std())}
-    return to_bytes(pack_rows(rows, pack_tokens, share_prefixes=True)), stats
+    packs = pack_rows(rows, learner.pack_tokens, share_prefixes=True, num_ranks=num_ranks)
+    token_limit = rollout.max_turns * config.agent.max_new_tokens
+    return packs, loss_denominator(packs, groups, learner.loss_mean, token_limit)
 
 
 @asynccontextmanager
 async def learner(
-    config: RunConfig, model_path: Path, *, weights: SharedWeights, log_dir: Path | None
+    config: RunConfig, model_path: Path, *, weights: SharedWeights | None, log_dir: Path | None
 ) -> AsyncIterator[LearnerClient]:
     """Run the learner for as long as the `async with` body runs.
 
     Args:
         model_path: the start model; also the frozen reference when `learner.kl_coef` > 0.
-        weights: where new weights go; on entering it holds the start weights, as version 0.
-        log_dir: folder for the child's log, learner.log; None keeps its words for errors only.
+        weights: where new weights go; on entering it holds the start weights, as version 0. None where engines take
+            `LearnerClient.buckets` instead.
+        log_dir: folder for the ranks' logs, learner.log (learner_1.log, ... of further ranks); None keeps their words
+            for errors only.
 
     Raises:
-        LearnerError: it does not start.
+        UsageError: more ranks than GPUs.
+        LearnerError: it does not start, or can't write the last checkpoint.
     """
-    async with spawn_worker(
-        "l0fast.learner.rank",
-        args={
-            "config": config.learner.model_dump(),
-            "model_path": str(model_path),
-            "num_steps": config.num_steps,
-            "temperature": config.rollout.temperature,
-            "seed": config.seed,
-            "weights": weights.handle(),
-        },
-        name="learner",
-        error=LearnerError,
-        start_timeout_s=START_TIMEOUT_S,
-        stderr_path=None if log_dir is None else log_dir / "learner.log",
-        pass_fds=(weights.fd,),
-    ) as worker:
-        yield LearnerClient(config, worker)
+    world = num_ranks(config)
+    with socket.create_server(("127.0.0.1", 0)) as rendezvous, shared_bytes("l0fast-packs") as packs:
+
+        def rank(number: int) -> AbstractAsyncContextManager[Worker]:
+            return spawn_worker(
+                "l0fast.learner.rank",
+                args={
+                    "config": config.learner.model_dump(),
+                    "keep_checkpoints": config.checkpoint.keep,
+                    "model_path": str(model_path),
+                    "num_steps": config.num_steps,
+                    "temperature": config.rollout.temperature,
+                    "seed": config.seed,
+                    "rank": number,
+                    "world": world,
+                    "port": rendezvous.getsockname()[1],
+                    "listen_fd": rendezvous.fileno(),
+                    "weights": weights and weights.handle(),
+                    "packs_fd": packs.fd,
+                },
+                name=f"learner rank {number}" if world > 1 else "learner",
+                error=LearnerError,
+                start_timeout_s=config.learner.start_timeout_s,
+                stderr_path=log_dir and log_dir / (f"learner_{number}.log" if number else "learner.log"),
+                pass_fds=[
+                    packs.fd,
+                    *([] if weights is None else [weights.fd]),
+                    *([] if number else [rendezvous.fileno()]),
+                ],
+            )
+
+        async with _all_open([rank(number) for number in range(world)]) as workers:
+            client = LearnerClient(config, workers, packs)
+            try:
+                yield client
+            finally:
+                await client.close()
+
+
+def num_ranks(config: RunConfig) -> int:
+    """How many ranks a run has: one a GPU, or as set. Raises UsageError for more than there are GPUs."""
+    gpus, wanted = num_gpus(), config.learner.ranks
+    if gpus and wanted > gpus:
+        raise UsageError(
+            f"learner.ranks = {wanted} but this process may use {gpus} GPUs, and each rank takes one: set "
+            f"--learner.ranks to {gpus} or less, or CUDA_VISIBLE_DEVICES"
+        )
+    return wanted or gpus or 1
+
+
+def num_gpus() -> int:
+    """GPUs that torch will find here, without importing it: none for its CPU build."""
+    try:
+        if importlib.metadata.version("torch").endswith("+cpu"):
+            return 0
+    except importlib.metadata.PackageNotFoundError:
+        return 0
+    found = sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia[0-9]*"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    return min(found, sum(name.strip() not in ("", "-1") for name in visible.split(",")))
+
+
+@asynccontextmanager
+async def _all_open(managers: Sequence[AbstractAsyncContextManager[T]]) -> AsyncIterator[list[T]]:
+    """Enter them at the same time, and leave them at the same time."""
+    entered: list[AbstractAsyncContextManager[T]] = []
+
+    async def enter(manager: AbstractAsyncContextManager[T]) -> T:
+        value = await manager.__aenter__()
+        entered.append(manager)
+        return value
+
+    try:
+        yield await _together(map(enter, managers))
+    finally:
+        await _together(manager.__aexit__(None, None, None) for manager in entered)
+
+
+async def _together(work: Iterable[Awaitable[T]]) -> list[T]:
+    """The results; what fails first cancels the others, and is raised."""
+
+    async def one(awaitable: Awaitable[T]) -> T:
+        return await awaitable
+
+    try:
+        async with asyncio.TaskGroup() as tg:
+            tasks = [tg.create_task(one(awaitable)) for awaitable in work]
+    except BaseExceptionGroup as e:
+        raise e.exceptions[0] from e.exceptions[0].__cause__
+    return [task.result() for task in tasks]

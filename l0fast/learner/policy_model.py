@@ -1,49 +1,60 @@
-"""The policy under training: one process, one model, one optimizer step a batch.
+"""The policy under training: what one rank does with its packs. One process and plain tensors, or a shard of a GPU's each.
 
-    packs -> for each: reference log-probs (frozen start model, no gradient)
-                       forward to the last hidden state -> rows of the predictors -> policy_head -> backward
-          -> gradients, divided once by the number of sampled tokens of the whole batch -> clip -> AdamW
+    accumulate   pack -> reference log-probs (frozen start model, no gradient)
+                      -> forward to the last hidden state -> rows of the predictors -> policy_head -> backward
+                 as groups finish, in any order: gradients of sums add up
+    finish_step  gradients / denominator -> clip -> AdamW
 
-A token weighs the same however the batch was cut into packs. There is one step a batch, so the ratio is 1 and the log-probs
-of before the step are not computed a second time (policy_head, `old_logprobs_T=None`).
+A token weighs the same however the batch was cut into packs and dealt to ranks: losses are summed, and the denominator
+of the whole batch, on all ranks, divides once, at the step. FSDP2 averages gradients over ranks, so that the step
+multiplies them by world / denominator. Ranks gather weights from each other at every layer, so each goes through the
+same number of packs; one that has none left takes a small pack that weighs nothing.
 
-What a step reports on the way, with d = policy - sampler, the log-probs of the same tokens under the same weights from two
-programs: mismatch_k1 = mean(-d) and mismatch_k3 = mean(exp(d) - d - 1) both estimate KL(sampler || policy),
-mismatch_max = max |d|. Well above 1e-3 the engine and the learner do not compute the same policy.
+With one optimizer step a batch the ratio is 1 and the log-probs of before the step are not computed a second time
+(policy_head, `old_logprobs_T=None`). With more (`learner.minibatches`) packs are kept until the step, when they are dealt
+into that many parts.
+
+What a step reports is the same on all ranks: sums over all tokens of all ranks, the longest time of any.
 """
 
-import copy
 import math
 import shutil
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from l0fast.config import LearnerConfig
-from l0fast.errors import UsageError
-from l0fast.learner import attention
-from l0fast.learner.packing import Pack
+from l0fast.learner import lora
+from l0fast.learner.algorithms import gspo_coefficients
+from l0fast.learner.attention import PackLayout
+from l0fast.learner.loading import Place, load_model, local_part, whole
+from l0fast.learner.packing import Pack, dummy_pack
+from l0fast.learner.tally import Tally
 from l0fast_kernels.policy_head import HeadStats, policy_head, token_logprobs
 
-TOKENIZER_PATTERNS = (
+FOLDER_PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
     "chat_template*",
+    "generation_config.json",
 )
-"""Files of a model folder that belong to its tokenizer."""
+"""Files of a model folder that training does not change."""
 
 
 def learning_rate(step: int, num_steps: int, config: LearnerConfig) -> float:
-    """Linear warm-up to the peak, then linear decay to `final_lr_ratio` of it at the last step.
+    """Linear warm-up to the peak, then down to `final_lr_ratio` of it at the last step: linearly, along a half cosine, or
+    not at all ("constant").
 
     Args:
         step: steps taken so far; the peak is at `warmup_steps`, the end at `num_steps - 1` and after.
@@ -51,195 +62,310 @@ def learning_rate(step: int, num_steps: int, config: LearnerConfig) -> float:
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     done = min(1.0, (step - config.warmup_steps) / max(1, num_steps - 1 - config.warmup_steps))
-    return config.lr * (1 - done * (1 - config.final_lr_ratio))
+    match config.schedule:
+        case "linear":
+            fallen = done
+        case "cosine":
+            fallen = (1 - math.cos(math.pi * done)) / 2
+        case "constant":
+            fallen = 0.0
+    return config.lr * (1 - fallen * (1 - config.final_lr_ratio))
+
+
+class _Held(NamedTuple):
+    """A pack that waits for the step, with the log-probs of before it [R]."""
+
+    pack: Pack
+    old_logprobs: Tensor
 
 
 class PolicyModel:
-    """The model, its frozen start, its optimizer and its schedule.
+    """The model, its frozen start, its optimizer and its schedule, or this rank's shards of them.
 
     Args:
-        model_path: a model folder in Hugging Face form; loaded in fp32.
+        model_path: a model folder in Hugging Face form.
         num_steps: the schedule's end [steps].
         temperature: that of the sampler.
+        device: "cpu", or "cuda" for the current GPU.
+        rank, world: of the default process group, which must exist where world > 1 or the device is a GPU.
 
     Raises:
-        UsageError: a folder that transformers can't load.
+        UsageError: a folder that can't be loaded.
     """
 
-    def __init__(self, model_path: Path, config: LearnerConfig, *, num_steps: int, temperature: float):
+    def __init__(
+        self,
+        model_path: Path,
+        config: LearnerConfig,
+        *,
+        num_steps: int,
+        temperature: float,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.model_path, self.config, self.num_steps, self.temperature = model_path, config, num_steps, temperature
+        self.place = Place.of(device, rank, world)
         self.step_index = 0
         """Steps taken, skipped ones included."""
-        self.model = load_model(model_path)
-        self.reference = copy.deepcopy(self.model).requires_grad_(False) if config.kl_coef > 0 else None
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        self.root = load_model(model_path, config, self.place)
+        # with LoRA it is the model itself, without its additions
+        needs_reference = config.kl_coef > 0 and not config.lora_rank
+        self.reference = load_model(model_path, config, self.place, frozen=True) if needs_reference else None
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        matrices = [p for p in self.trained.values() if p.ndim >= 2]
+        vectors = [p for p in self.trained.values() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=config.lr,
             betas=config.betas,
             fused=True,
         )
+        for p in self.trained.values():
+            # as AdamW itself would make it at its first step: a checkpoint from before that is like any other
+            moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+        self._held: list[_Held] = []
+        self._tally = Tally()
 
-    def step(self, packs: Sequence[Pack]) -> dict[str, Any]:
-        """One optimizer step on the packs of a batch.
+    @property
+    def model(self):
+        """The causal language model; its parameters are sharded between forwards."""
+        return self.root.model
+
+    def step(self, packs: Sequence[Pack], denominator: float | None = None) -> dict[str, Any]:
+        """`accumulate` and `finish_step`."""
+        self.accumulate(packs)
+        return self.finish_step(denominator)
+
+    def accumulate(self, packs: Sequence[Pack], num_packs: int | None = None) -> None:
+        """Add the gradients of these packs, or keep them for the step if a batch gets several.
+
+        Args:
+            packs: this rank's; with several optimizer steps a batch they are copied.
+            num_packs: the most that any rank has; weightless ones fill up to it.
+        """
+        filled = [*packs, *[dummy_pack()] * ((num_packs or len(packs)) - len(packs))]
+        self._tally.count(packs)
+        for pack in filled:
+            if self.config.minibatches > 1:
+                with self._tally.clock("old_logprobs_s"):
+                    self._held.append(_Held(_copy(pack), self.logprobs(pack)))
+            else:
+                self._forward_backward(pack, None)
+
+    def finish_step(self, denominator: float | None = None) -> dict[str, Any]:
+        """One optimizer step, or `learner.minibatches`, on what was accumulated.
+
+        Args:
+            denominator: what the sum of all losses is divided by; None: the number of tokens with a weight > 0.
 
         Returns:
-            Means over the sampled tokens (loss, entropy, kl, clip_fraction, mismatch_*), grad_norm before clipping, lr,
-            tokens, sampled_tokens, skipped (why this step was not taken, else None), and the seconds of each part.
+            loss; means over the tokens with a weight (entropy, kl, clip_fraction, mismatch_*), grad_norm before clipping,
+            lr, tokens, sampled_tokens, packs, skipped (why a step was not taken, else None), and the seconds of each part.
+            The same on all ranks.
 
         Raises:
             ValueError: no sampled token in the batch.
         """
-        num_sampled = sum(int((pack.loss_weights > 0).sum()) for pack in packs)
-        if num_sampled == 0:
-            raise ValueError(f"a batch of {len(packs)} packs has no sampled token, so there is nothing to learn from")
-        clock = _Clock()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, sums = 0.0, _Sums()
-        for pack in packs:
-            with clock("reference_s"):
-                ref_logprobs = self.reference_logprobs(pack)
-            with clock("forward_backward_s"):
-                loss_sum, stats = self.forward(pack, ref_logprobs)
-                (loss_sum / num_sampled).backward()
-                loss += loss_sum.item() / num_sampled
-            sums.add(pack, stats)
-        with clock("optimizer_s"):
-            lr = learning_rate(self.step_index, self.num_steps, self.config)
-            grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip).item()
-            skipped = None
-            if math.isfinite(loss) and math.isfinite(grad_norm):
-                for group in self.optimizer.param_groups:
-                    group["lr"] = lr
-                self.optimizer.step()
-            else:
-                skipped = f"loss {loss:g} with gradient norm {grad_norm:g} is not finite; the weights stay as they were"
-            self.step_index += 1
+        parts = [part for part in np.array_split(np.arange(len(self._held)), self.config.minibatches) if len(part)]
+        norms, skipped = [], []
+        for part in parts or [()]:
+            for held in (self._held[i] for i in part):
+                self._forward_backward(*held)
+            norm, complaint = self._optimize(denominator, max(1, len(parts)))
+            norms.append(norm)
+            skipped += [complaint] if complaint else []
+        lr = learning_rate(self.step_index, self.num_steps, self.config)
+        self.step_index += 1
+        tally = self._tally.reduced(self.place)
+        self._held, self._tally = [], Tally()
         return {
-            "loss": loss,
-            "grad_norm": grad_norm,
+            **tally.metrics(denominator),
+            "grad_norm": max(norms),
             "lr": lr,
-            "skipped": skipped,
-            "tokens": sum(pack.num_tokens for pack in packs),
-            "sampled_tokens": num_sampled,
-            "packs": len(packs),
-            **sums.means(num_sampled),
-            **clock.seconds,
+            "skipped": "; ".join(skipped) or None,
         }
 
-    def forward(self, pack: Pack, ref_logprobs: Tensor | None) -> tuple[Tensor, HeadStats]:
+    def _forward_backward(self, pack: Pack, old_logprobs: Tensor | None) -> None:
+        with self._tally.clock("reference_s"):
+            ref_logprobs = self.reference_logprobs(pack)
+        with self._tally.clock("forward_backward_s"):
+            loss_sum, stats = self.forward(pack, ref_logprobs, old_logprobs)
+            loss_sum.backward()
+            self._tally.add(pack, loss_sum, stats)
+
+    @torch.no_grad()
+    def _optimize(self, denominator: float | None, num_parts: int) -> tuple[float, str | None]:
+        """Scale, clip, step. The gradient norm [of the mean], and why the step was not taken."""
+        with self._tally.clock("optimizer_s"):
+            grads = [local_part(p.grad) for p in self.trained.values() if p.grad is not None]
+            squares = torch.stack(torch._foreach_norm(grads)).double().square().sum().item() if grads else 0.0
+            sums = self._tally.sums
+            loss, num_sampled, squares = self._over_ranks([sums["loss"], sums["sampled_tokens"], squares])
+            if num_sampled == 0:
+                self.optimizer.zero_grad(set_to_none=True)
+                raise ValueError("the batch has no sampled token, so there is nothing to learn from")
+            # FSDP averaged over the ranks
+            scale = self.place.world / (num_sampled if denominator is None else denominator) * num_parts
+            norm = math.sqrt(squares) * scale if squares >= 0 else math.nan
+            skipped = None
+            if math.isfinite(loss) and math.isfinite(norm):
+                torch._foreach_mul_(grads, scale * min(1.0, self.config.grad_clip / (norm + 1e-6)))
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate(self.step_index, self.num_steps, self.config)
+                self.optimizer.step()
+            else:
+                skipped = f"loss {loss:g} with gradient norm {norm:g} is not finite; the weights stay as they were"
+            self.optimizer.zero_grad(set_to_none=True)
+        return norm, skipped
+
+    def _over_ranks(self, values: list[float]) -> list[float]:
+        """Their sums."""
+        if self.place.mesh is None:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.place.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def forward(
+        self, pack: Pack, ref_logprobs: Tensor | None = None, old_logprobs: Tensor | None = None
+    ) -> tuple[Tensor, HeadStats]:
         """Loss of one pack, summed over its sampled tokens, and what was seen of each [R]."""
-        return policy_head(
-            predictor_states(self.model, pack),
-            self.model.lm_head.weight,
-            torch.from_numpy(pack.target_ids),
-            advantages_T=torch.from_numpy(pack.advantages),
-            loss_weights_T=torch.from_numpy(pack.loss_weights),
+        config = self.config
+        advantages, clipped, tis_cap = pack.advantages, None, config.tis_cap
+        if config.objective == "gspo" and old_logprobs is not None:
+            # the ratio of a sequence is known when all its tokens were seen
+            old = old_logprobs.cpu().numpy()
+            advantages, clipped = gspo_coefficients(
+                self.logprobs(pack).cpu().numpy(),
+                old,
+                pack.advantages,
+                pack.loss_weights,
+                pack.sequences,
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+            )
+            if tis_cap:
+                advantages = advantages * np.minimum(np.exp(old - pack.sampler_logprobs), tis_cap)
+            # the head is to make no ratio of its own
+            old_logprobs, tis_cap = None, 0.0
+        head = partial(
+            policy_head,
+            target_ids_T=self._tensor(pack.target_ids),
+            advantages_T=self._tensor(advantages),
+            loss_weights_T=self._tensor(pack.loss_weights),
+            old_logprobs_T=old_logprobs,
             ref_logprobs_T=ref_logprobs,
+            sampler_logprobs_T=self._tensor(pack.sampler_logprobs) if tis_cap else None,
+            objective="cispo" if config.objective == "cispo" else "ppo",
             temperature=self.temperature,
-            clip_low=self.config.clip_low,
-            clip_high=self.config.clip_high,
-            dual_clip=self.config.dual_clip,
-            kl_coef=self.config.kl_coef,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
+            kl_coef=config.kl_coef,
+            tis_cap=tis_cap,
         )
+        loss_sum, stats = self._run(self.root, pack, head)
+        return loss_sum, stats if clipped is None else stats._replace(clipped=self._tensor(clipped))
+
+    @torch.no_grad()
+    def logprobs(self, pack: Pack) -> Tensor:
+        """[R] log-probs under the policy as it is."""
+        logprobs = self._run(self.root, pack, self._logprobs_head(pack))
+        self.root.reshard()
+        return logprobs
 
     @torch.no_grad()
     def reference_logprobs(self, pack: Pack) -> Tensor | None:
         """[R] log-probs under the start model; None when there is no KL term."""
-        if self.reference is None:
+        if self.config.kl_coef == 0:
             return None
-        hidden = predictor_states(self.reference, pack)
-        return token_logprobs(
-            hidden, self.reference.lm_head.weight, torch.from_numpy(pack.target_ids), self.temperature
+        root = self.reference or self.root
+        with lora.without_adapters(self.model) if self.reference is None else nullcontext():
+            logprobs = self._run(root, pack, self._logprobs_head(pack))
+        root.reshard()
+        return logprobs
+
+    def _logprobs_head(self, pack: Pack):
+        return partial(token_logprobs, ids_T=self._tensor(pack.target_ids), temperature=self.temperature)
+
+    def _run(self, root: torch.nn.Module, pack: Pack, head: Any) -> Any:
+        return root(
+            self._tensor(pack.token_ids),
+            self._tensor(pack.position_ids),
+            PackLayout.of(pack, self.place.device),
+            self._tensor(pack.predictors),
+            head,
         )
 
-    def publish(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the weights into tensors of the same names and shapes. Tied weights are there once.
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.place.device, non_blocking=True)
+
+    # --- weights out
+
+    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Names of the model folder and whole tensors, in the order of named_parameters; tied ones once, LoRA merged.
+
+        A collective: every rank goes through all of it. `dtype` None is the master weights' own, fp32.
+        """
+        parameters = dict(self.model.named_parameters())
+        for name, parameter in parameters.items():
+            if lora.is_adapter(name):
+                continue
+            if (adapters := lora.adapters_of(name)) is None:
+                yield name, whole(parameter, dtype)
+            else:
+                a, b = (whole(parameters[adapter]) for adapter in adapters)
+                sum_ = lora.merged(whole(parameter), a, b, self.config)
+                yield lora.base_name(name), sum_ if dtype is None else sum_.to(dtype)
+
+    def buckets(self, bucket_bytes: int, dtype: torch.dtype) -> Iterator[list[tuple[str, Tensor]]]:
+        """`weights` in lists of at most `bucket_bytes`, or of one tensor that is larger. A collective."""
+        bucket, size = [], 0
+        for name, tensor in self.weights(dtype):
+            if bucket and size + tensor.nbytes > bucket_bytes:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append((name, tensor))
+            size += tensor.nbytes
+        if bucket:
+            yield bucket
+
+    def publish(self, tensors: Mapping[str, Tensor] | None) -> None:
+        """Copy the weights into tensors of the same names and shapes. A collective; only rank 0 has tensors.
 
         Raises:
             ValueError: names that are not the model's.
         """
-        weights = dict(self.model.named_parameters())
-        if weights.keys() != tensors.keys():
-            raise ValueError(f"the model and the shared weights differ in {sorted(weights.keys() ^ tensors.keys())}")
-        with torch.no_grad():
-            for name, weight in weights.items():
+        names = {lora.base_name(name) for name, _ in self.model.named_parameters() if not lora.is_adapter(name)}
+        if tensors is not None and names != tensors.keys():
+            raise ValueError(f"the model and the shared weights differ in {sorted(names ^ tensors.keys())}")
+        for name, weight in self.weights():
+            if tensors is not None:
                 tensors[name].copy_(weight)
 
     def save(self, path: Path) -> None:
-        """Write a model folder in Hugging Face form: configuration, safetensors in fp32, the tokenizer it came with."""
-        path.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(path)
-        for file in _matching(self.model_path, TOKENIZER_PATTERNS):
-            shutil.copyfile(file, path / file.name)
+        """Write a model folder in Hugging Face form: configuration, safetensors in fp32, the tokenizer it came with.
+
+        A collective; rank 0 writes.
+        """
+        weights = {}
+        for name, weight in self.weights():
+            if self.place.rank == 0:
+                weights[name] = weight.cpu()
+        if self.place.rank == 0:
+            path.mkdir(parents=True, exist_ok=True)
+            with torch.device("meta"):
+                shell = AutoModelForCausalLM.from_config(self.model.config, dtype=torch.float32)
+            shell.save_pretrained(path, state_dict=weights)
+            for file in _matching(self.model_path, FOLDER_PATTERNS):
+                shutil.copyfile(file, path / file.name)
 
 
-def load_model(model_path: Path) -> PreTrainedModel:
-    """A causal language model in fp32 with packed attention, in evaluation mode: dropout would be a mismatch with the sampler."""
-    attention.register()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=torch.float32, attn_implementation=attention.NAME, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError) as e:
-        raise UsageError(
-            f"{model_path} can't be loaded as a model ({e}); give a folder written by save_pretrained()"
-        ) from e
-    return model.eval()
-
-
-def predictor_states(model: PreTrainedModel, pack: Pack) -> Tensor:
-    """[R, D]: last hidden states of a pack at the tokens that predict sampled ones."""
-    hidden = model.model(
-        input_ids=torch.from_numpy(pack.token_ids)[None],
-        position_ids=torch.from_numpy(pack.position_ids)[None],
-        cu_seqlens=torch.from_numpy(pack.cu_seqlens),
-        donors=torch.from_numpy(pack.donors),
-        shared=torch.from_numpy(pack.shared),
-        use_cache=False,
-    ).last_hidden_state
-    return hidden[0].index_select(0, torch.from_numpy(pack.predictors))
+def _copy(pack: Pack) -> Pack:
+    return Pack(**{name: getattr(pack, name).copy() for name in Pack.__slots__})
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> set[Path]:
     return {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
-
-
-class _Clock:
-    """Wall-clock seconds by part, summed over the packs of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
-
-
-class _Sums:
-    """Statistics of the tokens that count, added up over packs."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.mismatch_max = 0.0
-
-    def add(self, pack: Pack, stats: HeadStats) -> None:
-        counts = torch.from_numpy(pack.loss_weights > 0)
-        d = (stats.logprobs - torch.from_numpy(pack.sampler_logprobs))[counts]
-        values = {
-            "entropy": stats.entropy[counts],
-            "kl": stats.kl[counts],
-            "clip_fraction": stats.clipped[counts],
-            "mismatch_k1": -d,
-            "mismatch_k3": torch.exp(d) - d - 1,
-        }
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.double().sum().item()
-        if len(d):
-            self.mismatch_max = max(self.mismatch_max, d.abs().max().item())
-
-    def means(self, num_tokens: int) -> dict[str, float]:
-        return {name: total / num_tokens for name, total in self.sums.items()} | {"mismatch_max": self.mismatch_max}

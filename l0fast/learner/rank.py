@@ -1,21 +1,33 @@
-"""The learner's child process: `spawn_worker("l0fast.learner.rank", ...)`. Blocking code, one request at a time.
+"""One rank of the learner: `spawn_worker("l0fast.learner.rank", ...)`. Blocking code, one request at a time.
 
-    step(policy_version), packs as payload   one optimizer step, then the weights into shared memory under that version
-    save(path)                               a model folder in Hugging Face form
+    accumulate(num_bytes, bounds)    packs in shared memory; those from bounds[rank] to bounds[rank + 1] are ours
+    finish_step(denominator, policy_version)
+                                     the optimizer step, then the weights into shared memory under that version
+    export(bucket_bytes, first)      a bucket of the weights, for an engine on the same GPU that reads it where it lies
+    save(path)                       a model folder in Hugging Face form
+    save_checkpoint(path, driver_state, policy_version), wait_checkpoint(), load_checkpoint(path)
 
-When it says it is ready, the start weights are published as version 0. A request that fails is answered with the error;
-anything that is not an answer to a request (an import that fails, a kill) ends the process, and the driver reports its
-last words.
+Every rank gets every request and makes the same collective calls for it. When all say they are ready, the start weights
+are published as version 0. A request that fails is answered with the error; anything that is not an answer to a request
+(an import that fails, a kill) ends the process. The driver reports the last words and ends the other ranks, which may
+be waiting for this one inside a collective.
+
+Ranks find each other through torch's TCPStore in rank 0, which listens on a socket that the driver bound: no race for a port.
 """
 
+import logging
 import os
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l0fast.ipc import Channel, Message, SharedWeights
+from l0fast.ipc import Channel, Message, SharedBytes, SharedWeights
 
 if TYPE_CHECKING:
+    from l0fast.learner.checkpoint import Checkpoints
     from l0fast.learner.policy_model import PolicyModel
 
 
@@ -25,19 +37,47 @@ def main() -> None:
     # libgomp reads this once, when torch loads it
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     from l0fast.config import LearnerConfig
+    from l0fast.learner.checkpoint import Checkpoints
     from l0fast.learner.policy_model import PolicyModel
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
     config = LearnerConfig.model_validate(args["config"])
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    rank, world = args["rank"], args["world"]
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // world))
     torch.manual_seed(args["seed"])
-    policy = PolicyModel(Path(args["model_path"]), config, num_steps=args["num_steps"], temperature=args["temperature"])
-    weights = SharedWeights.attach(args["weights"])
-    publish(policy, weights, 0)
-    channel.ready(parameters=sum(p.numel() for p in policy.model.parameters()), threads=torch.get_num_threads())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with process_group(device, rank, world, args["port"], args["listen_fd"], config.step_timeout_s):
+        policy = PolicyModel(
+            Path(args["model_path"]),
+            config,
+            num_steps=args["num_steps"],
+            temperature=args["temperature"],
+            device=device,
+            rank=rank,
+            world=world,
+        )
+        publishes = args["weights"] is not None
+        weights = SharedWeights.attach(args["weights"]) if publishes and rank == 0 else None
+        checkpoints = Checkpoints(policy, args["keep_checkpoints"])
+        ours = Rank(policy, checkpoints, weights, SharedBytes(args["packs_fd"]), publishes=publishes)
+        ours.publish(0)
+        channel.ready(
+            parameters=sum(p.numel() for p in policy.model.parameters()),
+            device=device,
+            threads=torch.get_num_threads(),
+        )
+        try:
+            serve(channel, ours)
+        finally:
+            checkpoints.close()
+
+
+def serve(channel: Channel, rank: "Rank") -> None:
+    """Answer requests until the driver closes the channel."""
     while True:
         try:
             message = channel.recv()
@@ -45,31 +85,117 @@ def main() -> None:
             return
         assert message is not None, "a blocking recv returns a message or raises"
         try:
-            channel.reply(message, **answer(policy, weights, message))
+            channel.reply(message, **rank.answer(message))
         except Exception as e:  # noqa: BLE001 - goes to the driver, which raises it as LearnerError
             channel.fail(message, e, traceback.format_exc())
 
 
-def answer(policy: "PolicyModel", weights: SharedWeights, message: Message) -> dict[str, Any]:
-    from l0fast.learner.packing import from_bytes
+@contextmanager
+def process_group(device: str, rank: int, world: int, port: int, listen_fd: int, timeout_s: float) -> Iterator[None]:
+    """torch's default process group, where one is needed: several ranks, or a GPU.
 
-    match message.header["op"]:
-        case "step":
-            # a bytearray, because torch wants memory it may write to
-            metrics = policy.step(from_bytes(bytearray(message.payload)))
-            publish(policy, weights, message.header["policy_version"])
-            return {"metrics": metrics}
-        case "save":
-            policy.save(Path(message.header["path"]))
-            return {}
-        case op:
-            raise ValueError(f"the learner knows step and save, not {op!r}")
+    Args:
+        port: of a listening socket on 127.0.0.1.
+        listen_fd: that socket; of rank 0 alone, which has it from then on.
+        timeout_s: time a collective may take.
+    """
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = device == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(rank)
+    elif world == 1:
+        yield
+        return
+    # ranks are on one machine, whose name need not resolve
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    timeout = timedelta(seconds=timeout_s)
+    listening = {"is_master": True, "master_listen_fd": listen_fd} if rank == 0 else {}
+    dist.init_process_group(
+        # checkpoints are written over gloo, and offloaded gradients are reduced by it
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=dist.TCPStore("127.0.0.1", port, world, timeout=timeout, **listening),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+        device_id=torch.device("cuda", rank) if on_gpu else None,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
-def publish(policy: "PolicyModel", weights: SharedWeights, policy_version: int) -> None:
-    """The tensors first, then the version that names them."""
-    policy.publish(weights.tensors())
-    weights.policy_version = policy_version
+class Rank:
+    """What a rank answers."""
+
+    def __init__(
+        self,
+        policy: "PolicyModel",
+        checkpoints: "Checkpoints",
+        weights: SharedWeights | None,
+        packs: SharedBytes,
+        *,
+        publishes: bool = True,
+    ):
+        self._publishes = publishes
+        self._buckets: Iterator[list[tuple[str, Any]]] = iter(())
+        self._exported: list[Any] = []
+        self._policy, self._checkpoints, self._weights, self._packs = policy, checkpoints, weights, packs
+
+    def answer(self, message: Message) -> dict[str, Any]:
+        from l0fast.learner.packing import from_bytes
+
+        policy, header = self._policy, message.header
+        match header["op"]:
+            case "accumulate":
+                bounds, rank = header["bounds"], policy.place.rank
+                packs = from_bytes(self._packs.view(header["num_bytes"]))[bounds[rank] : bounds[rank + 1]]
+                policy.accumulate(packs, max(b - a for a, b in zip(bounds, bounds[1:], strict=False)))
+                return {}
+            case "finish_step":
+                metrics = policy.finish_step(header["denominator"])
+                self.publish(header["policy_version"])
+                return {"metrics": metrics}
+            case "export":
+                return {"bucket": self.export(header["bucket_bytes"], header["first"])}
+            case "save":
+                policy.save(Path(header["path"]))
+                return {}
+            case "save_checkpoint":
+                self._checkpoints.save(Path(header["path"]), header["driver_state"], header["policy_version"])
+                return {}
+            case "wait_checkpoint":
+                self._checkpoints.wait()
+                return {}
+            case "load_checkpoint":
+                policy_version = self._checkpoints.load(Path(header["path"]))
+                self.publish(policy_version)
+                return {"policy_version": policy_version}
+            case op:
+                raise ValueError(f"the learner does not know {op!r}")
+
+    def export(self, bucket_bytes: int, first: bool) -> str | None:
+        """The next bucket of weights; None after the last. A collective. Its memory is kept until there are newer weights."""
+        from l0fast.engine.sglang import serialize_bucket
+
+        if first:
+            self._buckets = self._policy.buckets(bucket_bytes, self._policy.place.compute_dtype)
+            self._exported = []
+        if (bucket := next(self._buckets, None)) is None:
+            return None
+        payload, memory = serialize_bucket(bucket)
+        self._exported.append(memory)
+        return payload
+
+    def publish(self, policy_version: int) -> None:
+        """The tensors first, then the version that names them."""
+        if not self._publishes:
+            return
+        self._policy.publish(None if self._weights is None else self._weights.tensors())
+        if self._weights is not None:
+            self._weights.policy_version = policy_version
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ class Make:
             rewards=tuple(rewards if rewards is not None else [0.0] * len(turns)),
         )
 
-    def group(self, trajectories, failures=()) -> Group:
-        return Group(task=self.task, trajectories=tuple(trajectories), failures=tuple(failures))
+    def group(self, trajectories, failures=(), number=0) -> Group:
+        return Group(task=self.task, trajectories=tuple(trajectories), failures=tuple(failures), number=number)
 
     def episode(
         self, rng: np.random.Generator, num_turns: int, trim_at: int | None = None, index: int = 0

@@ -16,9 +16,29 @@ from l0fast.learner.segments import segments_of
 KL_COEF = 0.1
 
 
+def policy_of(model_path, temperature=1.0, **settings):
+    """The sampler's log-probs here are made up, so nothing is weighted by them unless a test is about that."""
+    config = LearnerConfig(**{"tis_cap": 0.0} | settings)
+    return PolicyModel(model_path, config, num_steps=10, temperature=temperature)
+
+
 @pytest.fixture
 def policy(model_path):
-    return PolicyModel(model_path, LearnerConfig(kl_coef=KL_COEF), num_steps=10, temperature=1.0)
+    return policy_of(model_path, kl_coef=KL_COEF)
+
+
+def stepped(policy, packs, **kwargs):
+    """Metrics of one step, and the gradients that the optimizer got."""
+    seen = {}
+
+    def look(*_):
+        seen.update({name: p.grad.clone() for name, p in policy.model.named_parameters()})
+
+    hook = policy.optimizer.register_step_pre_hook(look)
+    try:
+        return policy.step(packs, **kwargs), seen
+    finally:
+        hook.remove()
 
 
 @pytest.fixture
@@ -160,19 +180,16 @@ def test_a_step_follows_the_advantages(policy, batch):
 def test_a_step_does_not_depend_on_the_cut_into_packs(model_path, batch):
     steps = []
     for budget in (1, 10_000):
-        policy = PolicyModel(model_path, LearnerConfig(grad_clip=1e9), num_steps=10, temperature=1.0)
-        metrics = policy.step(packs_of(batch, budget))
-        steps.append((metrics, [p.grad.clone() for p in policy.model.parameters()]))
+        steps.append(stepped(policy_of(model_path, grad_clip=1e9), packs_of(batch, budget)))
     (many, grads_many), (one, grads_one) = steps
     assert many["packs"] > one["packs"]
-    for ours, theirs in zip(grads_many, grads_one, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(grads_many, grads_one, rtol=0, atol=1e-6)
     for name in ("loss", "grad_norm", "entropy", "mismatch_k1", "mismatch_k3", "mismatch_max"):
         assert many[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
 
 
 def test_a_step_moves_the_weights_by_the_scheduled_rate(model_path, batch):
-    policy = PolicyModel(model_path, LearnerConfig(lr=1e-3, warmup_steps=3), num_steps=10, temperature=1.0)
+    policy = policy_of(model_path, lr=1e-3, warmup_steps=3)
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.ndim < 2}
     metrics = policy.step(packs_of(batch, 64))
     # AdamW's first step is lr times the sign of the gradient, where nothing decays
@@ -230,17 +247,15 @@ def test_a_batch_without_sampled_tokens_is_refused(policy, batch):
 def test_gradients_are_clipped_and_reported_as_they_were(model_path, batch):
     norms = {}
     for clip in (1e-3, 1e9):
-        policy = PolicyModel(model_path, LearnerConfig(grad_clip=clip), num_steps=10, temperature=1.0)
-        norms[clip] = policy.step(packs_of(batch, 64))["grad_norm"]
-        left = torch.nn.utils.get_total_norm([p.grad for p in policy.model.parameters()]).item()
+        metrics, grads = stepped(policy_of(model_path, grad_clip=clip), packs_of(batch, 64))
+        norms[clip] = metrics["grad_norm"]
+        left = torch.nn.utils.get_total_norm(list(grads.values())).item()
         assert left == pytest.approx(min(clip, norms[clip]), rel=1e-3)
     assert norms[1e-3] == pytest.approx(norms[1e9])
 
 
 def test_only_matrices_decay(model_path, batch):
-    policy = PolicyModel(
-        model_path, LearnerConfig(lr=0.5, weight_decay=0.9, warmup_steps=0), num_steps=10, temperature=1.0
-    )
+    policy = policy_of(model_path, lr=0.5, weight_decay=0.9, warmup_steps=0)
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     for p in policy.model.parameters():
         p.grad = torch.zeros_like(p)
@@ -250,13 +265,13 @@ def test_only_matrices_decay(model_path, batch):
 
 
 def test_no_kl_term_loads_no_reference(model_path, batch):
-    policy = PolicyModel(model_path, LearnerConfig(kl_coef=0), num_steps=10, temperature=1.0)
+    policy = policy_of(model_path, kl_coef=0)
     assert policy.reference is None
     assert policy.step(packs_of(batch, 64))["kl"] == 0
 
 
 def test_the_temperature_is_that_of_the_sampler(model_path, batch):
-    policy = PolicyModel(model_path, LearnerConfig(), num_steps=10, temperature=0.5)
+    policy = policy_of(model_path, temperature=0.5)
     (pack,) = packs_of(batch, 10_000)
     _, stats = policy.forward(pack, policy.reference_logprobs(pack))
     stock = AutoModelForCausalLM.from_pretrained(model_path)
@@ -267,12 +282,133 @@ def test_the_temperature_is_that_of_the_sampler(model_path, batch):
     assert stats.logprobs[0].item() == pytest.approx(logprobs[at, target].item(), abs=1e-5)
 
 
+# --- groups as they finish, and several steps a batch
+
+
+def test_groups_one_by_one_in_any_order_make_the_step_of_all_at_once(model_path, batch):
+    rng = np.random.default_rng(1)
+    groups = [packs_of([group], 64) for group in [*batch, *batch]]
+    together = stepped(policy_of(model_path), [pack for packs in groups for pack in packs])
+    for order in (range(4), rng.permutation(4), rng.permutation(4)):
+        policy = policy_of(model_path)
+        for g in order:
+            policy.accumulate(groups[g])
+        metrics, grads = stepped(policy, [])
+        torch.testing.assert_close(grads, together[1], rtol=0, atol=1e-7)
+        for name in ("loss", "grad_norm", "kl", "entropy", "mismatch_k3", "sampled_tokens"):
+            assert metrics[name] == pytest.approx(together[0][name], rel=1e-5, abs=1e-6), name
+
+
+def test_a_step_starts_from_no_gradient_and_no_count(model_path, batch):
+    packs = packs_of(batch, 64)
+    policy = policy_of(model_path, lr=1e-12, grad_clip=1e9)
+    first, again = stepped(policy, packs), stepped(policy, packs)
+    torch.testing.assert_close(again[1], first[1], rtol=0, atol=1e-6)
+    assert again[0]["sampled_tokens"] == first[0]["sampled_tokens"]
+    assert all(p.grad is None for p in policy.model.parameters()), "they would take memory while others generate"
+
+
+def test_the_denominator_divides_the_sum(model_path, batch):
+    packs = packs_of(batch, 64)
+    tokens, by_tokens = stepped(policy_of(model_path, grad_clip=1e9), packs)
+    of_ten, by_ten = stepped(policy_of(model_path, grad_clip=1e9), packs, denominator=10.0)
+    share = tokens["sampled_tokens"] / 10
+    assert of_ten["loss"] == pytest.approx(tokens["loss"] * share)
+    assert of_ten["grad_norm"] == pytest.approx(tokens["grad_norm"] * share)
+    torch.testing.assert_close(by_ten, {name: grad * share for name, grad in by_tokens.items()}, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("objective", ["ppo", "cispo", "gspo"])
+def test_the_first_of_several_steps_is_that_of_its_packs_alone_and_the_second_sees_a_ratio(
+    model_path, batch, objective
+):
+    packs = packs_of(batch, 40)
+    half = len(packs) // 2 + len(packs) % 2
+    clips = {"clip_low": 0.01, "clip_high": 0.01}
+    policy = policy_of(model_path, minibatches=2, objective=objective, lr=1e-2, warmup_steps=0, grad_clip=1e9, **clips)
+    seen = []
+    policy.optimizer.register_step_pre_hook(
+        lambda *_: seen.append({name: p.grad.clone() for name, p in policy.model.named_parameters()})
+    )
+    for pack in packs:
+        policy.accumulate([pack])
+    assert not seen, "packs wait for the step"
+    num_tokens = sum(len(pack.predictors) for pack in packs)
+    metrics = policy.finish_step(num_tokens)
+    assert len(seen) == 2
+    _, alone = stepped(policy_of(model_path, grad_clip=1e9), packs[:half], denominator=num_tokens / 2)
+    torch.testing.assert_close(seen[0], alone, rtol=0, atol=1e-6)
+    assert metrics["clip_fraction"] > 0, "by the second step the policy has moved"
+    assert policy.step_index == 1, "of the schedule"
+    assert metrics["sampled_tokens"] == num_tokens
+
+
+def test_gspo_has_the_gradient_of_its_definition(model_path, batch):
+    packs = packs_of(batch, 10_000)
+    policy = policy_of(model_path, objective="gspo", clip_low=0.02, clip_high=0.02, kl_coef=0)
+    with torch.no_grad():
+        old = [policy.logprobs(pack) for pack in packs]
+        move_away(policy)
+    for pack, old_logprobs in zip(packs, old, strict=True):
+        pack.advantages[:] = np.where(pack.sequences % 2, 1.0, -1.0)
+        policy.model.zero_grad(set_to_none=True)
+        _, stats = policy.forward(pack, None, old_logprobs)
+        loss_sum, _ = policy.forward(pack, None, old_logprobs)
+        loss_sum.backward()
+        ours = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
+
+        policy.model.zero_grad(set_to_none=True)
+        head = lambda hidden, weight, pack=pack: (  # noqa: E731
+            torch.log_softmax(hidden @ weight.T, -1).gather(1, torch.from_numpy(pack.target_ids)[:, None])[:, 0]
+        )
+        logprobs = policy._run(policy.root, pack, head)
+        loss = 0.0
+        clipped = 0
+        for s in np.unique(pack.sequences):
+            of = torch.from_numpy(pack.sequences == s)
+            ratio = torch.exp((logprobs - old_logprobs)[of].mean())
+            advantage = pack.advantages[pack.sequences == s][0].item()
+            bounded = ratio.clamp(1 - 0.02, 1 + 0.02)
+            clipped += int(of.sum()) * bool(bounded * advantage < ratio * advantage)
+            # |o_i| tokens of weight 1 each
+            loss = loss - int(of.sum()) * torch.minimum(ratio * advantage, bounded * advantage)
+        loss.backward()
+        theirs = {name: p.grad for name, p in policy.model.named_parameters()}
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert 0 < clipped < len(pack.predictors)
+        assert stats.clipped.sum() == clipped
+
+
+def test_what_the_engine_found_too_likely_counts_less(model_path, batch):
+    packs = packs_of(batch, 10_000)
+    exact, weighted = policy_of(model_path, kl_coef=0), policy_of(model_path, kl_coef=0, tis_cap=1.5)
+    for pack in packs:
+        logprobs = exact.logprobs(pack).numpy()
+        pack.sampler_logprobs[:] = logprobs + np.where(np.arange(len(logprobs)) % 2, np.log(2), -np.log(4))
+        by_hand = pack.advantages * np.where(np.arange(len(logprobs)) % 2, 0.5, 1.5)
+        _, ours = stepped(weighted, [pack])
+        pack.advantages[:] = by_hand
+        _, theirs = stepped(exact, [pack])
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_the_learning_rate_rises_then_falls_linearly():
     config = LearnerConfig(lr=1.0, warmup_steps=3, final_lr_ratio=0.1)
     rates = [learning_rate(step, 13, config) for step in range(15)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     np.testing.assert_allclose(np.diff(rates[3:13]), -0.1)
     np.testing.assert_allclose(rates[12:], 0.1)
+
+
+def test_the_learning_rate_falls_along_a_cosine_or_not_at_all():
+    config = LearnerConfig(lr=1.0, warmup_steps=3, final_lr_ratio=0.1, schedule="cosine")
+    rates = [learning_rate(step, 14, config) for step in range(16)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    np.testing.assert_allclose(rates[8], 0.55)
+    np.testing.assert_allclose(rates[13:], 0.1)
+    assert rates[4] > 0.97, "slowly at first"
+    constant = LearnerConfig(lr=1.0, warmup_steps=3, schedule="constant")
+    assert [learning_rate(step, 14, constant) for step in (2, 3, 13, 20)] == [0.75, 1.0, 1.0, 1.0]
 
 
 def test_the_learning_rate_of_a_run_shorter_than_its_warm_up():

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -220,14 +221,112 @@ def group(*right: bool) -> Group:
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=4), max_size=30), st.floats(0, 1), st.integers(0, 5))
-def test_dynamic_sampling_drops_only_equal_groups_and_never_too_many(groups, drop_rate, max_drops):
+def test_dynamic_sampling_drops_only_equal_groups_and_never_too_many(rights, drop_rate, max_drops):
     sampling = DynamicSampling(drop_rate=drop_rate, max_drops=max_drops, seed=1)
-    verdicts = [(sampling.keep(group(*rights)), len(set(rights)) == 1) for rights in groups]
+    verdicts = [
+        (sampling.keep(replace(group(*right), number=7 + n), 7), len(set(right)) == 1) for n, right in enumerate(rights)
+    ]
     assert all(keep or equal for keep, equal in verdicts)
     assert sum(not keep for keep, _ in verdicts) <= max_drops
 
 
 def test_a_drop_rate_of_a_half_drops_about_half():
     sampling = DynamicSampling(drop_rate=0.5, max_drops=10**6, seed=2)
-    kept = sum(sampling.keep(replace(group(True, True), number=n)) for n in range(2000))
+    kept = sum(sampling.keep(replace(group(True, True), number=n), 0) for n in range(2000))
     assert 900 < kept < 1100
+
+
+# --- which groups make a step, whoever finishes first -----------------------------------------------------------------
+
+
+def taken(
+    durations: Sequence[int], *, stream: bool = False, position: int = 0, max_open_groups: int = 6
+) -> list[tuple[list[int], list[int], int]]:
+    """Three steps of 3 groups, of which every other one is all right, and most of those dropped, as far as they may be; group n takes
+    `durations[n % len]` loop turns. For each step: its numbers, those dropped, the position after it."""
+    steps = []
+
+    async def play(task: Task, number: int, index: int, attempt: int) -> Trajectory:
+        for _ in range(durations[number % len(durations)]):
+            await asyncio.sleep(0)
+        right = number % 2 == 0 or index == 0
+        return Trajectory(task=task, index=index, status=TrajectoryStatus.COMPLETED, turns=(), exact_match=right)
+
+    async def main():
+        async with rollouts(
+            play,
+            itertools.islice(endless(), position, None),
+            group_size=2,
+            max_open_groups=max_open_groups,
+            max_refills=0,
+            sampling=DynamicSampling(drop_rate=0.8, max_drops=3, seed=3),
+            position=position,
+        ) as groups:
+            for _ in range(3):
+                if stream:
+                    batch = [group async for groups_now in groups.stream(3) for group in groups_now]
+                else:
+                    batch = await groups.take(3)
+                assert all(group.task == task(group.number) for group in batch)
+                numbers = [group.number for group in batch]
+                steps.append((numbers, [group.number for group in groups.dropped], groups.position))
+                groups.done(len(batch))
+
+    asyncio.run(main())
+    return steps
+
+
+any_durations = st.lists(st.integers(0, 30), min_size=1, max_size=20)
+
+
+@settings(max_examples=60)
+@given(any_durations, st.integers(3, 9))
+def test_a_step_is_made_of_the_same_groups_whoever_finishes_first(durations, max_open_groups):
+    steps = taken(durations, max_open_groups=max_open_groups)
+    assert steps == taken([1])
+    assert any(dropped for _, dropped, _ in steps)
+    # no number is skipped, none comes twice
+    assert sorted(n for kept, dropped, _ in steps for n in (*kept, *dropped)) == list(range(steps[-1][2]))
+
+
+@settings(max_examples=30)
+@given(any_durations)
+def test_streamed_groups_are_those_that_a_step_would_take(durations):
+    streamed = taken(durations, stream=True)
+    assert [(sorted(kept), dropped, position) for kept, dropped, position in streamed] == taken(durations)
+
+
+@given(any_durations)
+@settings(max_examples=30)
+def test_going_on_from_a_position_gives_the_steps_that_would_have_followed(durations):
+    first, *later = taken([1])
+    assert taken(durations, position=first[2])[:2] == later
+
+
+def test_a_finished_group_is_streamed_while_another_is_still_played():
+    slow = asyncio.Event()
+
+    async def play(task: Task, number: int, index: int, attempt: int) -> Trajectory:
+        if number == 0:
+            await slow.wait()
+        return Trajectory(task=task, index=index, status=TrajectoryStatus.COMPLETED, turns=(), exact_match=index == 0)
+
+    async def main():
+        order = []
+        async with (
+            rollouts(
+                play,
+                endless(),
+                group_size=2,
+                max_open_groups=2,
+                max_refills=0,
+                sampling=DynamicSampling(drop_rate=0.0, max_drops=0, seed=0),
+            ) as groups,
+            asyncio.timeout(10),
+        ):
+            async for batch in groups.stream(2):
+                order += [group.number for group in batch]
+                slow.set()
+        return order
+
+    assert asyncio.run(main()) == [1, 0]

@@ -1,0 +1,87 @@
+"""What a run would need of GPUs: memory by part, FLOPs and seconds a step. `python -m bench.learner --plan RECIPE`."""
+
+import json
+from pathlib import Path
+
+from l0fast.cli import parse
+from l0fast.config import RunConfig
+from l0fast.errors import UsageError
+from l0fast.learner import cost
+
+MODELS = Path(__file__).parents[1] / "l0fast" / "models"
+
+
+def shape_of(name: str) -> cost.ModelShape:
+    """Of a model folder, a config.json, a model that ships, or one of `cost.SHAPES` by the last part of its name.
+
+    Raises:
+        UsageError: none of those.
+    """
+    if (shape := cost.SHAPES.get(Path(name).name)) is not None and not Path(name).exists():
+        return shape
+    for path in (Path(name), Path(name, "config.json"), MODELS / name / "config.json"):
+        if path.is_file():
+            try:
+                return cost.ModelShape.from_config(json.loads(path.read_bytes()))
+            except (OSError, ValueError, KeyError) as e:
+                raise UsageError(
+                    f"{path} can't be planned for ({e}): give the config.json of a Hugging Face model"
+                ) from e
+    raise UsageError(
+        f"{name!r} is no model folder, no config.json and none of {', '.join(cost.SHAPES)}: give one of those with --model"
+    )
+
+
+def plan(
+    config: RunConfig,
+    shape: cost.ModelShape,
+    *,
+    gpus: int,
+    gpu_memory_bytes: float,
+    rates: cost.Rates,
+    tokens: float | None = None,
+    sampled: float | None = None,
+) -> tuple[str, str | None]:
+    """The table, and why it can't be, if so."""
+    work = cost.workload_of(config, tokens=tokens, sampled=sampled)
+    setup = cost.setup_of(
+        config, gpus=gpus, gpu_memory_bytes=gpu_memory_bytes, sampled_share=work.sampled / work.tokens
+    )
+    memory, flops = cost.memory_parts(shape, setup), cost.flops(shape, work, setup)
+    seconds = cost.seconds(shape, work, setup, rates)
+    conversations = cost.kv_tokens(shape, setup) / setup.context_tokens
+    rows = [
+        (f"{shape.parameters:,} parameters; memory of one of {gpus} GPUs", "GiB"),
+        *((name, f"{size / cost.GIB:.2f}") for name, size in memory.items() if size),
+        ("together", f"{sum(memory.values()) / cost.GIB:.2f} of {gpu_memory_bytes / cost.GIB:.2f}"),
+        (f"engine KV holds {max(conversations, 0):.1f} contexts of {setup.context_tokens:,} tokens", ""),
+        (f"main memory of the node: {cost.host_bytes(shape, setup) / cost.GIB:.1f} GiB offloaded", ""),
+        ("", ""),
+        (f"a step: {work.episodes:,} episodes, {work.laid_out:,.0f} tokens in packs of {setup.pack_tokens:,}", "PFLOP"),
+        *((name, f"{value / 1e15:.3g}") for name, value in flops.items() if value),
+        ("together", f"{sum(flops.values()) / 1e15:.3g}"),
+        ("", ""),
+        (f"at {rates.tflops:g} TFLOP/s a GPU", "s"),
+        *((name, f"{value:.3g}") for name, value in seconds.items()),
+        ("together", f"{sum(seconds.values()):.3g}"),
+    ]
+    return "\n".join(f"{name:<72}{value:>16}".rstrip() for name, value in rows), cost.why_not(shape, setup)
+
+
+def run_plan(recipe: str, flags: list[str], model: str | None, **kwargs) -> int:
+    """Print the table; an exit code.
+
+    Args:
+        flags: settings on top of the recipe, as python -m l0fast.run takes them.
+    """
+    try:
+        config = parse([recipe, *flags]).config
+        shape = shape_of(model or config.model.path)
+    except UsageError as e:
+        print(f"error: {e}")
+        return 2
+    table, refusal = plan(config, shape, **kwargs)
+    print(table)
+    if refusal:
+        print(f"does not fit: {refusal}")
+    return 1 if refusal else 0

@@ -1,0 +1,145 @@
+"""A checkpoint is whole or is not there; what it holds is everything that the next step depends on."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from l0fast.config import LearnerConfig
+from l0fast.errors import UsageError
+from l0fast.learner import checkpoint
+from l0fast.learner.checkpoint import Checkpoints, complete_checkpoints
+from l0fast.learner.packing import pack_rows, row_of
+from l0fast.learner.policy_model import PolicyModel
+from l0fast.learner.segments import segments_of
+
+
+@pytest.fixture
+def new(model_path):
+    return lambda **settings: PolicyModel(
+        model_path, LearnerConfig(**{"tis_cap": 0.0} | settings), num_steps=10, temperature=1.0
+    )
+
+
+@pytest.fixture
+def keep():
+    """Checkpoints of policies, closed afterwards."""
+    made = []
+
+    def keep(policy, num=2):
+        made.append(Checkpoints(policy, num))
+        return made[-1]
+
+    yield keep
+    for checkpoints in made:
+        checkpoints.close()
+
+
+@pytest.fixture
+def packs(make):
+    rng = np.random.default_rng(3)
+    episodes = [make.episode(rng, 3, index=i) for i in range(3)]
+    return pack_rows([[row_of(s, t, rng.normal(size=3)) for t in episodes for s in segments_of(t)]], 64)
+
+
+def weights_of(policy):
+    return {name: tensor.clone() for name, tensor in policy.weights()}
+
+
+def test_the_next_step_is_bit_identical_in_another_policy(new, keep, packs, tmp_path):
+    one = new()
+    one.step(packs)
+    torch.manual_seed(5)
+    checkpoints = keep(one)
+    checkpoints.save(tmp_path / "a", {"position": [1, 2]}, policy_version=7)
+    # while it is written
+    metrics, drawn = one.step(packs), torch.rand(3)
+    checkpoints.wait()
+    other = new()
+    assert keep(other).load(tmp_path / "a") == 7
+    assert torch.equal(torch.rand(3), drawn)
+    metrics_again = other.step(packs)
+    torch.testing.assert_close(weights_of(other), weights_of(one), rtol=0, atol=0)
+    assert {n: v for n, v in metrics_again.items() if n[-2:] != "_s"} == {
+        n: v for n, v in metrics.items() if n[-2:] != "_s"
+    }
+    assert json.loads((tmp_path / "a" / "driver.json").read_text()) == {"position": [1, 2]}
+
+
+def test_a_checkpoint_from_before_the_first_step_starts_anew(new, keep, packs, tmp_path):
+    policy = new()
+    checkpoints = keep(policy)
+    checkpoints.save(tmp_path / "a", {}, policy_version=0)
+    policy.step(packs)
+    after = weights_of(policy)
+    policy.step(packs)
+    checkpoints.load(tmp_path / "a")
+    policy.step(packs)
+    torch.testing.assert_close(weights_of(policy), after, rtol=0, atol=0)
+
+
+def test_only_the_newest_stay(new, keep, tmp_path):
+    checkpoints = keep(new(), num=2)
+    for version in (9, 10, 11):
+        checkpoints.save(tmp_path / f"step_{version}", {}, policy_version=version)
+    checkpoints.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_11"]
+    # the same name again
+    checkpoints.save(tmp_path / "step_11", {"again": True}, policy_version=11)
+    checkpoints.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_11"]
+    assert "again" in (tmp_path / "step_11" / "driver.json").read_text()
+
+
+@pytest.mark.parametrize("part", ["_write_flushed", "_flush_folder", "replace_folder"])
+def test_a_save_that_breaks_is_reported_and_leaves_the_one_before(new, keep, packs, tmp_path, monkeypatch, part):
+    policy = new()
+    checkpoints = keep(policy)
+    checkpoints.save(tmp_path / "a", {}, policy_version=1)
+    before = weights_of(policy)
+    policy.step(packs)
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+
+        def full(*_):
+            raise OSError("no space left")
+
+        patch.setattr(checkpoint, part, full)
+        checkpoints.save(tmp_path / "b", {}, policy_version=2)
+        with pytest.raises(OSError, match="no space left"):
+            checkpoints.wait()
+    assert complete_checkpoints(tmp_path) == [tmp_path / "a"]
+    # what is left of it is in nobody's way
+    assert (tmp_path / "b.tmp").exists()
+    checkpoints.save(tmp_path / "b", {}, policy_version=2)
+    checkpoints.load(tmp_path / "a")
+    torch.testing.assert_close(weights_of(policy), before, rtol=0, atol=0)
+    assert complete_checkpoints(tmp_path) == [tmp_path / "a", tmp_path / "b"]
+    assert not (tmp_path / "b.tmp").exists()
+
+
+def test_a_save_that_broke_is_reported_by_the_next(new, keep, tmp_path, monkeypatch):
+    checkpoints = keep(new())
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    checkpoints.save(file / "a", {}, policy_version=1)
+    with pytest.raises(NotADirectoryError):
+        checkpoints.save(tmp_path / "b", {}, policy_version=2)
+
+
+def test_what_is_no_checkpoint_of_this_model_is_refused(new, keep, tmp_path):
+    checkpoints = keep(new())
+    with pytest.raises(UsageError, match=r"no complete checkpoint .* has a learner\.json"):
+        checkpoints.load(tmp_path)
+    checkpoints.save(tmp_path / "a", {}, policy_version=1)
+    checkpoints.wait()
+    other = new()
+    other.trained["model.more.weight"] = torch.nn.Parameter(torch.zeros(2))
+    other.optimizer.state[other.trained["model.more.weight"]] = dict.fromkeys(checkpoint.MOMENTS, torch.zeros(2))
+    with pytest.raises(UsageError, match=r"lacks model/model\.more\.weight and 3 more"):
+        keep(other).load(tmp_path / "a")
+    for file in (tmp_path / "a").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UsageError, match="can't be loaded as a checkpoint"):
+        checkpoints.load(tmp_path / "a")

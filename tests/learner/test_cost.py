@@ -1,0 +1,306 @@
+"""Costs are those of the models themselves: parameters, what layers keep, FLOPs; and what does not fit is told how it would."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from l0fast.config import RunConfig
+from l0fast.learner import cost
+from l0fast.learner.cost import GIB, SHAPES, ModelShape, Setup, Workload
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "Qwen3-0.6B": Qwen3Config(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    ),
+    "Qwen3-4B": Qwen3Config(
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    ),
+    "Qwen2.5-7B": Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    ),
+}
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+OTHERS: list[PretrainedConfig] = [
+    LlamaConfig(**TINY, num_hidden_layers=3, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    Qwen3Config(**TINY, num_hidden_layers=2, head_dim=16, attention_bias=True),
+    Qwen2Config(**TINY, num_hidden_layers=1, tie_word_embeddings=True),
+]
+
+
+def meta(config: PretrainedConfig):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), *OTHERS], ids=[*CONFIGS, "llama", "qwen3", "qwen2"])
+def test_parameters_are_those_of_the_model(config):
+    model, shape = meta(config), ModelShape.from_config(config.to_dict())
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    layer = model.model.layers[0]
+    assert shape.layer_parameters == sum(p.numel() for p in layer.parameters())
+    linears = [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    assert shape.layer_matmul_parameters == sum(m.weight.numel() for m in linears)
+    assert shape.lora_parameters(8) == 8 * shape.layers * sum(m.in_features + m.out_features for m in linears)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("Qwen3-0.6B", 596_049_920), ("Qwen3-4B", 4_022_468_096), ("Qwen2.5-7B", 7_615_616_512)],
+)
+def test_the_shapes_that_are_known_by_name(name, parameters):
+    assert SHAPES[name] == ModelShape.from_config(CONFIGS[name].to_dict())
+    assert SHAPES[name].parameters == parameters
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(ValueError, match="'mamba' is none of llama, qwen2 and qwen3"):
+        ModelShape.from_config({"model_type": "mamba"})
+
+
+@pytest.mark.parametrize("config", [CONFIGS["Qwen3-0.6B"], CONFIGS["Qwen2.5-7B"]], ids=["qwen3", "qwen2"])
+def test_a_layer_keeps_what_is_said(config):
+    # the proportions of the model, an eighth of its width
+    small = type(config)(
+        vocab_size=32,
+        hidden_size=config.hidden_size // 8,
+        intermediate_size=config.intermediate_size // 8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_hidden_layers=2,
+        attn_implementation="sdpa",
+    )
+    tokens, kept = 64, []
+    for layers in (1, 2):
+        small.num_hidden_layers = layers
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16).model
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        stored: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor, weights=weights, stored=stored):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                stored[storage.data_ptr()] = storage  # held, so that no other takes its place
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            # not causal by mask: sdpa's flash kernel, as on a GPU
+            out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False).last_hidden_state
+        kept.append(sum(s.nbytes() for s in stored.values()))
+        del out
+    of_a_layer = (kept[1] - kept[0]) / tokens
+    assert of_a_layer == pytest.approx(ModelShape.from_config(small.to_dict()).activation_bytes(liger=False), rel=0.1)
+
+
+def test_liger_keeps_less():
+    for shape in SHAPES.values():
+        assert shape.activation_bytes(liger=True) < 0.8 * shape.activation_bytes(liger=False)
+
+
+def test_flops_are_those_that_torch_counts():
+    config = Qwen3Config(**TINY, num_hidden_layers=2, head_dim=16, attn_implementation="eager")
+    shape = ModelShape.from_config(config.to_dict())
+    model = AutoModelForCausalLM.from_config(config).model
+    tokens = 24
+    with FlopCounterMode(display=False) as counter:
+        out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False).last_hidden_state
+    forward = counter.get_total_flops()
+    work = Workload(episodes=1, tokens=tokens, sampled=10)
+    ours = cost.flops(shape, work, setup())
+    # eager attention computes the whole square
+    whole_square = shape.flops_per_pair * tokens**2
+    assert forward == ours["forward"] - shape.flops_per_pair * work.pairs + whole_square
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    # q k^T and p v need two products each; flash attention computes q k^T once more. The embedding needs none
+    assert counter.get_total_flops() == ours["backward"] - 2.5 * shape.flops_per_pair * work.pairs + 2 * whole_square
+    assert ours["policy head"] == 6 * 10 * 48 * 64
+
+
+def setup(**changes) -> Setup:
+    return Setup(**{"gpus": 8, "pack_tokens": 8192, "sampled_share": 0.25, "gpu_memory_bytes": 80 * GIB} | changes)
+
+
+def test_memory_by_hand_for_qwen3_4b():
+    shape = SHAPES["Qwen3-4B"]
+    parts = cost.memory_parts(
+        shape, setup(checkpointing=True, reference=True, engine_share=0.5, context_tokens=10_000, liger=True)
+    )
+    P, P_layer, V, D = 4_022_468_096, 100_930_816, 151_936, 2560
+    P_root = V * D + D
+    A = 8 * D + 2 * (32 + 8) * 128 + 2 * (2 * 32 + 2 * 8) * 128 + 4 * 32 + 6 * 9728
+    assert 36 * P_layer + P_root == P
+    assert parts == {
+        "master weights": P / 2,
+        "gradients": P / 2,
+        "AdamW moments": P,
+        "reference": P / 4,
+        "critic": 0,
+        "unsharded weights": 2 * P_root + 4 * P_layer,
+        "gradients under way": 2 * P_root + 8 * P_layer,
+        "activations": 8192 * (2 * D * 36 + A + 8 * D) + 4 * 2048 * D,
+        "policy head": 1024 * V * 6 + 4 * V * D,
+        "engine weights": 2 * P,
+        "engine KV": pytest.approx(40 * GIB - 2 * P),
+        "other": 2.5 * GIB,
+    }
+    assert shape.kv_bytes == 147_456
+
+
+def test_lora_trains_the_additions_alone():
+    shape = SHAPES["Qwen2.5-7B"]
+    whole, lora = (cost.memory_parts(shape, setup(lora_rank=rank, reference=True)) for rank in (0, 16))
+    added = shape.lora_parameters(16)
+    assert added == 40_370_176, "as peft counts for rank 16 in q, k, v, o, gate, up and down"
+    assert lora["gradients"] == 4 * added / 8
+    assert lora["AdamW moments"] == 8 * added / 8
+    assert lora["reference"] == 0 < whole["reference"]
+    assert lora["policy head"] == 1024 * 152_064 * 6
+    assert lora["activations"] == whole["activations"]
+
+
+def test_what_is_offloaded_is_in_main_memory():
+    shape = SHAPES["Qwen2.5-7B"]
+    on, off = setup(), setup(offload=True)
+    here, there = (sum(cost.memory_parts(shape, s).values()) for s in (on, off))
+    assert here - there == pytest.approx(16 * shape.parameters / 8)
+    assert cost.host_bytes(shape, off) == pytest.approx(16 * shape.parameters)
+    assert cost.host_bytes(shape, on) == 0
+
+
+def test_a_shared_prefix_is_laid_out_once_a_group():
+    alone = Workload(episodes=8, tokens=3000, sampled=500)
+    shared = Workload(episodes=8, tokens=3000, sampled=500, shared=2000, group_size=4)
+    assert alone.laid_out == 24_000
+    assert shared.laid_out == 2 * (2000 + 4 * 1000)
+    # what a branch sees of the prefix is computed for each; the prefix itself once
+    assert shared.pairs == alone.pairs - 6 * 2000**2 / 2
+
+
+def test_seconds_by_hand():
+    shape, work = SHAPES["Qwen3-0.6B"], Workload(episodes=16, tokens=8192, sampled=1000)
+    fast = cost.Rates(tflops=100, memory_gb_s=1000, link_gb_s=1e9, host_gb_s=10)
+    s = cost.seconds(shape, work, setup(), fast)
+    assert s["forward and backward"] == pytest.approx(sum(cost.flops(shape, work, setup()).values()) / 800e12)
+    assert s["optimizer"] == pytest.approx(28 * 596_049_920 / 8 / 1e12)
+    # one pack more than the ranks are whole rounds of: all but one wait
+    more = Workload(episodes=17, tokens=8192, sampled=1000)
+    assert cost.seconds(shape, more, setup(), fast)["forward and backward"] == pytest.approx(
+        1.5 * s["forward and backward"]
+    )
+    # a slow link is what counts: weights twice in bf16, gradients in fp32, two rounds, from the seven others
+    slow = cost.Rates(link_gb_s=1)
+    assert cost.seconds(shape, work, setup(), slow)["forward and backward"] == pytest.approx(
+        2 * 8 * 596_049_920 * 7 / 8 / 1e9
+    )
+
+
+shapes = st.sampled_from(sorted(SHAPES))
+setups = st.builds(
+    Setup,
+    gpus=st.sampled_from([1, 2, 8]),
+    pack_tokens=st.sampled_from([2048, 8192, 32768]),
+    sampled_share=st.floats(0.05, 1),
+    reference=st.booleans(),
+    checkpointing=st.booleans(),
+    offload=st.booleans(),
+    liger=st.booleans(),
+    gpu_memory_bytes=st.sampled_from([24 * GIB, 80 * GIB, 141 * GIB]),
+    engine_share=st.sampled_from([0.0, 0.2, 0.4, 0.7]),
+    context_tokens=st.sampled_from([1000, 8000, 16_000]),
+)
+
+FLAGS = {
+    "--learner.activation-checkpointing on": {"checkpointing": True},
+    "--learner.kl-coef 0": {"reference": False},
+    "--learner.offload cpu": {"offload": True},
+}
+
+
+def follow(advice: str, setup: Setup) -> Setup:
+    """Do as the sentence says."""
+    for flag, changes in FLAGS.items():
+        if flag in advice:
+            setup = replace(setup, **changes)
+    if found := re.search(r"--learner.pack-tokens (\d+)", advice):
+        setup = replace(setup, pack_tokens=int(found[1]))
+    if found := re.search(r"--engine.memory-share ([\d.]+)", advice):
+        setup = replace(setup, engine_share=float(found[1]))
+    if found := re.search(r"take (\d+) GPUs", advice):
+        setup = replace(setup, gpus=int(found[1]))
+    return setup
+
+
+@given(shapes, setups)
+def test_whoever_follows_the_advice_gets_a_setup_that_fits(name, setup):
+    seen = []
+    while (advice := cost.why_not(SHAPES[name], setup)) and "smaller model" not in advice:
+        assert advice not in seen, "advice that changes nothing"
+        seen.append(advice)
+        setup = follow(advice, setup)
+        # an engine's share is looked at first; then one answer is enough
+        assert len(seen) <= 1 + seen[0].startswith("engine.memory_share")
+
+
+@given(shapes, setups)
+def test_less_of_anything_takes_no_more_memory(name, setup):
+    shape = SHAPES[name]
+    total = lambda s: sum(cost.memory_parts(shape, s).values())  # noqa: E731
+    for smaller in (
+        replace(setup, gpus=2 * setup.gpus),
+        replace(setup, pack_tokens=setup.pack_tokens // 2),
+        replace(setup, checkpointing=True),
+        replace(setup, offload=True),
+        replace(setup, reference=False),
+        replace(setup, liger=True),
+    ):
+        assert total(smaller) <= total(setup)
+
+
+def test_a_run_is_planned_from_its_settings():
+    config = RunConfig.model_validate(
+        {
+            "agent": {"context_tokens": 8000, "max_new_tokens": 1000},
+            "rollout": {"group_size": 4, "groups_per_step": 8, "max_open_groups": 8, "max_turns": 3},
+            "learner": {"kl_coef": 0.0, "pack_tokens": 4096, "activation_checkpointing": "off", "offload": "cpu"},
+            "engine": {"memory_share": 0.3},
+        }
+    )
+    work = cost.workload_of(config)
+    assert (work.episodes, work.tokens, work.sampled, work.rows) == (32, 8000, 3000, 1)
+    assert cost.workload_of(config, tokens=20_000, sampled=5000).rows == 2.5
+    s = cost.setup_of(config, gpus=2, gpu_memory_bytes=10 * GIB, sampled_share=0.5)
+    assert (s.pack_tokens, s.reference, s.checkpointing, s.offload, s.engine_share) == (8000, False, False, True, 0.3)

@@ -1,0 +1,158 @@
+"""Ranks that share a model compute what one process does, and write the same model; those of ranks.py, run once."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from l0fast.learner.checkpoint import Checkpoints, complete_checkpoints
+from l0fast.learner.packing import pack_rows, row_of, to_bytes
+from l0fast.learner.policy_model import PolicyModel
+from l0fast.learner.segments import segments_of
+
+ROOM = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def program():
+    sys.path.insert(0, str(ROOM))
+    try:
+        import ranks
+    finally:
+        sys.path.remove(str(ROOM))
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def new(program, model_path):
+    return lambda config=program.CONFIG: PolicyModel(model_path, config, num_steps=10, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def packs(make):
+    """Five, so that one of two ranks gets a weightless one."""
+    rng = np.random.default_rng(3)
+    shapes = [[(3, None), (4, 2), (1, None)], [(5, 3), (2, None)]]
+    groups = [[make.episode(rng, n, trim, i) for i, (n, trim) in enumerate(group)] for group in shapes]
+    rows = [[row_of(s, t, rng.normal(size=len(t.turns))) for t in group for s in segments_of(t)] for group in groups]
+    packs = pack_rows(rows, 30)
+    assert len(packs) % 2
+    return packs
+
+
+@pytest.fixture(scope="module")
+def two(program, new, packs, model_path, tmp_path_factory):
+    """What two ranks left in `folder`, and `seen`."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "packs.bin").write_bytes(to_bytes(packs))
+    one = new()
+    one.step(packs)
+    checkpoints = Checkpoints(one, keep=5)
+    checkpoints.save(folder / "one", {}, policy_version=1)
+    checkpoints.close()
+    run(folder, model_path, "everything")
+    return SimpleNamespace(folder=folder, **torch.load(folder / "seen.pt", weights_only=True))
+
+
+def run(folder, model_path, what):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    with (folder / "log").open("wb") as log, socket.create_server(("127.0.0.1", 0)) as server:
+        rest = ["2", str(server.getsockname()[1]), str(server.fileno()), folder, model_path, what]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, ROOM / "ranks.py", str(rank), *rest],
+                env=env,
+                stderr=log,
+                pass_fds=[] if rank else [server.fileno()],
+            )
+            for rank in range(2)
+        ]
+        try:
+            codes = [rank.wait(100) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+    assert codes == [0, 0], (folder / "log").read_text()
+
+
+@pytest.mark.parametrize("which", ["gradients", "more"])
+def test_two_ranks_make_the_gradients_of_one(two, program, new, packs, which):
+    """Also with activations computed again and weights kept on the CPU."""
+    num_tokens = sum(len(pack.predictors) for pack in packs)
+    ours = {name: grad / num_tokens for name, grad in getattr(two, which).items()}
+    theirs = {name: grad / num_tokens for name, grad in program.gradients(new(), packs, len(packs)).items()}
+    assert ours.keys() == theirs.keys()
+    for name, grad in theirs.items():
+        assert grad.abs().max() > 1e-4, f"{name}: a gradient of nothing tests nothing"
+        assert (ours[name] - grad).abs().max() < 1e-6, name
+        assert (ours[name] - grad).norm() / grad.norm() < 5e-6, name
+
+
+def test_two_ranks_take_the_step_of_one_and_report_it(two, new, packs):
+    policy = new()
+    metrics = policy.step(packs)
+    assert two.metrics.keys() == metrics.keys()
+    for name, value in metrics.items():
+        if value is not None and not name.endswith("_s"):
+            assert two.metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+    torch.testing.assert_close(two.weights, dict(policy.weights()), rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_additions_of_one(program, new, packs, model_path, tmp_path):
+    pytest.importorskip("peft")
+    (tmp_path / "packs.bin").write_bytes(to_bytes(packs))
+    run(tmp_path, model_path, "lora")
+    policy = new(program.LORA)
+    policy.step(packs)
+    weights = torch.load(tmp_path / "lora.pt", weights_only=True)
+    torch.testing.assert_close(weights, dict(policy.weights()), rtol=0, atol=2e-6)
+
+
+def test_each_rank_holds_half_of_the_weights(two, new):
+    assert two.shard == pytest.approx(new().model.num_parameters() / 2, rel=0.02)
+
+
+def test_buckets_are_the_exported_model_in_order_tied_weights_once(two, new):
+    exported = load_file(two.folder / "exported" / "model.safetensors")
+    for dtype, buckets in two.buckets.items():
+        names = [name for bucket in buckets for name, _ in bucket]
+        assert names == [name for name, _ in new().model.named_parameters()]
+        assert set(names) == exported.keys()
+        for bucket in buckets:
+            assert len(bucket) == 1 or sum(tensor.nbytes for _, tensor in bucket) <= 5000
+            for name, tensor in bucket:
+                assert torch.equal(tensor, exported[name].to(dtype)), name
+        assert 1 < len(buckets) < len(names)
+
+
+def test_after_a_checkpoint_two_ranks_go_on_bit_for_bit(two):
+    assert two.version == 1
+    torch.testing.assert_close(two.again, two.next, rtol=0, atol=0)
+
+
+def test_two_ranks_go_on_from_the_checkpoint_of_one(two, new, packs):
+    policy = new()
+    policy.step(packs)
+    torch.testing.assert_close(two.of_one, dict(policy.weights()), rtol=0, atol=0)
+    policy.step(packs)
+    torch.testing.assert_close(two.next_of_one, dict(policy.weights()), rtol=0, atol=2e-6)
+
+
+def test_one_rank_goes_on_from_the_checkpoint_of_two(two, new, packs):
+    policy = new()
+    checkpoints = Checkpoints(policy, keep=5)
+    assert checkpoints.load(two.folder / "two") == 1
+    checkpoints.close()
+    torch.testing.assert_close(dict(policy.weights()), two.weights, rtol=0, atol=0)
+    policy.step(packs)
+    torch.testing.assert_close(dict(policy.weights()), two.next, rtol=0, atol=2e-6)
+    assert [path.name for path in complete_checkpoints(two.folder)] == ["one", "two"]

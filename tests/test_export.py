@@ -1,0 +1,157 @@
+"""Export: what a checkpoint holds is what transformers loads, in the dtype asked for, LoRA merged; bad input is a sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from l0fast.config import LearnerConfig, RunConfig
+from l0fast.errors import UsageError
+from l0fast.export import DTYPES, export, find_checkpoint, main
+from l0fast.learner.checkpoint import Checkpoints
+from l0fast.learner.policy_model import PolicyModel
+
+
+def saved(run_dir: Path, policy_folder: Path, *, steps: tuple[int, ...] = (8,), **learner) -> PolicyModel:
+    """A run with checkpoints of a policy that has moved; the last one is of the policy returned."""
+    config = RunConfig(learner=LearnerConfig(**learner))
+    policy = PolicyModel(policy_folder, config.learner, num_steps=8, temperature=1.0)
+    checkpoints = Checkpoints(policy, keep=5)
+    state = {"config": config.model_dump(mode="json"), "model_path": str(policy_folder)}
+    generator = torch.Generator().manual_seed(0)
+    for step in steps:
+        with torch.no_grad():
+            for parameter in policy.trained.values():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        checkpoints.save(run_dir / "checkpoints" / f"step_{step:06d}", state | {"step": step}, step)
+    checkpoints.close()
+    return policy
+
+
+@pytest.fixture(scope="module")
+def run(policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PolicyModel]:
+    folder = tmp_path_factory.mktemp("run")
+    return folder, saved(folder, policy_folder, steps=(8, 16))
+
+
+def test_the_export_is_the_policy_byte_for_byte_and_transformers_loads_it(run, policy_folder: Path, tmp_path: Path):
+    run_dir, policy = run
+    assert main([str(run_dir), str(tmp_path / "out")]) == 0
+    policy.save(tmp_path / "as saved")
+    files = sorted(file.name for file in (tmp_path / "as saved").iterdir())
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == files
+    for name in files:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "as saved" / name).read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    for name, parameter in policy.model.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter)
+    text = "Oslo is the capital of Norway."
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text) == AutoTokenizer.from_pretrained(policy_folder)(text)
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_run_means_its_newest_checkpoint_and_a_checkpoint_itself(run, tmp_path: Path):
+    run_dir, _ = run
+    older = run_dir / "checkpoints" / "step_000008"
+    assert find_checkpoint(run_dir) == run_dir / "checkpoints" / "step_000016"
+    assert find_checkpoint(older) == older
+    for name, checkpoint in (("old", older), ("new", find_checkpoint(run_dir))):
+        export(checkpoint, tmp_path / name)
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("old", "new"))
+    assert not any(torch.equal(old[name], new[name]) for name in old)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_are_rounded_to_the_dtype_and_the_folder_says_so(run, tmp_path: Path, dtype: str):
+    run_dir, policy = run
+    export(find_checkpoint(run_dir), tmp_path / "out", dtype=dtype)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == {name for name, _ in policy.model.named_parameters()}
+    for name, parameter in policy.model.named_parameters():
+        assert torch.equal(written[name], parameter.to(getattr(torch, dtype)))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_lora_is_merged(policy_folder: Path, tmp_path: Path):
+    pytest.importorskip("peft")
+    policy = saved(tmp_path / "run", policy_folder, lora_rank=4)
+    export(find_checkpoint(tmp_path / "run"), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    merged = dict(policy.weights())
+    assert merged.keys() == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, merged[name])
+    before = load_file(policy_folder / "model.safetensors")
+    assert any(not torch.equal(before[name].float(), merged[name]) for name in merged)
+
+
+# --- what can't be used -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_no_checkpoint_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([str(tmp_path), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "neither a complete checkpoint nor a run that has one" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_nothing_is_overwritten(run, tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(UsageError, match="never overwrites"):
+            export(find_checkpoint(run[0]), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_model_that_has_moved_may_be_named(run, policy_folder: Path, tmp_path: Path):
+    run_dir, policy = run
+    checkpoint = tmp_path / "copy"
+    checkpoint.mkdir()
+    for file in find_checkpoint(run_dir).iterdir():
+        (checkpoint / file.name).write_bytes(file.read_bytes())
+    state = json.loads((checkpoint / "driver.json").read_text())
+    (checkpoint / "driver.json").write_text(json.dumps(state | {"model_path": "/no/such/model"}))
+    with pytest.raises(UsageError, match="/no/such/model, .* is no model folder any more: give it with --model"):
+        export(checkpoint, tmp_path / "out")
+    assert main([str(checkpoint), str(tmp_path / "out"), "--model", str(policy_folder)]) == 0
+
+
+def test_another_model_than_the_run_began_with_is_told_apart(run, tmp_path: Path, policy_folder: Path):
+    for file in policy_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 8}))
+    with pytest.raises(UsageError, match=r"does not fit .* give the model that the run began with"):
+        export(find_checkpoint(run[0]), tmp_path / "out", model=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "no metadata"])
+def test_a_damaged_checkpoint_is_one_sentence_and_leaves_nothing(run, tmp_path: Path, harm: str):
+    checkpoint = tmp_path / "copy"
+    checkpoint.mkdir()
+    for file in find_checkpoint(run[0]).iterdir():
+        (checkpoint / file.name).write_bytes(file.read_bytes())
+    (data,) = checkpoint.glob("*.distcp")
+    if harm == "cut":
+        data.write_bytes(data.read_bytes()[:1000])
+    elif harm == "gone":
+        data.unlink()
+    else:
+        (checkpoint / ".metadata").unlink()
+    with pytest.raises(UsageError, match="can't be read as a checkpoint"):
+        export(checkpoint, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_an_export_that_fails_leaves_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("l0fast.export.shutil.copyfile", full)
+    with pytest.raises(UsageError, match=r"out can't be written \(No space left on device\)"):
+        export(find_checkpoint(run[0]), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,583 @@
+"""Stop and go on: what a killed run had done is not lost, and the run that goes on is the one that was not killed."""
+
+import asyncio
+import io
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import orjson
+import pytest
+from rich.console import Console
+
+from l0fast.cli import parse, render_plan
+from l0fast.config import RunConfig
+from l0fast.engine.simulated import SimulatedEngine
+from l0fast.errors import LearnerError, UsageError
+from l0fast.report.live import Live
+from l0fast.run import main
+from l0fast.run_dir import (
+    RunDir,
+    checkpoints,
+    read_config,
+    read_driver_state,
+    read_metrics,
+    read_summary,
+    read_trajectories,
+    resume_hint,
+    step_name,
+)
+from l0fast.seeding import derive_seed
+from l0fast.tasks import load_variants, load_world
+from l0fast.training import Rooms, Training, _to_its_end, check
+from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
+from tests.command import children_of, finish, seen, start, wait_until_gone
+
+SCHEDULE = [
+    "--engine.kind", "simulated", "--sandbox.kind", "process", "--learner.threads", "1", "--num-steps", "5",
+    "--rollout.groups-per-step", "2", "--rollout.max-open-groups", "3", "--rollout.group-size", "2",
+    "--rollout.drop-rate", "0.5", "--rollout.max-turns", "2", "--eval.questions", "2", "--eval.curve-questions", "2",
+    "--eval.every", "2", "--eval.transfer-questions", "2", "--checkpoint.every", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run that was let alone, and the same one, killed after its third step and gone on with."""
+    folder = tmp_path_factory.mktemp("runs")
+    whole, killed = folder / "whole", folder / "killed"
+    undisturbed, victim = (
+        start("--run-dir", str(path), "--model.path", str(policy_folder), *SCHEDULE) for path in (whole, killed)
+    )
+    assert victim.stdout is not None
+    told = []
+    for line in victim.stdout:
+        told.append(line)
+        if "step 3/5" in line:
+            break
+    else:
+        pytest.fail("".join(told))
+    children = children_of(victim.pid)
+    victim.kill()
+    finish(victim, -signal.SIGKILL)
+    assert not wait_until_gone(children)
+    assert read_driver_state(checkpoints(killed)[-1])["step"] == 2
+    assert len(read_metrics(killed)) >= 3
+    finish(undisturbed, 0)
+    out = finish(start("--resume", str(killed)), 0)
+    assert "going on after step 2" in out
+    assert "held-out accuracy before:" not in out
+    return whole, killed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # three runs, two of them at once
+def test_a_killed_run_that_goes_on_does_what_it_would_have_done(folders: tuple[Path, Path]):
+    (rows, played), (rows_resumed, played_resumed) = map(seen, folders)
+    for row in (*rows, *rows_resumed):
+        # the broker remembers answers in memory, and counts calls when they are made, also those of groups of later steps
+        for name in [name for name in row if name.startswith("tools/")]:
+            del row[name]
+    assert rows_resumed == rows
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert sum(row["rollout/dropped_groups"] for row in rows) > 0
+    assert played_resumed == played
+
+
+@pytest.mark.slow
+def test_it_ends_with_the_same_weights_bit_for_bit(folders: tuple[Path, Path]):
+    whole, resumed = ((folder / "model" / "model.safetensors").read_bytes() for folder in folders)
+    assert resumed == whole
+
+
+@pytest.mark.slow
+def test_its_summary_tells_of_the_whole_run(folders: tuple[Path, Path]):
+    whole, resumed = map(read_summary, folders)
+    told = {key for key in whole if key.startswith(("eval_", "transfer_")) or key in ("steps", "finished", "seed")}
+    assert {key: resumed[key] for key in told} == {key: whole[key] for key in told}
+    times = [row["time/since_start_s"] for row in read_metrics(folders[1])]
+    assert times == sorted(times)
+
+
+@pytest.mark.slow
+def test_checkpoints_are_pruned_and_the_last_step_has_one(folders: tuple[Path, Path]):
+    for folder in folders:
+        assert [path.name for path in checkpoints(folder)] == ["step_000004", "step_000005"]
+        assert len(list((folder / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_is_done_says_so(folders: tuple[Path, Path]):
+    with pytest.raises(UsageError, match="is done, with all of its 5 steps: give --num-steps 10"):
+        parse(["--resume", str(folders[0])])
+    longer = parse(["--resume", str(folders[0]), "--num-steps", "6"])
+    assert longer.config.num_steps == 6
+    assert longer.changes == ("num_steps = 6, was 5",)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """The folder of a run that was stopped in its ninth step; the last checkpoint is of the eighth."""
+    path = tmp_path / "run"
+    with RunDir.create(path, RunConfig(num_steps=12)) as run_dir:
+        for step in range(1, 10):
+            run_dir.metrics({"step": step})
+            asyncio.run(run_dir.trajectories(step_name(step), []))
+        for name in (
+            "eval_before",
+            "eval_step_8",
+            "eval_step_9",
+            "eval_after",
+            "transfer_x_before",
+            "transfer_x_after",
+        ):
+            asyncio.run(run_dir.trajectories(name, []))
+        run_dir.summary({"steps": 9})
+        for step in (4, 8):
+            checkpoint(run_dir.checkpoint_path(step), step=step)
+    return path
+
+
+def checkpoint(path: Path, **state: Any) -> None:
+    path.mkdir(parents=True)
+    (path / "driver.json").write_bytes(orjson.dumps(state))
+    (path / "learner.json").touch()  # with it a checkpoint is complete
+
+
+def test_a_run_goes_on_with_its_own_settings_from_its_newest_checkpoint(stopped: Path):
+    invocation = parse(["--resume", str(stopped), "--dry-run"])
+    assert invocation.config == read_config(stopped)
+    assert (invocation.run_dir, invocation.resume) == (stopped, stopped / "checkpoints" / "step_000008")
+    assert "goes on from step_000008" in render_plan(invocation)
+
+
+def test_how_long_and_how_fast_may_change_and_is_told(stopped: Path):
+    changed = parse(["--resume", str(stopped), "--num-steps", "20", "--engine.slots", "7", "--checkpoint.keep", "5"])
+    assert (changed.config.num_steps, changed.config.engine.slots, changed.config.checkpoint.keep) == (20, 7, 5)
+    assert changed.changes == ("num_steps = 20, was 12", "engine.slots = 7, was 128", "checkpoint.keep = 5, was 2")
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    (["--learner.lr", "0.1"], r"--learner.lr 0.1 would make another run .* 0.0007: leave it out"),
+    (["--seed", "1"], r"--seed 1 would make another run"),
+    (["--num-steps", "7"], r"num_steps = 7, but .* has taken 8 steps already: give --num-steps 8 or more"),
+    (["invented"], r"so invented has no place beside it"),
+    (["--smoke"], r"so --smoke has no place beside it"),
+    (["--run-dir", "x"], r"so --run-dir has no place beside it"),
+])  # fmt: skip
+def test_what_would_make_another_run_is_refused(stopped: Path, flags: list[str], sentence: str):
+    with pytest.raises(UsageError, match=sentence):
+        parse(["--resume", str(stopped), *flags])
+
+
+def test_a_run_that_is_done_goes_on_only_for_more_steps(stopped: Path):
+    assert parse(["--resume", str(stopped), "--num-steps", "8"]).config.num_steps == 8
+    (stopped / "summary.json").write_text('{"finished": true}')
+    with pytest.raises(UsageError, match="is done, with all of its 8 steps: give --num-steps 16"):
+        parse(["--resume", str(stopped), "--num-steps", "8"])
+    assert parse(["--resume", str(stopped), "--num-steps", "9"]).config.num_steps == 9
+
+
+def test_a_flag_that_says_what_the_run_has_anyway_is_none(stopped: Path):
+    assert parse(["--resume", str(stopped), "--seed", "0"]).changes == ()
+
+
+def test_a_folder_without_checkpoint_or_run_is_one_sentence(stopped: Path, tmp_path: Path):
+    for path in checkpoints(stopped):
+        (path / "learner.json").unlink()
+    assert "nothing to resume" in resume_hint(stopped)
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        parse(["--resume", str(stopped)])
+    with pytest.raises(UsageError, match="is .* the folder of a run"):
+        parse(["--resume", str(tmp_path)])
+
+
+def test_the_hint_is_a_line_to_copy(stopped: Path):
+    moved = stopped.rename(stopped.with_name("a run"))
+    assert resume_hint(moved) == f"resume with: python -m l0fast.run --resume '{moved}'"
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_written_after_the_checkpoint_is_taken_away(stopped: Path):
+    (stopped / "trajectories" / ".step_0010.jsonl.partial").touch()
+    for name in ("step_000012.tmp", "step_000001"):
+        # being written, being removed
+        (stopped / "checkpoints" / name).mkdir()
+    with RunDir.resume(stopped, RunConfig(num_steps=20), 8) as run_dir:
+        assert [row["step"] for row in read_metrics(stopped)] == list(range(1, 9))
+        run_dir.metrics({"step": 9})
+    assert [row["step"] for row in read_metrics(stopped)] == list(range(1, 10))
+    names = {path.stem for path in (stopped / "trajectories").iterdir()}
+    assert names == {*map(step_name, range(1, 9)), "eval_before", "eval_step_8", "transfer_x_before"}
+    assert [path.name for path in sorted((stopped / "checkpoints").iterdir())] == ["step_000004", "step_000008"]
+    assert read_config(stopped).num_steps == 20
+    assert read_summary(stopped) == {}
+
+
+def test_half_a_row_is_taken_away(stopped: Path):
+    with (stopped / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')
+    RunDir.resume(stopped, read_config(stopped), 9).close()
+    assert [row["step"] for row in read_metrics(stopped)] == list(range(1, 10))
+
+
+def test_a_run_that_still_goes_on_is_left_alone(stopped: Path):
+    with RunDir.resume(stopped, read_config(stopped), 8):
+        before = (stopped / "metrics.jsonl").read_bytes()
+        with pytest.raises(UsageError, match="still goes on"):
+            RunDir.resume(stopped, RunConfig(num_steps=99), 4)
+        assert (stopped / "metrics.jsonl").read_bytes() == before
+        assert read_config(stopped).num_steps == 12
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def test_work_that_must_be_whole_ends_before_its_waiter_is_cancelled():
+    log = []
+
+    async def work():
+        for i in range(5):
+            await asyncio.sleep(0)
+            log.append(i)
+
+    async def main():
+        waiter = asyncio.create_task(_to_its_end(work()))
+        await asyncio.sleep(0)
+        waiter.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiter
+        log.append("cancelled")
+
+    asyncio.run(main())
+    assert log == [0, 1, 2, 3, 4, "cancelled"]
+
+
+class Ledger:
+    """A learner that only writes down what it is told."""
+
+    device = "cpu"
+
+    def __init__(self, *, dies_at_step: int | None = None, waits_at_step: int | None = None):
+        self.told: list[tuple[Any, ...]] = []
+        self.dies_at_step, self.waits_at_step = dies_at_step, waits_at_step
+        self.accumulated, self.waits, self.may_go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def accumulate(self, groups, advantages) -> None:
+        assert all(len(a) == len(group.trajectories) for group, a in zip(groups, advantages, strict=True))
+        self.told.append(("accumulate", [group.number for group in groups]))
+        self.accumulated.set()
+
+    async def finish_step(self, policy_version) -> dict[str, Any]:
+        self.told.append(("finish_step", policy_version))
+        return {}
+
+    async def step(self, groups, advantages, policy_version) -> dict[str, Any]:
+        if policy_version == self.dies_at_step:
+            raise LearnerError("the learner died")
+        if policy_version == self.waits_at_step:
+            self.waits.set()
+            await self.may_go_on.wait()
+        self.told.append(("step", [group.number for group in groups]))
+        return {}
+
+    async def save_checkpoint(self, path: Path, driver_state: dict[str, Any]) -> None:
+        self.told.append(("save_checkpoint", path.name, driver_state["step"], driver_state["position"]))
+        checkpoint(path, **driver_state)
+
+    async def load_checkpoint(self, path: Path) -> dict[str, Any]:
+        self.told.append(("load_checkpoint", path.name))
+        return read_driver_state(path)
+
+    async def save(self, path: Path) -> None:
+        self.told.append(("save", path.name))
+
+    @property
+    def saved(self) -> list[tuple[Any, ...]]:
+        return [told for told in self.told if "save" in told[0]]
+
+
+class Agent:
+    """Right or wrong by the episode's seed. `before_episode` is awaited first."""
+
+    def __init__(self, before_episode=lambda seed: asyncio.sleep(0)):
+        self.before_episode, self.seeds = before_episode, []
+
+    async def run_episode(self, task: Task, *, index: int, temperature: float, seed: int) -> Trajectory:
+        self.seeds.append(seed)
+        await self.before_episode(seed)
+        turn = Turn(
+            prompt_ids=(1,), response_ids=(2, 3), sampler_logprobs=(-1.0, -1.0), finish_reason="stop",
+            policy_version=0, text="", output=None, well_formed=True,
+        )  # fmt: skip
+        answer = task.answers[0] if seed % 3 else "nobody knows"
+        return Trajectory(task=task, index=index, status=TrajectoryStatus.COMPLETED, turns=(turn,), answer=answer)
+
+
+SMALL = {
+    "num_steps": 4,
+    "rollout": {"groups_per_step": 2, "max_open_groups": 2, "group_size": 2},
+    "eval": {"questions": 2, "every": 0, "curve_questions": 2, "transfer_questions": 2},
+    "checkpoint": {"every": 2},
+}
+
+
+class Run:
+    """The loop of a run with everything around it made up."""
+
+    def __init__(self, path: Path, ledger: Ledger, agent: Agent | None = None, resume: Path | None = None, **settings):
+        self.config = RunConfig.model_validate(SMALL | settings)
+        self.agent, self.ledger = agent or Agent(), ledger
+        world = load_world(self.config.task)
+        variants = load_variants(self.config.task)
+        self.rooms = Rooms(
+            world=world,
+            variants=variants,
+            agents=dict.fromkeys((w.name for w in (world, *variants)), self.agent),
+            evaluator=Agent(),
+            transfer={},
+            broker=SimpleNamespace(take_step=dict),
+            engine=SimulatedEngine(vocab_size=8, max_tokens=8),
+            learner=ledger,
+        )  # pyright: ignore[reportArgumentType]
+        step = read_driver_state(resume)["step"] if resume else 0
+        self.run_dir = RunDir.resume(path, self.config, step) if resume else RunDir.create(path, self.config)
+        live = Live(self.config.num_steps, console=Console(file=io.StringIO()))
+        self.training = Training(self.config, self.run_dir, live, time.monotonic())
+        if resume:
+            self.training.go_on(resume)
+
+    async def __call__(self) -> None:
+        with self.run_dir:
+            await self.training._train(self.rooms)
+
+    @property
+    def questions(self) -> list[list[str]]:
+        """Of each step, in their order."""
+        files = sorted((self.run_dir.path / "trajectories").glob("step_*"))
+        return [[trajectory.task.id for trajectory in read_trajectories(file)] for file in files]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {key: value for key, value in row.items() if not key.startswith(("time/", "loop/")) and "_per_s" not in key}
+            for row in read_metrics(self.run_dir.path)
+        ]
+
+
+def test_a_run_saves_as_often_as_it_is_told_and_at_the_end(tmp_path: Path):
+    run = Run(tmp_path / "run", Ledger(), num_steps=5)
+    asyncio.run(run())
+    assert run.ledger.saved == [
+        ("save_checkpoint", "step_000002", 2, 4),
+        ("save_checkpoint", "step_000004", 4, 8),
+        ("save_checkpoint", "step_000005", 5, 10),
+        ("save", "model"),
+    ]
+
+
+def test_without_checkpoints_the_model_is_saved_all_the_same(tmp_path: Path):
+    run = Run(tmp_path / "run", Ledger(), checkpoint={"every": 0})
+    asyncio.run(run())
+    assert run.ledger.saved == [("save", "model")]
+
+
+def test_a_run_that_goes_on_plays_what_the_other_would_have_played(tmp_path: Path):
+    settings = {"rollout": SMALL["rollout"] | {"drop_rate": 0.5, "max_open_groups": 5}}
+    whole, first = (
+        Run(tmp_path / "whole", Ledger(), **settings),
+        Run(tmp_path / "run", Ledger(), **settings, num_steps=2),
+    )
+    asyncio.run(whole())
+    asyncio.run(first())
+    later = Run(tmp_path / "run", Ledger(), resume=checkpoints(tmp_path / "run")[-1], **settings)
+    asyncio.run(later())
+    assert later.rows == whole.rows
+    assert later.questions == whole.questions
+    assert later.ledger.told[0] == ("load_checkpoint", "step_000002")
+    steps = [told for told in whole.ledger.told if told[0] == "step"]
+    assert [told for told in later.ledger.told if told[0] == "step"] == steps[2:]
+    # the questions of before were asked once
+    assert "eval_accuracy_after" not in read_driver_state(checkpoints(tmp_path / "run")[-1])["results"]
+    assert later.training.results["eval_accuracy_before"] == first.training.results["eval_accuracy_before"]
+
+
+def test_a_run_that_ended_in_its_last_evaluation_has_only_that_to_do(tmp_path: Path):
+    asyncio.run(Run(tmp_path / "run", Ledger())())
+    later = Run(tmp_path / "run", Ledger(), resume=checkpoints(tmp_path / "run")[-1])
+    asyncio.run(later())
+    assert later.ledger.told == [("load_checkpoint", "step_000004"), ("save", "model")]
+    assert later.rooms.engine.policy_version == 4  # pyright: ignore[reportAttributeAccessIssue]
+    assert "eval_accuracy_after" in later.training.results
+
+
+def test_the_running_mean_goes_on(tmp_path: Path):
+    settings = {"learner": {"advantage": "running_mean"}}
+    first = Run(tmp_path / "run", Ledger(), **settings, num_steps=2)
+    asyncio.run(first())
+    later = Run(tmp_path / "run", Ledger(), resume=checkpoints(tmp_path / "run")[-1], **settings)
+    later.run_dir.close()
+    assert later.training.running == first.training.running
+    assert later.training.running.baseline is not None
+
+
+def test_cancelled_while_the_learner_works_a_run_ends_with_a_whole_step_and_its_checkpoint(tmp_path: Path):
+    async def main() -> Run:
+        ledger = Ledger(waits_at_step=3)
+        run = Run(tmp_path / "run", ledger)
+        task = asyncio.create_task(run())
+        await ledger.waits.wait()
+        task.cancel()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        ledger.may_go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return run
+
+    run = asyncio.run(main())
+    assert [row["step"] for row in run.rows] == [1, 2, 3]
+    assert run.ledger.saved[-2:] == [("save_checkpoint", "step_000003", 3, 6), ("save", "model")]
+
+
+def test_cancelled_while_agents_play_a_run_keeps_its_last_step(tmp_path: Path):
+    stuck = asyncio.Event()
+
+    async def main() -> Run:
+        async def before_episode(seed: int) -> None:
+            if run.training.step == 3:
+                stuck.set()
+                await asyncio.Event().wait()
+
+        run = Run(tmp_path / "run", Ledger(), Agent(before_episode))
+        task = asyncio.create_task(run())
+        await stuck.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return run
+
+    run = asyncio.run(main())
+    assert run.ledger.saved[-2:] == [("save_checkpoint", "step_000003", 3, 6), ("save", "model")]
+
+
+def test_a_bug_in_an_episode_loses_no_step(tmp_path: Path):
+    async def before_episode(seed: int) -> None:
+        if run.training.step == 1:
+            raise KeyError("bug")
+
+    run = Run(tmp_path / "run", Ledger(), Agent(before_episode))
+    with pytest.raises(BaseExceptionGroup) as caught:
+        asyncio.run(run())
+    assert caught.value.subgroup(KeyError)
+    assert run.ledger.saved == [("save_checkpoint", "step_000001", 1, 2), ("save", "model")]
+
+
+def test_a_dead_learner_is_asked_for_nothing(tmp_path: Path):
+    run = Run(tmp_path / "run", Ledger(dies_at_step=3))
+    with pytest.raises(BaseExceptionGroup) as caught:
+        asyncio.run(run())
+    assert caught.value.subgroup(LearnerError)
+    assert run.ledger.saved == [("save_checkpoint", "step_000002", 2, 4)]
+
+
+@pytest.mark.parametrize(("step", "hint"), [(None, "has no checkpoint yet"), (2, "resume with: python -m l0fast.run")])
+def test_what_ends_a_run_says_how_to_go_on(tmp_path: Path, monkeypatch, capsys, step: int | None, hint: str):
+    async def fails(training: Training) -> None:
+        training.run_dir.metrics({"step": 1})
+        if step:
+            checkpoint(training.run_dir.checkpoint_path(step), step=step)
+        raise ExceptionGroup("tasks", [LearnerError("the learner died")])
+
+    monkeypatch.setattr(Training, "run", fails)
+    assert main(["--run-dir", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "l0fast: the learner died"
+    assert len(said) == 2
+    assert hint in said[1]
+    assert hint in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_setting_that_shows_itself_wrong_at_the_start_leaves_nothing_to_resume(tmp_path: Path, monkeypatch, capsys):
+    async def fails(training: Training) -> None:
+        raise UsageError("no such image")
+
+    monkeypatch.setattr(Training, "run", fails)
+    assert main(["--run-dir", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == "l0fast: no such image\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_streamed_groups_are_learned_from_while_others_are_played(tmp_path: Path):
+    async def main() -> Run:
+        async def before_episode(seed: int) -> None:
+            # the first group is done only when another was learned from
+            if seed in first_group:
+                await ledger.accumulated.wait()
+
+        ledger = Ledger()
+        first_group = {derive_seed(0, "episode", 0, index, 0) for index in range(2)}
+        run = Run(
+            tmp_path / "run", ledger, Agent(before_episode), learner={"advantage": "group", "stream": "on"}, num_steps=2
+        )
+        async with asyncio.timeout(20):
+            await run()
+        return run
+
+    run = asyncio.run(main())
+    told = run.ledger.told
+    assert told[:3] == [("accumulate", [1]), ("accumulate", [0]), ("finish_step", 1)]
+    assert sorted(n for what, *rest in told if what == "accumulate" for n in rest[0]) == [0, 1, 2, 3]
+    assert not any(what == "step" for what, *_ in told)
+    # written in the order of admission all the same
+    other = Run(tmp_path / "other", Ledger(), num_steps=2)
+    asyncio.run(other())
+    assert run.questions == other.questions
+
+
+def test_streaming_tells_the_same_of_a_step(tmp_path: Path):
+    runs = [
+        Run(tmp_path / stream, Ledger(), learner={"advantage": "running_mean", "stream": stream})
+        for stream in ("on", "off")
+    ]
+    for run in runs:
+        asyncio.run(run())
+    assert runs[0].rows == runs[1].rows
+    assert runs[0].training.running == runs[1].training.running
+    on, off = (
+        [(t.reward, t.advantages) for file in sorted((run.run_dir.path / "trajectories").glob("step_*"))
+         for t in read_trajectories(file)]
+        for run in runs
+    )  # fmt: skip
+    assert on == off
+    assert any(a for _, advantages in on for a in advantages)
+
+
+@pytest.mark.parametrize(("learner", "device", "streams"), [
+    ({"advantage": "group"}, "cuda", True),
+    ({"advantage": "group"}, "cpu", False),
+    ({"advantage": "group", "stream": "on"}, "cpu", True),
+    ({"advantage": "group", "stream": "off"}, "cuda", False),
+    ({"advantage": "reinforce_pp"}, "cuda", False),
+    ({"advantage": "rloo", "permute_advantages": True}, "cuda", False),
+])  # fmt: skip
+def test_streams_where_a_group_is_enough_and_the_cores_are_free(tmp_path: Path, learner, device: str, streams: bool):
+    ledger = Ledger()
+    ledger.device = device
+    with (run := Run(tmp_path / "run", ledger, learner=learner)).run_dir:
+        assert run.training._streams(ledger) is streams  # pyright: ignore[reportArgumentType]
+
+
+def test_streaming_what_needs_the_whole_batch_is_refused():
+    config = RunConfig.model_validate({"learner": {"stream": "on"}, "eval": {"questions": 2}})
+    with pytest.raises(
+        UsageError, match=r"stream = 'on', but learner.advantage = 'reinforce_pp' looks at the whole batch"
+    ):
+        check(config)
