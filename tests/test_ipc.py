@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from l0fast.errors import EngineError, UsageError
-from l0fast.ipc import Channel, SharedWeights, _encode, shared_weights, spawn_worker
+from l0fast.ipc import Channel, SharedBytes, SharedWeights, _encode, shared_bytes, shared_weights, spawn_worker
 
 CHILD = """
     import os, sys, time
@@ -193,6 +193,18 @@ def test_a_missed_deadline_names_the_call(spawn):
     asyncio.run(main())
 
 
+def test_a_child_that_hangs_says_where_in_its_last_words(spawn):
+    async def main():
+        async with spawn(close_timeout_s=0.1) as worker:
+            await worker.call("stuck", timeout_s=10)
+            with pytest.raises(
+                EngineError, match=r"did not answer 'echo' in 0.01 s; its last words:\n(.|\n)*ipc_child\.py"
+            ):
+                await worker.call("echo", timeout_s=0.01, x=1)
+
+    asyncio.run(main())
+
+
 def test_leaving_the_block_ends_the_child_and_what_it_started(spawn):
     async def main():
         async with spawn(close_timeout_s=0.1) as worker:
@@ -277,7 +289,23 @@ def test_frames_survive_any_fragmentation(messages, cuts):
     assert received == messages
 
 
-# --- weights
+# --- large things
+
+
+def test_shared_bytes_grow_and_are_seen_without_copies():
+    with shared_bytes("test") as writer:
+        reader = SharedBytes(writer.fd)
+        writer.reserve(3)[:] = b"abc"
+        seen = reader.view(3)
+        assert bytes(seen) == b"abc"
+        writer.reserve(3)[:1] = b"x"
+        assert bytes(seen) == b"xbc"
+        writer.reserve(1_000_000)[3:] = b"y" * 999_997
+        assert bytes(reader.view(1_000_000)) == b"xbc" + b"y" * 999_997
+        assert bytes(seen) == b"xbc", "an old view stays what it was"
+        assert len(writer.reserve(2)) == 2
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(writer.fd)
 
 
 @pytest.fixture

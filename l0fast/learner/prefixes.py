@@ -45,8 +45,8 @@ class Prefixes:
     """
 
     def __init__(self, rows: Sequence[np.ndarray]):
-        # big-endian, so that bytes sort as tokens do
-        keys = [row.astype(">u4").tobytes() for row in rows]
+        # any order will do that keeps rows which begin alike together
+        keys = [row.tobytes() for row in rows]
         self._lengths = [len(row) for row in rows]
         self._order = sorted(range(len(rows)), key=keys.__getitem__)
         self._place = {row: place for place, row in enumerate(self._order)}

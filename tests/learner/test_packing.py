@@ -60,6 +60,8 @@ def rows_in(pack: Pack) -> list[Row]:
     assert pack.cu_seqlens[-1] == pack.num_tokens
     assert pack.family_cu[0] == pack.cu_seqlens[num_families]
     assert all(s.start < s.stop for s in stretches), "no stretch is empty"
+    branches = np.diff(np.searchsorted(pack.cu_seqlens, pack.family_cu))
+    assert all(branches >= 2), "a prefix is shared"
     rows = []
     for s, own in enumerate(stretches[num_families:]):
         family = int(np.searchsorted(pack.family_cu, own.start, "right")) - 1
@@ -133,6 +135,7 @@ def tokens_of_family(rows: list[tuple[int, ...]]) -> int:
 @given(alike)
 def test_no_other_families_take_fewer_tokens(rows):
     (pack,) = pack_rows([[row_like(ids, r) for r, ids in enumerate(rows)]], 1000, share_prefixes=True)
+    rows_in(pack)
     every = partitions([tuple(row) for row in rows])
     assert pack.num_tokens == min(sum(tokens_of_family(block) for block in partition) for partition in every)
 
