@@ -70,6 +70,9 @@ def random_policy(folder: Path, *, layers: int, on_gpu: bool) -> Qwen3Config:
     tensors = {}
     for name, shape in shapes.items():
         tensor = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * std
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            # what each layer adds is small, as in a trained model; else rounding grows from layer to layer
+            tensor /= (2 * layers) ** 0.5
         if name.endswith("embed_tokens.weight"):
             direction = torch.randn(shape[1], generator=generator).sign() * TELLING_SHARE * std
             tensor[0::2] += direction

@@ -357,7 +357,7 @@ def bench_epilogue(device: str, rounds: int) -> dict[str, Any]:
     chunks = {f"{c} of {s}": forward_backward(our_head, p, chunk=c, span=s) for c, s in sizes}
     chunk_rows = [
         {
-            "chunk": int(chunk),
+            "chunk": chunk,
             "ms": round(t, 3),
             "peak_above_dw_gb": round(peak_gb(chunks[chunk], (p["hidden"], p["weight"])) - 4 * V * D / 1e9, 3),
         }

@@ -213,7 +213,8 @@ class _PolicyHead(torch.autograd.Function):
         dhidden_TD, dweight_VD, seen = _chunks(
             hidden_TD, weight_VD, target_ids_T, per_token, settings, *ctx.needs_input_grad[:2]
         )
-        ctx.save_for_backward(dhidden_TD, dweight_VD)
+        # not saved as tensors are: backward uses their memory up
+        ctx.made = dhidden_TD, dweight_VD
         ctx.dtypes = hidden_TD.dtype, weight_VD.dtype
         stats = [seen[name] for name in HeadStats._fields]
         ctx.mark_non_differentiable(*stats)
@@ -222,10 +223,13 @@ class _PolicyHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        made, ctx.made = ctx.made, None
+        if made is None:
+            raise RuntimeError("policy_head keeps its gradients for one backward pass; run the forward again")
         scaled = [
-            # straight into the dtype wanted: an fp32 copy of dW would be the largest tensor of the step
-            None if made is None else torch.mul(made, grads[0], out=torch.empty_like(made, dtype=dtype))
-            for made, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            # an fp32 copy of dW would be the largest tensor of the step
+            None if grad is None else torch.mul(grad, grads[0], out=grad if grad.dtype == dtype else grad.new_empty(grad.shape, dtype=dtype))
+            for grad, dtype in zip(made, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None, None
 

@@ -97,6 +97,9 @@ def load_model(model_path: Path, config: LearnerConfig, place: Place, *, frozen:
         UsageError: a folder that can't be loaded.
     """
     attention.register()
+    if place.device.type == "cuda":
+        # its self-test would not go well inside a checkpointed layer
+        attention.flash()
     dtype = place.compute_dtype if frozen else torch.float32
     with _named_failures(model_path):
         model_config = AutoConfig.from_pretrained(model_path, local_files_only=True)
