@@ -226,12 +226,15 @@ class _PolicyHead(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         if made is None:
             raise RuntimeError("policy_head keeps its gradients for one backward pass; run the forward again")
-        scaled = [
-            # an fp32 copy of dW would be the largest tensor of the step
-            None if grad is None else torch.mul(grad, grads[0], out=grad if grad.dtype == dtype else grad.new_empty(grad.shape, dtype=dtype))
-            for grad, dtype in zip(made, ctx.dtypes, strict=True)
-        ]
+        scaled = (_scaled(grad, grads[0], dtype) for grad, dtype in zip(made, ctx.dtypes, strict=True))
         return *scaled, None, None, None
+
+
+def _scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """grad x factor in `dtype`, in its own memory if it can be: an fp32 copy of dW would be the largest tensor of a step."""
+    if grad is None:
+        return None
+    return torch.mul(grad, factor, out=grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype))
 
 
 _PER_TOKEN = ("advantages", "loss_weights", "old_logprobs", "ref_logprobs", "sampler_logprobs")

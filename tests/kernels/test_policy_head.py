@@ -169,6 +169,15 @@ def test_the_gradient_scales_with_what_comes_from_above():
     torch.testing.assert_close(scaled["dweight"], 0.25 * once["dweight"])
 
 
+def test_a_second_backward_pass_is_refused():
+    p = problem()
+    p["hidden_TD"].requires_grad_()
+    loss, _ = policy_head(**p, **CLIPS)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="run the forward again"):
+        loss.backward()
+
+
 def test_a_masked_token_has_no_gradient():
     p = problem()
     p["loss_weights_T"] = torch.zeros(23)

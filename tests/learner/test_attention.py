@@ -106,7 +106,7 @@ def exact_backward(dout, q, k, v, out, lse, call: Varlen):
         delta = (do * out[rows].transpose(0, 1)).sum(-1, keepdim=True)
         ds = p * (do @ values.transpose(1, 2) - delta)
         dq[rows] = call.scale * (ds @ keys).transpose(0, 1)
-        per_group = lambda x: x.unflatten(0, (-1, groups)).sum(1).transpose(0, 1)  # noqa: B023, E731
+        per_group = lambda x: x.unflatten(0, (-1, groups)).sum(1).transpose(0, 1)  # noqa: E731
         dk[cols] = call.scale * per_group(ds.transpose(1, 2) @ q[rows].transpose(0, 1))
         dv[cols] = per_group(p.transpose(1, 2) @ do)
     return dq, dk, dv
