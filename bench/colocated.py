@@ -35,7 +35,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from bench.machine import machine
 from l0fast.config import AgentConfig, EngineConfig, LearnerConfig, RolloutConfig, RunConfig
 from l0fast.engine.base import Sampling
-from l0fast.engine.sglang import SGLangEngine, serialize_bucket, sglang_engine
+from l0fast.engine.buckets import serialize_bucket
+from l0fast.engine.sglang import SGLangEngine, sglang_engine
 from l0fast.ipc import SharedWeights, shared_weights
 from l0fast.learner.client import BUCKET_BYTES, LearnerClient, batch_advantages, learner
 from l0fast.types import Group, Task, Trajectory, TrajectoryStatus, Turn

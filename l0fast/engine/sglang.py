@@ -21,7 +21,7 @@ import signal
 from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,9 +31,6 @@ from l0fast.engine.check import check_request
 from l0fast.engine.sglang_process import sglang_process
 from l0fast.engine.transformers import check_model_folder
 from l0fast.errors import EngineError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -119,7 +116,7 @@ class SGLangEngine:
         """Take new weights, and go on with what is being sampled under them.
 
         Args:
-            payloads: buckets as `serialize_bucket` makes them, in this process or another one. The next is asked for when
+            payloads: buckets as `buckets.serialize_bucket` makes them, in this process or another one. The next is asked for when
                 the engine has read the one before; who made it keeps its tensor until all are read.
 
         Raises:
@@ -272,31 +269,6 @@ def _done(what: str, flag: tuple[bool, str]) -> None:
     success, message = flag
     if not success:
         raise EngineError(f"{what}: {message}")
-
-
-def serialize_bucket(named_tensors: Sequence[tuple[str, "Tensor"]]) -> tuple[str, "Tensor"]:
-    """A bucket for `update_weights`, in whichever process the tensors are.
-
-    Args:
-        named_tensors: names as in the model folder; on a GPU the engine's process can reach, or on the CPU. Tied once.
-
-    Returns:
-        The payload, and the copy of the tensors that it points to: keep it until the engine has read it.
-    """
-    import torch
-    from sglang.srt.utils import MultiprocessingSerializer  # pyright: ignore[reportMissingImports]
-    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions  # pyright: ignore[reportMissingImports]
-    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket  # pyright: ignore[reportMissingImports]
-
-    bucket = FlattenedTensorBucket(named_tensors=list(named_tensors))
-    flat = bucket.get_flattened_tensor()
-    if flat.is_cuda:
-        # devices by their UUID, for processes that number them differently; it breaks serialising CPU tensors
-        monkey_patch_torch_reductions()
-        # what made the bucket is done before anyone is told of it
-        torch.cuda.current_stream().synchronize()
-    content = {"flattened_tensor": flat, "metadata": bucket.get_metadata()}
-    return MultiprocessingSerializer.serialize(content, output_str=True), flat
 
 
 @asynccontextmanager

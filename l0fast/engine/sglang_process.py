@@ -44,9 +44,8 @@ async def sglang_process(
             yield engine, children
         finally:
             await asyncio.to_thread(_end, children)
-            manager = engine.tokenizer_manager
-            for socket in (manager.recv_from_detokenizer, manager.send_to_scheduler, engine.send_to_rpc):
-                socket.context.destroy(linger=0)
+            engine.send_to_rpc.context.destroy(linger=0)
+            _close_sockets(engine.tokenizer_manager)
             _remove_files(engine.port_args)
     finally:
         signal.signal(signal.SIGQUIT, handler)
@@ -60,16 +59,23 @@ def _start(arguments: dict[str, Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            from sglang.srt.entrypoints.engine import Engine  # pyright: ignore[reportMissingImports]
+            from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager  # pyright: ignore[reportMissingImports]
             from sglang.srt.server_args import PortArgs  # pyright: ignore[reportMissingImports]
         except ImportError as e:
             raise UsageError(
                 f"engine.kind = 'sglang', but it can't be imported ({e}): pip install 'l0fast[gpu]'"
             ) from e
         ports: list[Any] = []
+        managers: list[Any] = []
 
         class OurEngine(Engine):
-            """One whose files are known also where its start fails."""
+            """One whose files and sockets are known also where its start fails."""
+
+            @staticmethod
+            def init_tokenizer_manager_func(*args: Any, **kwargs: Any) -> Any:
+                made = init_tokenizer_manager(*args, **kwargs)
+                managers.append(made[0])
+                return made
 
             @classmethod
             def _launch_subprocesses(cls, server_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -87,6 +93,8 @@ def _start(arguments: dict[str, Any]) -> Any:
         except BaseException as e:
             _end([child for child in multiprocessing.active_children() if child not in before])
             atexit.unregister(engine.shutdown)
+            for manager in managers:
+                _close_sockets(manager)
             for port_args in ports:
                 _remove_files(port_args)
             if not isinstance(e, (RuntimeError, OSError, EOFError)):
@@ -162,6 +170,12 @@ def _end(children: Sequence[Any]) -> None:
     for child in children:
         child.join(_END_S)
     psutil.wait_procs(started, timeout=_END_S)
+
+
+def _close_sockets(manager: Any) -> None:
+    """Left to the garbage collector, their context waits for ever for someone to read what was not sent."""
+    for socket in (manager.recv_from_detokenizer, manager.send_to_scheduler):
+        socket.context.destroy(linger=0)
 
 
 def _remove_files(port_args: Any) -> None:

@@ -1,6 +1,8 @@
 """One rank of the learner: `spawn_worker("l0fast.learner.rank", ...)`. Blocking code, one request at a time.
 
     accumulate(num_bytes, bounds)    packs in shared memory; those from bounds[rank] to bounds[rank + 1] are ours
+    values(num_bytes, bounds)        what the critic says of each sampled token of ours: the payload of the answer, float32
+    fit(num_bytes, bounds)           the critic's `accumulate`: packs with the returns in place of the advantages
     finish_step(denominator, policy_version)
                                      the optimizer step, then the weights into shared memory under that version
     export(bucket_bytes, first)      a bucket of the weights, for an engine on the same GPU that reads it where it lies
@@ -28,6 +30,8 @@ from l0fast.ipc import Channel, Message, SharedBytes, SharedWeights
 
 if TYPE_CHECKING:
     from l0fast.learner.checkpoint import Checkpoints
+    from l0fast.learner.critic import CriticModel
+    from l0fast.learner.packing import Pack
     from l0fast.learner.policy_model import PolicyModel
 
 
@@ -41,6 +45,7 @@ def main() -> None:
 
     from l0fast.config import LearnerConfig
     from l0fast.learner.checkpoint import Checkpoints
+    from l0fast.learner.critic import CriticModel
     from l0fast.learner.policy_model import PolicyModel
 
     transformers_logging.disable_progress_bar()
@@ -60,10 +65,11 @@ def main() -> None:
             rank=rank,
             world=world,
         )
+        critic = None if config.critic == "none" else CriticModel(policy)
         publishes = args["weights"] is not None
         weights = SharedWeights.attach(args["weights"]) if publishes and rank == 0 else None
-        checkpoints = Checkpoints(policy, args["keep_checkpoints"])
-        ours = Rank(policy, checkpoints, weights, SharedBytes(args["packs_fd"]), publishes=publishes)
+        checkpoints = Checkpoints(policy, args["keep_checkpoints"], critic)
+        ours = Rank(policy, critic, checkpoints, weights, SharedBytes(args["packs_fd"]), publishes=publishes)
         ours.publish(0)
         channel.ready(
             parameters=sum(p.numel() for p in policy.model.parameters()),
@@ -133,6 +139,7 @@ class Rank:
     def __init__(
         self,
         policy: "PolicyModel",
+        critic: "CriticModel | None",
         checkpoints: "Checkpoints",
         weights: SharedWeights | None,
         packs: SharedBytes,
@@ -142,20 +149,25 @@ class Rank:
         self._publishes = publishes
         self._buckets: Iterator[list[tuple[str, Any]]] = iter(())
         self._exported: list[Any] = []
-        self._policy, self._checkpoints, self._weights, self._packs = policy, checkpoints, weights, packs
+        self._policy, self._critic, self._checkpoints, self._weights = policy, critic, checkpoints, weights
+        self._packs = packs
 
     def answer(self, message: Message) -> dict[str, Any]:
-        from l0fast.learner.packing import from_bytes
-
-        policy, header = self._policy, message.header
+        """Fields of the answer, the payload among them where there is one."""
+        policy, critic, header = self._policy, self._critic, message.header
         match header["op"]:
             case "accumulate":
-                bounds, rank = header["bounds"], policy.place.rank
-                packs = from_bytes(self._packs.view(header["num_bytes"]))[bounds[rank] : bounds[rank + 1]]
-                policy.accumulate(packs, max(b - a for a, b in zip(bounds, bounds[1:], strict=False)))
+                policy.accumulate(*self._ours(header))
+                return {}
+            case "values" if critic:
+                return {"payload": critic.values_of(*self._ours(header)).tobytes()}
+            case "fit" if critic:
+                critic.accumulate(*self._ours(header))
                 return {}
             case "finish_step":
-                metrics = policy.finish_step(header["denominator"])
+                # the critic first: a head judges by the hidden states of the policy, which then moves
+                metrics = critic.finish_step(header["denominator"]) if critic else {}
+                metrics |= policy.finish_step(header["denominator"])
                 self.publish(header["policy_version"])
                 return {"metrics": metrics}
             case "export":
@@ -176,9 +188,17 @@ class Rank:
             case op:
                 raise ValueError(f"the learner does not know {op!r}")
 
+    def _ours(self, header: dict[str, Any]) -> tuple[list["Pack"], int]:
+        """Our packs, where they lie in shared memory, and the most that any rank has."""
+        from l0fast.learner.packing import from_bytes
+
+        bounds, rank = header["bounds"], self._policy.place.rank
+        packs = from_bytes(self._packs.view(header["num_bytes"]))[bounds[rank] : bounds[rank + 1]]
+        return packs, max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+
     def export(self, bucket_bytes: int, first: bool) -> str | None:
         """The next bucket of weights; None after the last. A collective. Its memory is kept until there are newer weights."""
-        from l0fast.engine.sglang import serialize_bucket
+        from l0fast.engine.buckets import serialize_bucket
 
         if first:
             self._buckets = self._policy.buckets(bucket_bytes, self._policy.place.compute_dtype)

@@ -21,7 +21,8 @@ import torch
 
 from l0fast.config import EngineConfig
 from l0fast.engine.base import Sampled, Sampling
-from l0fast.engine.sglang import SGLangEngine, serialize_bucket, sglang_engine
+from l0fast.engine.buckets import serialize_bucket
+from l0fast.engine.sglang import SGLangEngine, sglang_engine
 from l0fast.errors import EngineError, UsageError
 from tests.engine.tiny import VOCAB, full_logprobs, tiny_model
 
