@@ -294,11 +294,16 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _gae_has_a_critic(self):
+    def _gae_and_a_critic_come_together(self):
         if self.learner.advantage == "gae" and self.learner.critic == "none":
             raise ValueError(
                 "learner.advantage = 'gae' needs to know what a turn is expected to earn, but learner.critic = 'none': "
                 "set --learner.critic to head or copy"
+            )
+        if self.learner.advantage != "gae" and self.learner.critic != "none":
+            raise ValueError(
+                f"learner.critic = {self.learner.critic!r} would be trained and never asked, for learner.advantage = "
+                f"{self.learner.advantage!r} has no use for it: set --learner.advantage gae, or leave the critic out"
             )
         return self
 

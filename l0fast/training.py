@@ -39,7 +39,7 @@ from l0fast.engine.simulated import SimulatedEngine
 from l0fast.engine.transformers import check_model_folder, transformers_engine
 from l0fast.errors import LearnerError, UsageError
 from l0fast.ipc import SharedWeights, shared_weights
-from l0fast.learner.advantage import RunningMean, streams
+from l0fast.learner.advantage import RunningMean, Values, streams
 from l0fast.learner.client import Advantages, LearnerClient, batch_advantages, learner
 from l0fast.metrics import LoopLag, ProcessTreeMemory, StepClock
 from l0fast.report.live import Live
@@ -313,10 +313,11 @@ class Training:
             learn = rooms.learner.finish_step(self.step + 1)
         else:
             batch = await groups.take(self.config.rollout.groups_per_step)
+            values = await self._values(rooms.learner, batch)
             advantages = await asyncio.to_thread(
-                batch_advantages, batch, self.config, self.step + 1, running=self.running
+                batch_advantages, batch, self.config, self.step + 1, running=self.running, values=values
             )
-            learn = rooms.learner.step(batch, advantages, self.step + 1)
+            learn = rooms.learner.step(batch, advantages, self.step + 1, values=values)
         # half of it would leave the learner ahead of what is written
         await _to_its_end(self._learn(rooms, learn, batch, advantages, groups))
         groups.done(len(batch))
@@ -333,12 +334,20 @@ class Training:
         done: list[tuple[Group, list[np.ndarray]]] = []
         async with aclosing(groups.stream(self.config.rollout.groups_per_step)) as batches:
             async for batch in batches:
-                advantages = batch_advantages(batch, self.config, self.step + 1, running=self.running)
+                values = await self._values(rooms.learner, batch)
+                advantages = batch_advantages(batch, self.config, self.step + 1, running=self.running, values=values)
                 with self.clock.part("learn"):
-                    await rooms.learner.accumulate(batch, advantages)
+                    await rooms.learner.accumulate(batch, advantages, values=values)
                 done += zip(batch, advantages, strict=True)
         done.sort(key=lambda pair: pair[0].number)
         return [group for group, _ in done], [advantages for _, advantages in done]
+
+    async def _values(self, learner: LearnerClient, batch: Sequence[Group]) -> Values | None:
+        """What the critic expects of their turns, where there is a critic."""
+        if self.config.learner.critic == "none":
+            return None
+        with self.clock.part("learn"):
+            return await learner.values(batch)
 
     async def _learn(
         self,

@@ -168,6 +168,8 @@ def test_every_shipped_recipe_is_valid(name: str):
             ["--learner.advantage", "rloo", "--rollout.group-size", "1"],
             ["learner.advantage = 'rloo'", "rollout.group_size = 1", "--rollout.group-size to 2"],
         ),
+        (["--learner.advantage", "gae"], ["learner.critic = 'none'", "--learner.critic to head or copy"]),
+        (["--learner.critic", "head"], ["'reinforce_pp' has no use for it", "set --learner.advantage gae"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("-") else None,
 )

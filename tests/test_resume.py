@@ -1,4 +1,7 @@
-"""Stop and go on: what a killed run had done is not lost, and the run that goes on is the one that was not killed."""
+"""Stop and go on: what a killed run had done is not lost, and the run that goes on is the one that was not killed.
+
+That the same seed gives the same run is part of it: the two that are compared share nothing else.
+"""
 
 import asyncio
 import io
@@ -40,6 +43,7 @@ SCHEDULE = [
     "--rollout.groups-per-step", "2", "--rollout.max-open-groups", "3", "--rollout.group-size", "2",
     "--rollout.drop-rate", "0.5", "--rollout.max-turns", "2", "--eval.questions", "2", "--eval.curve-questions", "2",
     "--eval.every", "2", "--eval.transfer-questions", "2", "--checkpoint.every", "2",
+    "--learner.advantage", "gae", "--learner.critic", "head",
 ]  # fmt: skip
 
 
@@ -82,6 +86,7 @@ def test_a_killed_run_that_goes_on_does_what_it_would_have_done(folders: tuple[P
             del row[name]
     assert rows_resumed == rows
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(row["learner/critic_loss"] > 0 for row in rows), "a critic learns, too, and goes on where it was"
     assert sum(row["rollout/dropped_groups"] for row in rows) > 0
     assert played_resumed == played
 
@@ -267,11 +272,18 @@ class Ledger:
 
     def __init__(self, *, dies_at_step: int | None = None, waits_at_step: int | None = None):
         self.told: list[tuple[Any, ...]] = []
+        self.values_given: list[Any] = []
         self.dies_at_step, self.waits_at_step = dies_at_step, waits_at_step
         self.accumulated, self.waits, self.may_go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    async def accumulate(self, groups, advantages) -> None:
+    async def values(self, groups) -> list[list[list[float]]]:
+        """A critic that expects a half of everything."""
+        self.told.append(("values", [group.number for group in groups]))
+        return [[[0.5] * len(t.turns) for t in group.trajectories] for group in groups]
+
+    async def accumulate(self, groups, advantages, *, values=None) -> None:
         assert all(len(a) == len(group.trajectories) for group, a in zip(groups, advantages, strict=True))
+        self.values_given.append(values)
         self.told.append(("accumulate", [group.number for group in groups]))
         self.accumulated.set()
 
@@ -279,7 +291,8 @@ class Ledger:
         self.told.append(("finish_step", policy_version))
         return {}
 
-    async def step(self, groups, advantages, policy_version) -> dict[str, Any]:
+    async def step(self, groups, advantages, policy_version, *, values=None) -> dict[str, Any]:
+        self.values_given.append(values)
         if policy_version == self.dies_at_step:
             raise LearnerError("the learner died")
         if policy_version == self.waits_at_step:
@@ -542,6 +555,23 @@ def test_streamed_groups_are_learned_from_while_others_are_played(tmp_path: Path
     assert run.questions == other.questions
 
 
+@pytest.mark.parametrize(("stream", "learns"), [("off", "step"), ("on", "accumulate")])
+def test_the_critic_is_asked_before_there_are_advantages_and_told_what_it_said(
+    tmp_path: Path, stream: str, learns: str
+):
+    learner = {"advantage": "gae", "critic": "head", "whiten": "none", "stream": stream}
+    run = Run(tmp_path / "run", Ledger(), learner=learner, num_steps=2)
+    asyncio.run(run())
+    asked = [told for told in run.ledger.told if told[0] in ("values", learns)]
+    assert sorted(n for what, *rest in asked if what == "values" for n in rest[0]) == [0, 1, 2, 3]
+    for (first, *groups), (then, *same) in zip(asked[::2], asked[1::2], strict=True):
+        assert (first, then, groups) == ("values", learns, same)
+    assert run.ledger.values_given == [[[[0.5], [0.5]]] * len(groups) for _, groups in asked[::2]]
+    for file in (run.run_dir.path / "trajectories").glob("step_*"):
+        for trajectory in read_trajectories(file):
+            assert trajectory.advantages == pytest.approx([trajectory.reward - 0.5])
+
+
 def test_streaming_tells_the_same_of_a_step(tmp_path: Path):
     runs = [
         Run(tmp_path / stream, Ledger(), learner={"advantage": "running_mean", "stream": stream})
@@ -566,6 +596,8 @@ def test_streaming_tells_the_same_of_a_step(tmp_path: Path):
     ({"advantage": "group", "stream": "on"}, "cpu", True),
     ({"advantage": "group", "stream": "off"}, "cuda", False),
     ({"advantage": "reinforce_pp"}, "cuda", False),
+    ({"advantage": "gae", "critic": "head"}, "cuda", False),
+    ({"advantage": "gae", "critic": "head", "whiten": "none"}, "cuda", True),
     ({"advantage": "rloo", "permute_advantages": True}, "cuda", False),
 ])  # fmt: skip
 def test_streams_where_a_group_is_enough_and_the_cores_are_free(tmp_path: Path, learner, device: str, streams: bool):

@@ -317,7 +317,7 @@ def _chunks(
 def _even(T: int, most: int) -> int:
     """Rows of a part when T rows are cut into as few as `most` allows; where there are several, whole tiles of a matmul."""
     num_parts = -(-T // most)
-    return T if num_parts <= 1 else min(most, -(-T // num_parts // TILE) * TILE)
+    return max(T, 1) if num_parts <= 1 else min(most, -(-T // num_parts // TILE) * TILE)
 
 
 def torch_epilogue(

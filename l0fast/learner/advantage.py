@@ -170,8 +170,8 @@ def compute_advantages(
     return _by_group(per_turn, groups)
 
 
-def critic_targets(groups: Sequence[Group], config: LearnerConfig, values: Values) -> list[list[np.ndarray]]:
-    """What the critic should have said of each turn: GAE's returns, as `compute_advantages` is indexed."""
+def critic_targets(groups: Sequence[Group], config: LearnerConfig, values: Values | None) -> list[list[np.ndarray]]:
+    """What the critic should have said of each turn: GAE's returns, indexed as `compute_advantages` is. Raises as it does."""
     _check_rewards(groups)
     return _by_group([returns for _, returns in _gae_over_turns(groups, config, values)], groups)
 

@@ -5,7 +5,8 @@
                all to the disk, renames path.tmp -> path, deletes the oldest of its kind beyond `keep`
     load    any number of ranks, whatever number saved
 
-    path/.metadata, *.distcp     what is trained (model/NAME), AdamW's moments (optimizer/NAME/...), random states
+    path/.metadata, *.distcp     what is trained (model/NAME), AdamW's moments (optimizer/NAME/...), random states; the
+                                 critic's, where there is one (critic/NAME, critic_optimizer/NAME/...)
     path/learner.json            policy version, steps taken, what the model is
     path/driver.json             the driver's own, which is not looked at here
 
@@ -34,6 +35,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from l0fast.errors import UsageError
+from l0fast.learner.critic import CriticModel
 from l0fast.learner.policy_model import PolicyModel
 
 LEARNER_FILE = "learner.json"
@@ -43,14 +45,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class Checkpoints:
-    """Saves and loads one policy; every rank has one and all make the same calls in the same order.
+    """Saves and loads one policy, and its critic; every rank has one and all make the same calls in the same order.
 
     Args:
         keep: newest checkpoints that stay in a folder.
     """
 
-    def __init__(self, policy: PolicyModel, keep: int):
-        self._policy, self._keep = policy, keep
+    def __init__(self, policy: PolicyModel, keep: int, critic: CriticModel | None = None):
+        self._policy, self._critic, self._keep = policy, critic, keep
         place = policy.place
         sharded = place.mesh is not None
         self._group = _own_group() if sharded else None
@@ -70,7 +72,7 @@ class Checkpoints:
         """
         self.wait()
         policy = self._policy
-        state = {name: self._copy(tensor) for name, tensor in _state(policy).items()}
+        state = {name: self._copy(tensor) for name, tensor in _state(policy, self._critic).items()}
         about = {
             "policy_version": policy_version,
             "step_index": policy.step_index,
@@ -106,13 +108,15 @@ class Checkpoints:
             raise UsageError(
                 f"{path} was made with learner.lora_rank = {about['lora_rank']}, not {policy.config.lora_rank}: set it to that"
             )
-        state = _state(policy)
+        state = _state(policy, self._critic)
         reader = dcp.FileSystemReader(path)
         try:
             saved = reader.read_metadata().state_dict_metadata
             missing = sorted(name for name in state if name not in saved and not name.startswith("random/"))
             if missing:
-                raise UsageError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: it is of another model")
+                raise UsageError(
+                    f"{path} lacks {missing[0]} and {len(missing) - 1} more: it is of another model or critic"
+                )
             with _alone_is_fine():
                 # another number of ranks has other random states, and none of them is used in training
                 dcp.load({name: t for name, t in state.items() if name in saved}, storage_reader=reader)
@@ -189,13 +193,15 @@ def replace_folder(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _state(policy: PolicyModel) -> dict[str, Tensor]:
+def _state(policy: PolicyModel, critic: CriticModel | None) -> dict[str, Tensor]:
     """All that is saved, by name; tensors that are in use, so loading into them is loading."""
     state: dict[str, Tensor] = {}
-    for name, parameter in policy.trained.items():
-        state[f"model/{name}"] = parameter.detach()
-        for moment in MOMENTS:
-            state[f"optimizer/{name}/{moment}"] = policy.optimizer.state[parameter][moment]
+    learners = [("model", "optimizer", policy), *([("critic", "critic_optimizer", critic)] if critic else [])]
+    for trained, optimizer, learner in learners:
+        for name, parameter in learner.trained.items():
+            state[f"{trained}/{name}"] = parameter.detach()
+            for moment in MOMENTS:
+                state[f"{optimizer}/{name}/{moment}"] = learner.optimizer.state[parameter][moment]
     state[f"random/{policy.place.rank}/cpu"] = torch.get_rng_state()
     if policy.place.device.type == "cuda":
         state[f"random/{policy.place.rank}/cuda"] = torch.cuda.get_rng_state()

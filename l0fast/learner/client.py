@@ -1,10 +1,12 @@
 """The learner as the event loop sees it: groups in, metrics out, new weights in shared memory. No torch.
 
-    accumulate   groups -> segments -> rows -> packs -> dealt to ranks -> shared memory      in a thread: milliseconds
-                 -> all ranks at once: forward and backward, gradients add up
+    values       groups -> segments -> rows -> packs -> dealt to ranks -> shared memory      in a thread: milliseconds
+                 -> all ranks at once: what the critic expects of each turn, where there is a critic
+    accumulate   the same with the advantages made of it
+                 -> all ranks at once: forward and backward, gradients add up; the critic's too
     finish_step  -> all ranks at once: one optimizer step, weights published
                  -> metrics
-    step         both
+    step         the last two
 
 Who waits for whom: the caller for its answer, one at a time; the ranks for each other, inside collectives. So when one
 of them dies or is stuck all are: the one to blame is looked for, its last words are the error, and all ranks are ended.
@@ -29,7 +31,14 @@ import numpy as np
 from l0fast.config import RunConfig
 from l0fast.errors import LearnerError, UsageError
 from l0fast.ipc import SharedBytes, SharedWeights, Worker, shared_bytes, spawn_worker
-from l0fast.learner.advantage import RunningMean, compute_advantages
+from l0fast.learner.advantage import (
+    RunningMean,
+    Values,
+    compute_advantages,
+    critic_targets,
+    number_turns,
+    values_of_turns,
+)
 from l0fast.learner.mismatch import judge
 from l0fast.learner.packing import Pack, balance, loss_denominator, pack_rows, payload_bytes, row_of, write_payload
 from l0fast.learner.segments import segments_of
@@ -71,40 +80,57 @@ class LearnerClient:
         self._lock = asyncio.Lock()
         self._failure: str | None = None
 
-    async def step(self, groups: Sequence[Group], advantages: Advantages, policy_version: int) -> dict[str, Any]:
+    async def values(self, groups: Sequence[Group]) -> Values:
+        """What the critic, as the last step left it, expects of each turn; for `batch_advantages` and `accumulate`.
+
+        Raises:
+            LearnerError: a rank failed, died or missed its deadline; there is no critic.
+            ValueError: as `accumulate`.
+        """
+        async with self._lock:
+            packs, answers, _ = await self._send("values", groups, number_turns(groups))
+        numbers = [np.empty(0), *(pack.advantages for pack in packs)]
+        said = [np.empty(0), *(np.frombuffer(answer["payload"], np.float32) for answer in answers)]
+        return values_of_turns(groups, np.concatenate(numbers), np.concatenate(said))
+
+    async def step(
+        self, groups: Sequence[Group], advantages: Advantages, policy_version: int, *, values: Values | None = None
+    ) -> dict[str, Any]:
         """`accumulate` and `finish_step`."""
-        await self.accumulate(groups, advantages)
+        await self.accumulate(groups, advantages, values=values)
         return await self.finish_step(policy_version)
 
-    async def accumulate(self, groups: Sequence[Group], advantages: Advantages) -> None:
+    async def accumulate(
+        self, groups: Sequence[Group], advantages: Advantages, *, values: Values | None = None
+    ) -> None:
         """Forward and backward on these groups; the weights stay as they are until `finish_step`.
 
         Groups that come together are taken in the order of their numbers, whatever order they are in here.
 
         Args:
             advantages: as `batch_advantages` makes them.
+            values: as `values` gave them; needed where there is a critic, which learns what it should have said.
 
         Raises:
             LearnerError: a rank failed, died or missed its deadline.
-            ValueError: a group that can't be trained on: a turn without its log-probs, or with an empty prompt.
+            ValueError: a group that can't be trained on: a turn without its log-probs, or with an empty prompt; no values
+                where they are needed.
         """
         async with self._lock:
-            start = time.perf_counter()
             order = sorted(range(len(groups)), key=lambda i: groups[i].number)
+            if self._config.learner.critic != "none":
+                returns = critic_targets(groups, self._config.learner, values)
+                await self._send("fit", [groups[i] for i in order], [returns[i] for i in order])
             groups, advantages = [groups[i] for i in order], [advantages[i] for i in order]
-            dealt, denominator = await asyncio.to_thread(self._deal, groups, advantages)
-            self._batch.pack_s += time.perf_counter() - start
-            if dealt:
-                await self._ask("accumulate", **dealt)
+            _, _, denominator = await self._send("accumulate", groups, advantages)
             self._batch.denominator += denominator
             self._batch.advantages += [turns for per_trajectory in advantages for turns in per_trajectory]
-            self._batch.busy_s += time.perf_counter() - start
 
     async def finish_step(self, policy_version: int) -> dict[str, Any]:
         """One optimizer step on what was accumulated; when it returns, the weights are published under `policy_version`.
 
         Returns:
-            What `PolicyModel.finish_step` reports (None for a number that is not finite), with advantages_mean and
+            What `PolicyModel.finish_step` and `CriticModel.finish_step` report (None for a number that is not finite), with advantages_mean and
             advantages_std over turns, mismatch_warning (a sentence or None), pack_s (making the packs) and step_s
             (everything the learner was asked for since the last step) [s].
 
@@ -190,19 +216,32 @@ class LearnerClient:
             if self._failure is None:
                 await self._ask("wait_checkpoint")
 
-    def _deal(self, groups: Sequence[Group], advantages: Advantages) -> tuple[dict[str, Any], float]:
-        """Packs into shared memory: what ranks need to find theirs, empty if there are none, and the loss denominator."""
-        packs, denominator = batch_packs(groups, advantages, self._config, len(self._workers))
-        if not packs:
-            return {}, 0.0
+    async def _send(
+        self, op: str, groups: Sequence[Group], numbers: Advantages
+    ) -> tuple[list[Pack], list[dict[str, Any]], float]:
+        """Ask ranks for `op` on these groups, with a number for each turn: its advantage, or what else `op` is about.
+
+        Returns:
+            the packs, rank by rank; the ranks' answers, none where no token was sampled; the loss denominator.
+        """
+        start = time.perf_counter()
+        packs, where, denominator = await asyncio.to_thread(self._deal, groups, numbers)
+        self._batch.pack_s += time.perf_counter() - start
+        answers = await self._ask(op, **where) if packs else []
+        self._batch.busy_s += time.perf_counter() - start
+        return packs, answers, denominator
+
+    def _deal(self, groups: Sequence[Group], numbers: Advantages) -> tuple[list[Pack], dict[str, Any], float]:
+        """Packs into shared memory: rank by rank, what ranks need to find theirs, and the loss denominator."""
+        packs, denominator = batch_packs(groups, numbers, self._config, len(self._workers))
         ranks = balance(packs, len(self._workers))
         flat = [pack for rank in ranks for pack in rank]
         num_bytes = payload_bytes(flat)
         write_payload(flat, self._packs.reserve(num_bytes))
-        return {"num_bytes": num_bytes, "bounds": [0, *itertools.accumulate(map(len, ranks))]}, denominator
+        return flat, {"num_bytes": num_bytes, "bounds": [0, *itertools.accumulate(map(len, ranks))]}, denominator
 
     async def _ask(self, op: str, **fields: Any) -> list[dict[str, Any]]:
-        """All ranks at once; their answers in order. After a failure there are no ranks to ask any more."""
+        """All ranks at once; their answers in order, payload included. After a failure there are no ranks to ask any more."""
         if self._failure is not None:
             raise LearnerError(self._failure)
         timeout_s = self._config.learner.step_timeout_s
@@ -214,7 +253,7 @@ class LearnerClient:
                 error = self._blame(calls)
                 self._failure = str(error)
                 raise error
-            return [call.result()[0] for call in calls]
+            return [header | {"payload": payload} for header, payload in (call.result() for call in calls)]
         finally:
             for call, worker in zip(calls, self._workers, strict=True):
                 call.cancel()
@@ -237,12 +276,17 @@ class LearnerClient:
 
 
 def batch_advantages(
-    groups: Sequence[Group], config: RunConfig, policy_version: int, *, running: RunningMean | None = None
+    groups: Sequence[Group],
+    config: RunConfig,
+    policy_version: int,
+    *,
+    running: RunningMean | None = None,
+    values: Values | None = None,
 ) -> Advantages:
     """Advantages of the batch that leads to `policy_version`: [group][trajectory] -> [turns]."""
     # its own stream a step, so that a run that goes on later permutes as the uninterrupted one did
     rng = np.random.default_rng([config.seed, policy_version])
-    return compute_advantages(groups, config.learner, rng, running=running)
+    return compute_advantages(groups, config.learner, rng, running=running, values=values)
 
 
 def batch_packs(

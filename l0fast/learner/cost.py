@@ -22,6 +22,7 @@ FLOPs of a step with N tokens laid out, R of them sampled and S (query, key) pai
     forward  2 W N + 4 layers heads head_dim S     backward: twice the matmuls, 2.5 times the attention (FlashAttention-2)
     policy head  6 R D V                           (kernels/l0fast_kernels/policy_head.py)
     checkpointing  another forward of the layers   reference, and log-probs of before several steps: a forward and 2 R D V each
+    critic  a forward to ask it, and before several steps one more; to fit a head another one, to fit a copy what the policy takes
 
 Seconds divide FLOPs by a rate that was measured or is declared. FSDP gathers the weights twice a pack and reduces gradients once;
 that goes on beside the matmuls, so of the two the longer counts. Estimates are for planning: within some 10 % where the
@@ -31,7 +32,7 @@ allocator behaves; what was seen in a run is in its metrics.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from l0fast.config import RunConfig
 
@@ -182,8 +183,8 @@ class Setup:
     """Of the tokens of a pack, those that are predicted."""
     reference: bool = False
     """A frozen start model for the KL term."""
-    critic_copy: bool = False
-    """A critic that is a trained copy of the model."""
+    critic: Literal["none", "head", "copy"] = "none"
+    """A row on the policy's hidden states, or a trained copy of the model."""
     lora_rank: int = 0
     minibatches: int = 1
     """Optimizer steps a batch."""
@@ -266,7 +267,7 @@ def memory_parts(shape: ModelShape, setup: Setup) -> dict[str, float]:
         "gradients": 4 * trained * on_gpu,
         "AdamW moments": 8 * trained * on_gpu,
         "reference": 2 * shape.parameters * on_gpu if setup.second_model else 0.0,
-        "critic": 16 * shape.backbone_parameters * on_gpu if setup.critic_copy else 0.0,
+        "critic": 16 * shape.backbone_parameters * on_gpu if setup.critic == "copy" else 0.0,
         "unsharded weights": 2 * (shape.root_parameters + 2 * shape.layer_parameters),
         "gradients under way": 2 * root_gradients + 8 * layer_gradients,
         # the root keeps its output, its norm and the predictors' states with their gradient
@@ -301,6 +302,8 @@ def flops(shape: ModelShape, work: Workload, setup: Setup) -> dict[str, float]:
     forward = matmuls + attention
     backward = 2 * matmuls + 2.5 * attention
     again = forward if setup.checkpointing else 0.0
+    ask = forward * (1 + (setup.minibatches > 1))
+    critic = {"none": 0.0, "head": ask + forward, "copy": ask + forward + backward + again}[setup.critic]
     # frozen weights need no gradient of their own
     trained = 1 if not setup.lora_rank else 0.5
     return {
@@ -310,7 +313,7 @@ def flops(shape: ModelShape, work: Workload, setup: Setup) -> dict[str, float]:
         "policy head": (3 if trained == 1 else 2) * head,
         "reference": forward + head if setup.reference else 0.0,
         "log-probs of before": forward + head if setup.minibatches > 1 else 0.0,
-        "critic": forward + backward + again if setup.critic_copy else 0.0,
+        "critic": critic,
     }
 
 
@@ -324,8 +327,9 @@ def seconds(shape: ModelShape, work: Workload, setup: Setup, rates: Rates) -> di
     computing *= rounds * n / packs
     share_of_others = (n - 1) / n
     # bf16 weights for forward, for backward and for each pass without one; fp32 gradients
-    gathers = 2 + setup.reference + (setup.minibatches > 1) + 2 * setup.critic_copy
-    trained = shape.lora_parameters(setup.lora_rank) if setup.lora_rank else parameters * (1 + setup.critic_copy)
+    copy, several = setup.critic == "copy", setup.minibatches > 1
+    gathers = 2 + setup.reference + several + (setup.critic != "none") * (2 + several) + copy
+    trained = shape.lora_parameters(setup.lora_rank) if setup.lora_rank else parameters * (1 + copy)
     moved = rounds * share_of_others * (2 * gathers * parameters + 4 * trained)
     moving = moved / (rates.link_gb_s * 1e9)
     if setup.offload:
@@ -415,7 +419,7 @@ def setup_of(
         pack_tokens=max(learner.pack_tokens, config.agent.context_tokens),
         sampled_share=sampled_share,
         reference=learner.kl_coef > 0,
-        critic_copy=learner.critic == "copy",
+        critic=learner.critic,
         lora_rank=learner.lora_rank,
         minibatches=learner.minibatches,
         checkpointing=learner.activation_checkpointing != "off",

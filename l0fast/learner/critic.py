@@ -8,7 +8,7 @@ R is GAE's return of the token's turn (advantage.critic_targets), the same for e
 made of is V at a turn's first token (advantage.values_of_turns). w and b start at 0: until it has learned something the
 critic says 0, and GAE is a discounted sum of rewards.
 
-A step asks it twice, with the same packs: `values` before there are advantages, then `accumulate` with the returns where
+A step asks it twice, with the same packs: `values_of` before there are advantages, then `accumulate` with the returns where
 advantages lie, and `finish_step`. Ranks go through the same number of packs, as the policy's do.
 
 Clipped value loss: Schulman et al.'s PPO code, described in Engstrom et al., "Implementation Matters in Deep RL",
@@ -113,6 +113,11 @@ class CriticModel:
             self._copy.reshard()
         return values
 
+    def values_of(self, packs: Sequence[Pack], num_packs: int) -> np.ndarray:
+        """[sum of R] float32: `values` of this rank's packs, end to end; `num_packs` is the most that any rank has."""
+        values = [self.values(pack) for pack in _filled(packs, num_packs)]
+        return np.concatenate([np.empty(0, np.float32), *(v.cpu().numpy() for v in values[: len(packs)])])
+
     def accumulate(self, packs: Sequence[Pack], num_packs: int | None = None) -> None:
         """Add the gradients of these packs, or keep them for the step if a batch gets several.
 
@@ -120,7 +125,7 @@ class CriticModel:
             packs: this rank's, with the returns in place of the advantages.
             num_packs: the most that any rank has.
         """
-        for pack in [*packs, *[dummy_pack()] * ((num_packs or len(packs)) - len(packs))]:
+        for pack in _filled(packs, num_packs or len(packs)):
             if self._config.minibatches > 1:
                 self._held.append((copy.deepcopy(pack), self.values(pack)))
             else:
@@ -202,6 +207,11 @@ class CriticModel:
         if self._place.mesh is not None:
             dist.all_reduce(total)
         return total.tolist()
+
+
+def _filled(packs: Sequence[Pack], num_packs: int) -> list[Pack]:
+    """So many, with weightless ones at the end."""
+    return [*packs, *[dummy_pack()] * (num_packs - len(packs))]
 
 
 _SUMS = ("tokens", "returns", "squared_returns", "errors", "squared_errors", "clipped")

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM
 
 from l0fast.config import LearnerConfig
 from l0fast.learner import lora
-from l0fast.learner.algorithms import gspo_coefficients
+from l0fast.learner.algorithms import MAX_LOG_RATIO, gspo_coefficients
 from l0fast.learner.attention import PackLayout
 from l0fast.learner.loading import Place, load_model, local_part, whole
 from l0fast.learner.packing import Pack, dummy_pack
@@ -234,6 +234,7 @@ class PolicyModel:
         """Loss of one pack, summed over its sampled tokens, and what was seen of each [R]."""
         config = self.config
         advantages, clipped, tis_cap = pack.advantages, None, config.tis_cap
+        loss_weights = pack.loss_weights
         if config.objective == "gspo" and old_logprobs is not None:
             # the ratio of a sequence is known when all its tokens were seen
             old = old_logprobs.cpu().numpy()
@@ -247,14 +248,16 @@ class PolicyModel:
                 clip_high=config.clip_high,
             )
             if tis_cap:
-                advantages = advantages * np.minimum(np.exp(old - pack.sampler_logprobs), tis_cap)
+                # as the head would weigh it, the KL term too, if it knew of `old`
+                gap = np.clip(old - pack.sampler_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+                loss_weights = loss_weights * np.minimum(np.exp(gap), np.float32(tis_cap))
             # the head is to make no ratio of its own
             old_logprobs, tis_cap = None, 0.0
         head = partial(
             policy_head,
             target_ids_T=self._tensor(pack.target_ids),
             advantages_T=self._tensor(advantages),
-            loss_weights_T=self._tensor(pack.loss_weights),
+            loss_weights_T=self._tensor(loss_weights),
             old_logprobs_T=old_logprobs,
             ref_logprobs_T=ref_logprobs,
             sampler_logprobs_T=self._tensor(pack.sampler_logprobs) if tis_cap else None,

@@ -169,6 +169,13 @@ def test_the_gradient_scales_with_what_comes_from_above():
     torch.testing.assert_close(scaled["dweight"], 0.25 * once["dweight"])
 
 
+def test_no_tokens_are_no_loss_and_no_gradient():
+    ours = run(problem(T=0))
+    assert ours["loss"] == 0
+    assert ours["dhidden"].shape == (0, 11)
+    assert (ours["dweight"] == 0).all()
+
+
 def test_a_second_backward_pass_is_refused():
     p = problem()
     p["hidden_TD"].requires_grad_()

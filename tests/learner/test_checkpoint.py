@@ -10,6 +10,7 @@ from l0fast.config import LearnerConfig
 from l0fast.errors import UsageError
 from l0fast.learner import checkpoint
 from l0fast.learner.checkpoint import Checkpoints, complete_checkpoints
+from l0fast.learner.critic import CriticModel
 from l0fast.learner.packing import pack_rows, row_of
 from l0fast.learner.policy_model import PolicyModel
 from l0fast.learner.segments import segments_of
@@ -27,8 +28,8 @@ def keep():
     """Checkpoints of policies, closed afterwards."""
     made = []
 
-    def keep(policy, num=2):
-        made.append(Checkpoints(policy, num))
+    def keep(policy, num=2, critic=None):
+        made.append(Checkpoints(policy, num, critic))
         return made[-1]
 
     yield keep
@@ -65,6 +66,30 @@ def test_the_next_step_is_bit_identical_in_another_policy(new, keep, packs, tmp_
         n: v for n, v in metrics.items() if n[-2:] != "_s"
     }
     assert json.loads((tmp_path / "a" / "driver.json").read_text()) == {"position": [1, 2]}
+
+
+@pytest.mark.parametrize("kind", ["head", "copy"])
+def test_the_critic_goes_on_bit_for_bit_and_is_missed_where_there_was_none(new, keep, packs, tmp_path, kind):
+    def fit(critic):
+        critic.accumulate(packs)
+        return critic.finish_step(10.0), {name: p.detach().clone() for name, p in critic.trained.items()}
+
+    one = new(critic=kind)
+    critic = CriticModel(one)
+    keep(one).save(tmp_path / "alone", {}, policy_version=1)
+    fit(critic)
+    checkpoints = keep(one, critic=critic)
+    checkpoints.save(tmp_path / "a", {}, policy_version=2)
+    following = fit(critic)
+    checkpoints.wait()
+    other = new(critic=kind)
+    critic_again = CriticModel(other)
+    keep(other, critic=critic_again).load(tmp_path / "a")
+    again = fit(critic_again)
+    assert again[0] == following[0]
+    torch.testing.assert_close(again[1], following[1], rtol=0, atol=0)
+    with pytest.raises(UsageError, match=r"lacks critic.* it is of another model or critic"):
+        keep(other, critic=critic_again).load(tmp_path / "alone")
 
 
 def test_a_checkpoint_from_before_the_first_step_starts_anew(new, keep, packs, tmp_path):

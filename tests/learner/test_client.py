@@ -3,8 +3,10 @@
 import asyncio
 import gc
 import os
+import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from l0fast.config import LearnerConfig, RolloutConfig, RunConfig
 from l0fast.errors import LearnerError, UsageError
-from l0fast.ipc import shared_weights
+from l0fast.ipc import Message, shared_bytes, shared_weights
 from l0fast.learner import client as client_module
+from l0fast.learner.advantage import number_turns, values_of_turns
+from l0fast.learner.checkpoint import Checkpoints
 from l0fast.learner.client import batch_advantages, batch_packs, learner, num_ranks
+from l0fast.learner.critic import CriticModel
+from l0fast.learner.packing import payload_bytes, write_payload
 from l0fast.learner.policy_model import PolicyModel
+from l0fast.learner.rank import Rank
 
 # every turn has advantage 1 and the sampler's log-probs are 0, so that mismatch_k1 is the mean of -log p: what is learned
 CONFIG = RunConfig(
@@ -40,7 +47,10 @@ def with_learner(**settings):
     return CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update=settings)})
 
 
-@pytest.fixture
+WITH_CRITIC = with_learner(ranks=2, advantage="gae", critic="copy", critic_lr=6e-3, gamma=1.0, gae_lambda=1.0, lr=1e-3)
+
+
+@pytest.fixture(scope="module")
 def groups(make):
     rng = np.random.default_rng(7)
     trajectories = [make.episode(rng, 2, index=i) for i in range(4)]
@@ -55,6 +65,12 @@ def groups(make):
 
 async def take_step(client, groups, version):
     return await client.step(groups, batch_advantages(groups, CONFIG, version), version)
+
+
+async def take_step_with_critic(client, groups, version):
+    values = await client.values(groups)
+    advantages = batch_advantages(groups, WITH_CRITIC, version, values=values)
+    return await client.step(groups, advantages, version, values=values), values, advantages
 
 
 def copy_of(weights):
@@ -155,27 +171,97 @@ def test_a_stuck_rank_is_an_error_that_says_where_and_nothing_is_left(model_path
     assert set(os.listdir("/proc/self/fd")) == files
 
 
-def test_the_rank_that_died_is_named_and_the_others_end_with_it(model_path, groups):
+@pytest.fixture(scope="module")
+def two(model_path, groups):
+    """Two ranks with a critic: what a few steps said and left, and how it ended when one of the ranks was killed."""
+
     async def main():
         with shared_weights(model_path) as weights:
-            async with learner(with_learner(ranks=2), model_path, weights=weights, log_dir=None) as client:
-                await take_step(client, groups, 1)
-                after = copy_of(weights)
+            async with learner(WITH_CRITIC, model_path, weights=weights, log_dir=None) as client:
+                steps, published = [], []
+                for version in range(1, 9):
+                    steps.append(await take_step_with_critic(client, groups, version))
+                    published.append(copy_of(weights))
+                with pytest.raises(ValueError, match="has no values; ask the critic"):
+                    await client.accumulate(groups, steps[0][2])
                 # stopped first, so that the other one waits for it in the middle of a step
                 os.kill(client.pids[1], signal.SIGSTOP)
-                step = asyncio.create_task(take_step(client, groups, 2))
+                step = asyncio.create_task(take_step_with_critic(client, groups, 9))
                 await asyncio.to_thread(waits_in_the_kernel, client.pids[0])
                 os.kill(client.pids[1], signal.SIGKILL)
                 async with asyncio.timeout(10):
-                    with pytest.raises(LearnerError, match=r"learner rank 1 \(pid \d+\) was killed by SIGKILL"):
+                    with pytest.raises(LearnerError) as failure:
                         await step
-            return client.pids, after
+            return client.pids, *zip(*steps, strict=True), published, str(failure.value)
 
-    pids, after = asyncio.run(main())
-    assert all(map(gone, pids))
-    policy = PolicyModel(model_path, CONFIG.learner, num_steps=CONFIG.num_steps, temperature=1.0)
-    policy.step(*batch_packs(groups, batch_advantages(groups, CONFIG, 1), CONFIG))
-    torch.testing.assert_close(after, dict(policy.weights()), rtol=0, atol=1e-6)
+    return SimpleNamespace(
+        **dict(zip(("pids", "metrics", "values", "advantages", "published", "error"), asyncio.run(main()), strict=True))
+    )
+
+
+def test_the_rank_that_died_is_named_and_the_others_end_with_it(two):
+    assert re.match(r"learner rank 1 \(pid \d+\) was killed by SIGKILL", two.error)
+    assert all(map(gone, two.pids))
+
+
+def test_ranks_with_a_critic_say_and_do_what_one_process_does(two, model_path, groups):
+    policy = PolicyModel(model_path, WITH_CRITIC.learner, num_steps=WITH_CRITIC.num_steps, temperature=1.0)
+    critic = CriticModel(policy)
+    for step in range(2):
+        packs, denominator = batch_packs(groups, number_turns(groups), WITH_CRITIC)
+        said = critic.values_of(packs, len(packs))
+        values = values_of_turns(groups, np.concatenate([pack.advantages for pack in packs]), said)
+        for ours, theirs in zip(flat(two.values[step]), flat(values), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        # with lambda = gamma = 1 and a reward of 1 a turn, the returns are the turns still to come
+        returns = [[np.arange(len(t.turns), 0, -1.0) for t in group.trajectories] for group in groups]
+        critic.accumulate(batch_packs(groups, returns, WITH_CRITIC)[0])
+        metrics = critic.finish_step(denominator)
+        policy.step(*batch_packs(groups, two.advantages[step], WITH_CRITIC))
+        torch.testing.assert_close(two.published[step], dict(policy.weights()), rtol=0, atol=1e-6)
+        assert {name: two.metrics[step][name] for name in metrics} == pytest.approx(metrics, rel=1e-4)
+    assert np.abs(np.concatenate(flat(two.values[1]))).min() > 1e-3, "values of 0 test nothing"
+
+
+def test_the_critic_comes_to_expect_what_is_earned_and_advantages_vanish(two):
+    losses = [metrics["critic_loss"] for metrics in two.metrics]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] / 4
+    assert not np.concatenate(flat(two.values[0])).any(), "it starts at 0, and GAE with the returns"
+    assert np.concatenate(flat(two.advantages[0])).tolist() == [2.0, 1.0] * 4
+    left = np.concatenate(flat(two.advantages[-1]))
+    assert np.abs(left).mean() < 0.5 * np.abs([2.0, 1.0]).mean()
+    # just what it was wrong by
+    np.testing.assert_allclose(left + np.concatenate(flat(two.values[-1])), [2.0, 1.0] * 4, atol=1e-6)
+
+
+def test_a_head_is_fitted_to_the_states_it_judged_by(model_path, groups):
+    """Not to those of the policy that has moved since, where a batch gets several steps."""
+    settings = WITH_CRITIC.learner.model_copy(update={"critic": "head", "minibatches": 2, "lr": 1.0})
+    packs, denominator = batch_packs(groups, number_turns(groups), WITH_CRITIC)
+
+    def pair():
+        policy = PolicyModel(model_path, settings, num_steps=1, temperature=1.0)
+        return policy, CriticModel(policy)
+
+    policy, critic = pair()
+    _, alone = pair()
+    alone.accumulate(packs)
+    with shared_bytes("packs") as shared:
+        checkpoints = Checkpoints(policy, 1, critic)
+        rank = Rank(policy, critic, checkpoints, None, shared, publishes=False)
+        write_payload(packs, shared.reserve(payload_bytes(packs)))
+        where = {"num_bytes": payload_bytes(packs), "bounds": [0, len(packs)]}
+        for op in ("fit", "accumulate"):
+            rank.answer(Message({"op": op, **where}, b""))
+        answer = rank.answer(Message({"op": "finish_step", "denominator": denominator, "policy_version": 1}, b""))
+        checkpoints.close()
+    expected = alone.finish_step(denominator)
+    assert {name: answer["metrics"][name] for name in expected} == expected
+
+
+def flat(by_group):
+    return [turns for group in by_group for turns in group]
 
 
 def waits_in_the_kernel(pid: int) -> None:

@@ -150,6 +150,19 @@ def test_flops_are_those_that_torch_counts():
     assert ours["policy head"] == 6 * 10 * 48 * 64
 
 
+@pytest.mark.parametrize(("critic", "forwards", "backwards"), [("none", 0, 0), ("head", 2, 0), ("copy", 2, 1)])
+def test_a_critic_is_asked_and_then_fitted(critic: str, forwards: int, backwards: int):
+    shape, work = SHAPES["Qwen3-0.6B"], Workload(episodes=16, tokens=8192, sampled=1000)
+    once, twice = (cost.flops(shape, work, setup(critic=critic, minibatches=n)) for n in (1, 2))
+    assert once["critic"] == pytest.approx(forwards * once["forward"] + backwards * once["backward"])
+    assert twice["critic"] - once["critic"] == pytest.approx(once["forward"] if forwards else 0)
+    # of each forward and each backward the weights come from the others once
+    slow = cost.Rates(link_gb_s=1)
+    moving, alone = (cost.seconds(shape, work, setup(critic=c), slow)["forward and backward"] for c in (critic, "none"))
+    moved = 2 * (forwards + backwards) + 4 * backwards
+    assert moving - alone == pytest.approx(2 * moved * 596_049_920 * 7 / 8 / 1e9)
+
+
 def setup(**changes) -> Setup:
     return Setup(**{"gpus": 8, "pack_tokens": 8192, "sampled_share": 0.25, "gpu_memory_bytes": 80 * GIB} | changes)
 

@@ -392,6 +392,30 @@ def test_what_the_engine_found_too_likely_counts_less(model_path, batch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_gspo_weighs_a_sequences_tokens_as_the_head_would_what_was_old_against_what_the_engine_said(model_path, batch):
+    """Policy, KL term and all: the ratio of the weights is old to sampler, not the moved policy to sampler."""
+    settings = {"kl_coef": KL_COEF, "objective": "gspo", "clip_low": 0.5, "clip_high": 0.5}
+    plain, weighted = policy_of(model_path, **settings), policy_of(model_path, **settings, tis_cap=1.5)
+    packs = packs_of(batch, 10_000)
+    old = [plain.logprobs(pack) for pack in packs]
+    # half as likely; likelier than the cap; further than float32's exp goes
+    gaps = [np.resize(np.array([-np.log(2), np.log(4), 100.0], np.float32), len(lp)) for lp in old]
+    move_away(plain)
+    move_away(weighted)
+    for pack, old_logprobs, gap in zip(packs, old, gaps, strict=True):
+        reference = plain.reference_logprobs(pack)
+        pack.sampler_logprobs[:] = old_logprobs.numpy() - gap
+        loss, _ = weighted.forward(pack, reference, old_logprobs)
+        loss.backward()
+        # ratios are means over tokens with a weight: what the weight is does not matter
+        pack.loss_weights[:] *= np.where(gap < 0, 0.5, 1.5).astype(np.float32)
+        by_hand, _ = plain.forward(pack, reference, old_logprobs)
+        by_hand.backward()
+        assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    grads = [{name: p.grad for name, p in policy.model.named_parameters()} for policy in (weighted, plain)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 def test_the_learning_rate_rises_then_falls_linearly():
     config = LearnerConfig(lr=1.0, warmup_steps=3, final_lr_ratio=0.1)
     rates = [learning_rate(step, 13, config) for step in range(15)]

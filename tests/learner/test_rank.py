@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from l0fast.learner.checkpoint import Checkpoints, complete_checkpoints
-from l0fast.learner.packing import pack_rows, row_of, to_bytes
+from l0fast.learner.critic import CriticModel
+from l0fast.learner.packing import balance, pack_rows, row_of, to_bytes
 from l0fast.learner.policy_model import PolicyModel
 from l0fast.learner.segments import segments_of
 
@@ -53,12 +54,14 @@ def two(program, new, packs, model_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "packs.bin").write_bytes(to_bytes(packs))
     one = new()
+    critic = CriticModel(one)
+    copy = program.fitted(critic, packs, packs, len(packs))
     one.step(packs)
-    checkpoints = Checkpoints(one, keep=5)
+    checkpoints = Checkpoints(one, 5, critic)
     checkpoints.save(folder / "one", {}, policy_version=1)
     checkpoints.close()
     run(folder, model_path, "everything")
-    return SimpleNamespace(folder=folder, **torch.load(folder / "seen.pt", weights_only=True))
+    return SimpleNamespace(folder=folder, one_copy=copy, **torch.load(folder / "seen.pt", weights_only=True))
 
 
 def run(folder, model_path, what):
@@ -106,6 +109,19 @@ def test_two_ranks_take_the_step_of_one_and_report_it(two, new, packs):
     torch.testing.assert_close(two.weights, dict(policy.weights()), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", ["head", "copy"])
+def test_two_ranks_fit_the_critic_of_one(two, program, new, packs, kind):
+    critic = CriticModel(new({"head": program.HEAD, "copy": program.CONFIG}[kind]))
+    theirs, ours = program.fitted(critic, packs, packs, len(packs)), getattr(two, kind)
+    for metrics, of_one in zip(ours["metrics"], theirs["metrics"], strict=True):
+        assert metrics == pytest.approx(of_one, rel=1e-4, abs=1e-6)
+    first, second = ours["metrics"]
+    assert second["critic_loss"] < first["critic_loss"]
+    torch.testing.assert_close(ours["weights"], theirs["weights"], rtol=0, atol=1e-5)
+    of_rank_0 = balance(packs, 2)[0]
+    np.testing.assert_allclose(ours["values"], critic.values_of(of_rank_0, len(of_rank_0)), atol=1e-5)
+
+
 @pytest.mark.slow
 def test_two_ranks_train_the_additions_of_one(program, new, packs, model_path, tmp_path):
     pytest.importorskip("peft")
@@ -137,22 +153,29 @@ def test_buckets_are_the_exported_model_in_order_tied_weights_once(two, new):
 def test_after_a_checkpoint_two_ranks_go_on_bit_for_bit(two):
     assert two.version == 1
     torch.testing.assert_close(two.again, two.next, rtol=0, atol=0)
+    assert two.again_copy["metrics"] == two.next_copy["metrics"] != two.copy["metrics"]
+    torch.testing.assert_close(two.again_copy["weights"], two.next_copy["weights"], rtol=0, atol=0)
 
 
 def test_two_ranks_go_on_from_the_checkpoint_of_one(two, new, packs):
     policy = new()
     policy.step(packs)
     torch.testing.assert_close(two.of_one, dict(policy.weights()), rtol=0, atol=0)
+    torch.testing.assert_close(two.copy_of_one, two.one_copy["weights"], rtol=0, atol=0)
     policy.step(packs)
     torch.testing.assert_close(two.next_of_one, dict(policy.weights()), rtol=0, atol=2e-6)
 
 
-def test_one_rank_goes_on_from_the_checkpoint_of_two(two, new, packs):
+def test_one_rank_goes_on_from_the_checkpoint_of_two(two, program, new, packs):
     policy = new()
-    checkpoints = Checkpoints(policy, keep=5)
+    critic = CriticModel(policy)
+    checkpoints = Checkpoints(policy, 5, critic)
     assert checkpoints.load(two.folder / "two") == 1
     checkpoints.close()
     torch.testing.assert_close(dict(policy.weights()), two.weights, rtol=0, atol=0)
+    torch.testing.assert_close(program.weights_of(critic), two.copy["weights"], rtol=0, atol=0)
     policy.step(packs)
     torch.testing.assert_close(dict(policy.weights()), two.next, rtol=0, atol=2e-6)
+    goes_on = program.fitted(critic, packs, packs, len(packs))
+    assert goes_on["metrics"] == [pytest.approx(m, rel=1e-4, abs=1e-6) for m in two.next_copy["metrics"]]
     assert [path.name for path in complete_checkpoints(two.folder)] == ["one", "two"]
