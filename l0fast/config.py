@@ -220,8 +220,10 @@ class LearnerConfig(Config):
     """OpenMP threads; 0 shares out all cores this process may use among the ranks."""
     start_timeout_s: PositiveFloat = 120.0
     """Time the ranks have to import torch and load the model [s]."""
-    step_timeout_s: PositiveFloat = 600.0
-    """Time the ranks may take for what they are asked: the packs of some groups, or an optimizer step [s]."""
+    stall_timeout_s: PositiveFloat = 60.0
+    """Time a rank may work without a sign of progress: a pass over one pack, or an optimizer step [s]."""
+    io_timeout_s: PositiveFloat = 600.0
+    """Time the ranks may take to read or write a model or a checkpoint [s]."""
 
     @model_validator(mode="after")
     def _an_algorithm_stands_for_its_settings(self):

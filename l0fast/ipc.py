@@ -8,7 +8,8 @@
     leaving the block closes the socket             recv() raises EOFError: the child returns, or is killed
 
 A message is `u32 header length | u32 payload length | header (JSON object) | payload (raw bytes)`, both ways. Requests
-carry `id` and `op`; many may be in flight and may be answered in any order. A child that dies fails every pending call at
+carry `id` and `op`; many may be in flight and may be answered in any order. Before its answer a request may get signs of
+progress, each of which starts its deadline anew. A child that dies fails every pending call at
 once, with its exit status and the last lines it wrote. It has a session of its own, so Ctrl-C reaches only the driver;
 it asks the kernel to be killed with its parent, so a killed driver leaves nothing behind.
 
@@ -83,6 +84,7 @@ class Worker:
         self._ids = itertools.count(1)
         # id 0 is the child's first message
         self._pending: dict[int, asyncio.Future[Message]] = {0: asyncio.get_running_loop().create_future()}
+        self._deadlines: dict[int, tuple[asyncio.Timeout, float]] = {}
         self._failure: WorldError | None = None
         self._closing = False
 
@@ -93,7 +95,7 @@ class Worker:
 
         Args:
             payload: raw bytes, sent as they are.
-            timeout_s: time until the answer is here [s].
+            timeout_s: time until the answer is here; it starts anew at every sign of progress [s].
             fields: JSON-like; they become the request's header.
 
         Returns:
@@ -134,7 +136,8 @@ class Worker:
 
     async def _answer(self, request: int, op: str, timeout_s: float) -> Message:
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s) as deadline:
+                self._deadlines[request] = deadline, timeout_s
                 answer = await self._pending[request]
         except TimeoutError as e:
             # one that is still starting has no handler yet, and would die of it
@@ -143,6 +146,8 @@ class Worker:
                     os.kill(self.pid, signal.SIGUSR1)
                 await asyncio.sleep(_STACKS_S)
             raise self._error(self._with_last_words(f"did not answer {op!r} in {timeout_s:g} s")) from e
+        finally:
+            self._deadlines.pop(request, None)
         if (error := answer.header.get("error")) is not None:
             raise self._error(f"{self.name} failed at {op!r}: {error}\n{answer.header.get('traceback', '')}".rstrip())
         return answer
@@ -154,6 +159,9 @@ class Worker:
                 head_bytes, payload_bytes = _FRAME.unpack(await self._reader.readexactly(_FRAME.size))
                 header = orjson.loads(await self._reader.readexactly(head_bytes))
                 payload = await self._reader.readexactly(payload_bytes) if payload_bytes else b""
+                if header.get("progress"):
+                    self._put_off(header["id"])
+                    continue
                 future = self._pending.get(header["id"])
                 # the caller may have given up: its answer is nobody's
                 if future is not None and not future.done():
@@ -163,6 +171,12 @@ class Worker:
                 await self._end(timeout_s=0.5)
         finally:
             self._fail(self._post_mortem())
+
+    def _put_off(self, request: int) -> None:
+        deadline, timeout_s = self._deadlines.get(request, (None, 0.0))
+        # an expired one can't be moved: it came too late
+        if deadline is not None and not deadline.expired():
+            deadline.reschedule(asyncio.get_running_loop().time() + timeout_s)
 
     async def _close(self, timeout_s: float) -> None:
         self._closing = True
@@ -284,6 +298,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket):
         self._sock, self._buffer = sock, bytearray()
+        self._last: int | None = None
 
     @classmethod
     def open(cls) -> tuple["Channel", dict[str, Any]]:
@@ -310,6 +325,7 @@ class Channel:
             if not data:
                 raise EOFError("the driver closed the channel")
             self._buffer += data
+        self._last = message.header["id"]
         return message
 
     def _parse(self) -> Message | None:
@@ -328,6 +344,11 @@ class Channel:
         """Answer a request (or the request of that id)."""
         request = to.header["id"] if isinstance(to, Message) else to
         self._sock.sendall(_encode({**fields, "id": request}, payload))
+
+    def progress(self) -> None:
+        """Tell the driver that the request received last is being worked on: its deadline starts anew."""
+        assert self._last is not None, "there is progress with a request that wants an answer"
+        self._sock.sendall(_encode({"id": self._last, "progress": True}, b""))
 
     def fail(self, to: Message | int, error: BaseException, traceback: str = "") -> None:
         """Answer a request with what went wrong; the driver raises it as its own error class."""

@@ -46,6 +46,11 @@ CHILD = """
                 for one in [*reversed(held), message]:
                     channel.reply(one, held=len(held))
                 held.clear()
+            elif op == "slow but sure":
+                for _ in range(message.header["times"]):
+                    channel.progress()
+                    time.sleep(message.header["pause_s"])
+                channel.reply(message)
             elif op == "bad":
                 channel.fail(message, KeyError("nothing here"))
             elif op == "fork":
@@ -189,6 +194,17 @@ def test_a_missed_deadline_names_the_call(spawn):
             # its late answer is nobody's, and disturbs nobody
             assert (await worker.call("release", timeout_s=10))[0]["held"] == 1
             assert (await worker.call("echo", timeout_s=10, x=1))[0]["x"] == 2
+
+    asyncio.run(main())
+
+
+def test_signs_of_progress_put_the_deadline_off(spawn):
+    async def main():
+        async with spawn() as worker:
+            # longer than the deadline together, each far shorter
+            await worker.call("slow but sure", timeout_s=1.0, times=12, pause_s=0.1)
+            with pytest.raises(EngineError, match="did not answer 'slow but sure' in 1 s"):
+                await worker.call("slow but sure", timeout_s=1.0, times=1, pause_s=600.0)
 
     asyncio.run(main())
 

@@ -49,6 +49,8 @@ Advantages = list[list[np.ndarray]]
 
 BUCKET_BYTES = 512 << 20
 """Of weights on their way to an engine on the same GPU [bytes]."""
+WORK = ("accumulate", "values", "fit", "finish_step")
+"""Requests whose deadline starts anew with every pack."""
 BLAME_S = 2.0
 """Time that other ranks get to fail too, once one has: the first to say so may only have lost the one that died [s]."""
 
@@ -244,7 +246,8 @@ class LearnerClient:
         """All ranks at once; their answers in order, payload included. After a failure there are no ranks to ask any more."""
         if self._failure is not None:
             raise LearnerError(self._failure)
-        timeout_s = self._config.learner.step_timeout_s
+        learner = self._config.learner
+        timeout_s = learner.stall_timeout_s if op in WORK else learner.io_timeout_s
         calls = [asyncio.create_task(worker.call(op, timeout_s=timeout_s, **fields)) for worker in self._workers]
         try:
             done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)

@@ -105,6 +105,11 @@ class CriticModel:
         self._held: list[tuple[Pack, Tensor]] = []
         self._sums = dict.fromkeys(_SUMS, 0.0)
 
+    @property
+    def own_roots(self) -> list[nn.Module]:
+        """Models that packs go through, beside the policy's."""
+        return [] if self._copy is None else [self._copy]
+
     @torch.no_grad()
     def values(self, pack: Pack) -> Tensor:
         """[R] float32: what it expects before each sampled token. Every rank must ask for as many packs."""

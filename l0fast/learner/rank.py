@@ -55,7 +55,7 @@ def main() -> None:
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // world))
     torch.manual_seed(args["seed"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with process_group(device, rank, world, args["port"], args["listen_fd"], config.step_timeout_s):
+    with process_group(device, rank, world, args["port"], args["listen_fd"], config.io_timeout_s):
         policy = PolicyModel(
             Path(args["model_path"]),
             config,
@@ -69,6 +69,9 @@ def main() -> None:
         publishes = args["weights"] is not None
         weights = SharedWeights.attach(args["weights"]) if publishes and rank == 0 else None
         checkpoints = Checkpoints(policy, args["keep_checkpoints"], critic)
+        for root in (policy.root, *(critic.own_roots if critic else ())):
+            # a pass over a pack is a sign of progress
+            root.register_forward_hook(lambda *_: channel.progress())
         ours = Rank(policy, critic, checkpoints, weights, SharedBytes(args["packs_fd"]), publishes=publishes)
         ours.publish(0)
         channel.ready(

@@ -151,7 +151,7 @@ def test_it_learns_publishes_saves_and_goes_on_where_it_was_killed(model_path, t
 
 
 def test_a_stuck_rank_is_an_error_that_says_where_and_nothing_is_left(model_path, groups):
-    config = with_learner(step_timeout_s=2.0)
+    config = with_learner(stall_timeout_s=2.0)
 
     async def main():
         with shared_weights(model_path) as weights:
