@@ -1,9 +1,9 @@
 """A program: one rank of several, as a plain process, for what a test of a driver's client can't see.
 
-    python ranks.py RANK WORLD PORT LISTEN_FD FOLDER MODEL everything|lora
+    python ranks.py RANK WORLD PORT LISTEN_FD FOLDER MODEL
 
 FOLDER holds packs.bin, and one/ (a checkpoint of one rank). Rank 0 leaves seen.pt there; all ranks leave two/, a checkpoint,
-and exported/. peft takes seconds to import: it has a run of its own.
+and exported/.
 """
 
 import sys
@@ -27,20 +27,16 @@ HEAD = CONFIG.model_copy(update={"critic": "head", "critic_lr": 0.01})
 LORA = CONFIG.model_copy(update={"lora_rank": 2})
 
 
-def main(rank: int, world: int, port: int, listen_fd: int, folder: Path, model: Path, what: str) -> None:
+def main(rank: int, world: int, port: int, listen_fd: int, folder: Path, model: Path) -> None:
     torch.set_num_threads(1)
     packs = from_bytes(bytearray((folder / "packs.bin").read_bytes()))
     dealt = balance(packs, world)
     with process_group("cpu", rank, world, port, listen_fd, 60):
         new = lambda config: PolicyModel(model, config, num_steps=10, temperature=1.0, rank=rank, world=world)  # noqa: E731
         mine = (dealt[rank], max(map(len, dealt)))
-        if what == "lora":
-            weights = after_a_step(new(LORA), *mine)
-            if rank == 0:
-                torch.save(weights, folder / "lora.pt")
-            return
         seen: dict[str, Any] = {"gradients": gradients(new(CONFIG), *mine), "more": gradients(new(MORE), *mine)}
 
+        seen["lora"] = after_a_step(new(LORA), *mine)
         seen["head"] = fitted(CriticModel(new(HEAD)), packs, *mine)
         policy = new(CONFIG)
         critic = CriticModel(policy)
@@ -104,4 +100,4 @@ def published(policy: PolicyModel) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:5]), *map(Path, sys.argv[5:7]), sys.argv[7])
+    main(*map(int, sys.argv[1:5]), *map(Path, sys.argv[5:7]))

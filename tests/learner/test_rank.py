@@ -60,14 +60,14 @@ def two(program, new, packs, model_path, tmp_path_factory):
     checkpoints = Checkpoints(one, 5, critic)
     checkpoints.save(folder / "one", {}, policy_version=1)
     checkpoints.close()
-    run(folder, model_path, "everything")
+    run(folder, model_path)
     return SimpleNamespace(folder=folder, one_copy=copy, **torch.load(folder / "seen.pt", weights_only=True))
 
 
-def run(folder, model_path, what):
+def run(folder, model_path):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("wb") as log, socket.create_server(("127.0.0.1", 0)) as server:
-        rest = ["2", str(server.getsockname()[1]), str(server.fileno()), folder, model_path, what]
+        rest = ["2", str(server.getsockname()[1]), str(server.fileno()), folder, model_path]
         ranks = [
             subprocess.Popen(
                 [sys.executable, ROOM / "ranks.py", str(rank), *rest],
@@ -122,15 +122,10 @@ def test_two_ranks_fit_the_critic_of_one(two, program, new, packs, kind):
     np.testing.assert_allclose(ours["values"], critic.values_of(of_rank_0, len(of_rank_0)), atol=1e-5)
 
 
-@pytest.mark.slow
-def test_two_ranks_train_the_additions_of_one(program, new, packs, model_path, tmp_path):
-    pytest.importorskip("peft")
-    (tmp_path / "packs.bin").write_bytes(to_bytes(packs))
-    run(tmp_path, model_path, "lora")
+def test_two_ranks_train_the_additions_of_one(two, program, new, packs):
     policy = new(program.LORA)
     policy.step(packs)
-    weights = torch.load(tmp_path / "lora.pt", weights_only=True)
-    torch.testing.assert_close(weights, dict(policy.weights()), rtol=0, atol=2e-6)
+    torch.testing.assert_close(two.lora, dict(policy.weights()), rtol=0, atol=2e-6)
 
 
 def test_each_rank_holds_half_of_the_weights(two, new):
