@@ -200,7 +200,7 @@ def test_a_missed_deadline_names_the_call(spawn):
 
 def test_signs_of_progress_put_the_deadline_off(spawn):
     async def main():
-        async with spawn() as worker:
+        async with spawn(close_timeout_s=0.1) as worker:
             # longer than the deadline together, each far shorter
             await worker.call("slow but sure", timeout_s=1.0, times=12, pause_s=0.1)
             with pytest.raises(EngineError, match="did not answer 'slow but sure' in 1 s"):

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,44 @@ SUMMARY_KEYS = {
 }
 
 
+@dataclass(frozen=True)
+class Runs:
+    smoke: Path
+    """The folder of a run that went to its end."""
+    stopped: Path
+    """That of one that got Ctrl-C after its second step."""
+    said: str
+    """What that one said from then on."""
+    children: set[int]
+    """Its processes when it got it."""
+
+
 @pytest.fixture(scope="module")
-def smoke(policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("smoke") / "run"
-    out = finish(start("--smoke", "--run-dir", str(run_dir), "--model.path", str(policy_folder), *SMALL), 0)
-    assert "held-out accuracy" in out.splitlines()[-1]
-    assert "l0fast.trajectory" in out.splitlines()[-1]
-    return run_dir
+def runs(policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Two at once: each leaves half of a small machine idle."""
+    folder = tmp_path_factory.mktemp("runs")
+    model = ["--model.path", str(policy_folder), *SMALL]
+    smoke = start("--smoke", "--run-dir", str(folder / "smoke"), *model)
+    stopped = start(
+        "--run-dir", str(folder / "stopped"), "--num-steps", "1000", "--rollout.groups-per-step", "1",
+        "--rollout.max-open-groups", "1", *model,
+    )  # fmt: skip
+    assert stopped.stdout is not None
+    for line in stopped.stdout:
+        if "step 2/1000" in line:
+            break
+    children = children_of(stopped.pid)
+    stopped.send_signal(signal.SIGINT)
+    said = finish(stopped, 130)
+    last = finish(smoke, 0).splitlines()[-1]
+    assert "held-out accuracy" in last
+    assert "l0fast.trajectory" in last
+    return Runs(folder / "smoke", folder / "stopped", said, children)
+
+
+@pytest.fixture(scope="module")
+def smoke(runs: Runs) -> Path:
+    return runs.smoke
 
 
 @pytest.mark.slow
@@ -76,28 +108,16 @@ def test_the_final_model_loads_as_the_one_it_started_from(smoke: Path, policy_fo
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_was_done_and_leaves_no_process(policy_folder: Path, tmp_path: Path):
-    run_dir = tmp_path / "run"
-    process = start(
-        "--run-dir", str(run_dir), "--model.path", str(policy_folder), "--num-steps", "1000",
-        "--rollout.groups-per-step", "1", "--rollout.max-open-groups", "1", *SMALL,
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "step 2/1000" in line:
-            break
-    children = children_of(process.pid)
-    assert len(children) >= 2  # engine, learner; the sandbox too, where it is not docker's
-    process.send_signal(signal.SIGINT)
-    out = finish(process, 130)
-    assert "interrupted after" in out
-    assert f"resume with: python -m l0fast.run --resume {run_dir}\n" in out
-    summary = json.loads((run_dir / "summary.json").read_text())
+def test_ctrl_c_keeps_what_was_done_and_leaves_no_process(runs: Runs):
+    assert len(runs.children) >= 2  # engine, learner; the sandbox too, where it is not docker's
+    assert "interrupted after" in runs.said
+    assert f"resume with: python -m l0fast.run --resume {runs.stopped}\n" in runs.said
+    summary = json.loads((runs.stopped / "summary.json").read_text())
     assert summary["steps"] >= 2
-    assert len(read_metrics(run_dir)) == summary["steps"]  # it never stops inside a step
-    assert checkpoints(run_dir)[-1].name == f"step_{summary['steps']:06d}"
-    assert (run_dir / "model" / "model.safetensors").exists()
-    assert not wait_until_gone(children)
+    assert len(read_metrics(runs.stopped)) == summary["steps"]  # it never stops inside a step
+    assert checkpoints(runs.stopped)[-1].name == f"step_{summary['steps']:06d}"
+    assert (runs.stopped / "model" / "model.safetensors").exists()
+    assert not wait_until_gone(runs.children)
 
 
 @pytest.mark.parametrize(("args", "sentence"), [

@@ -88,7 +88,7 @@ def test_training_learns(tokenizer):
 @pytest.mark.slow
 def test_the_command_makes_a_folder_that_transformers_loads(tmp_path: Path):
     done = subprocess.run(
-        [sys.executable, "-m", "l0fast.warm_start", "--out", str(tmp_path / "policy"), "--scale", "0.001"],
+        [sys.executable, "-m", "l0fast.warm_start", "--out", str(tmp_path / "policy"), "--scale", "0.0003"],
         cwd=ROOT, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=110,
     )  # fmt: skip
