@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # a busy machine is no failure
-settings.register_profile("l0fast", deadline=None, max_examples=50)
+settings.register_profile("l0fast", deadline=None, max_examples=40)
 settings.load_profile("l0fast")
 
 

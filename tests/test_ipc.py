@@ -179,10 +179,10 @@ def test_a_child_that_does_not_start_says_why(spawn):
 
 def test_a_child_that_is_slow_to_start_is_killed_at_once(spawn, tmp_path):
     async def main():
-        async with spawn(start_timeout_s=2.0, close_timeout_s=600.0, stderr_path=tmp_path / "log", slow=True):
+        async with spawn(start_timeout_s=1.0, close_timeout_s=600.0, stderr_path=tmp_path / "log", slow=True):
             raise AssertionError("it started")
 
-    with pytest.raises(EngineError, match=r"did not answer 'start' in 2 s"):
+    with pytest.raises(EngineError, match=r"did not answer 'start' in 1 s"):
         asyncio.run(main())
 
 

@@ -109,7 +109,7 @@ def test_it_learns_saves_goes_on_where_it_was_killed_and_says_so_where_it_is_stu
 
     async def resumed():
         with shared_weights(model_path) as weights:
-            async with learner(with_learner(stall_timeout_s=3.0), model_path, weights=weights, log_dir=None) as client:
+            async with learner(with_learner(stall_timeout_s=2.0), model_path, weights=weights, log_dir=None) as client:
                 assert await client.load_checkpoint(checkpoint) == {"position": 17}
                 assert weights.policy_version == 1
                 published = [copy_of(weights)]
@@ -120,7 +120,7 @@ def test_it_learns_saves_goes_on_where_it_was_killed_and_says_so_where_it_is_stu
                 os.kill(client.pids[0], signal.SIGSTOP)
                 for _ in range(2):
                     # the second time at once: there is no rank any more
-                    with pytest.raises(LearnerError, match="did not answer 'accumulate' in 3 s"):
+                    with pytest.raises(LearnerError, match="did not answer 'accumulate' in 2 s"):
                         await take_step(client, groups, 3)
             return published, metrics, client.pids
 
