@@ -37,6 +37,7 @@ from l0fast.config import AgentConfig, EngineConfig, LearnerConfig, RolloutConfi
 from l0fast.engine.base import Sampling
 from l0fast.engine.buckets import serialize_bucket
 from l0fast.engine.sglang import SGLangEngine, sglang_engine
+from l0fast.errors import UsageError
 from l0fast.ipc import SharedWeights, shared_weights
 from l0fast.learner.client import BUCKET_BYTES, LearnerClient, batch_advantages, learner
 from l0fast.types import Group, Task, Trajectory, TrajectoryStatus, Turn
@@ -351,7 +352,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder for colocated.json")
     options = parser.parse_args()
     options.weights = options.weights or ("ipc" if options.device == "cuda" else "host")
-    result = uvloop.run(run(options))
+    try:
+        result = uvloop.run(run(options))
+    except UsageError as e:
+        sys.exit(f"l0fast: {e}")
     if options.results is not None:
         options.results.mkdir(parents=True, exist_ok=True)
         (options.results / "colocated.json").write_text(json.dumps(result, indent=1, default=str) + "\n")

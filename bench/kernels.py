@@ -22,8 +22,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,46 +29,16 @@ import torch
 from torch import Tensor
 
 from bench.machine import machine
+from l0fast.learner.cost import SHAPES, ModelShape
 from l0fast_kernels.policy_head import k3, policy_head, policy_loss_tokens, token_stats
 
 CLIPS = {"clip_low": 0.2, "clip_high": 0.25, "dual_clip": 3.0}
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What of a model its kernels see."""
-
-    vocab: int
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    tied: bool
-    family: str = "qwen3"
-
-    def config(self) -> Any:
-        from transformers import Qwen2Config, Qwen3Config
-
-        common: dict[str, Any] = {
-            "vocab_size": self.vocab,
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "tie_word_embeddings": self.tied,
-            "max_position_embeddings": 40_960,
-        }
-        return Qwen3Config(**common, head_dim=128) if self.family == "qwen3" else Qwen2Config(**common)
-
-
-# the models' config.json on Hugging Face
-SHAPES = {
-    "Qwen3-0.6B": Shape(151_936, 1024, 3072, 28, 16, 8, True),
-    "Qwen3-4B": Shape(151_936, 2560, 9728, 36, 32, 8, True),
-    "Qwen2.5-7B": Shape(152_064, 3584, 18_944, 28, 28, 4, False, "qwen2"),
-}
+TINY = ModelShape(
+    vocab=512, hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, tied=True, qk_norm=True
+)
+"""What stands for a model on a CPU."""
 PEAK_TFLOPS = 989.0
 """Dense bf16 of an H100 or H200 SXM, by the vendor's datasheet: what MFU is a share of."""
 
@@ -321,7 +289,7 @@ def head_errors(contenders: dict[str, Callable[..., Tensor]], p: dict[str, Tenso
 
 def bench_epilogue(device: str, rounds: int) -> dict[str, Any]:
     from l0fast_kernels import policy_epilogue
-    from l0fast_kernels.policy_head import MAX_K3, MAX_LOG_RATIO
+    from l0fast_kernels.policy_head import MAX_K3, MAX_LOG_RATIO, OUT, PER_TOKEN
 
     if device == "cpu":
         return {"skipped": "Triton's interpreter has no speed to measure"}
@@ -329,8 +297,8 @@ def bench_epilogue(device: str, rounds: int) -> dict[str, Any]:
     logits = 3 * torch.randn(C, V, device=device)
     dlogits = torch.empty(C, V, device=device, dtype=torch.bfloat16)
     targets = torch.randint(V, (C,), device=device)
-    per_token = {name: torch.randn(C, device=device) for name in policy_epilogue.PER_TOKEN}
-    out = {name: torch.empty(C, device=device) for name in policy_epilogue.OUT}
+    per_token = {name: torch.randn(C, device=device) for name in PER_TOKEN}
+    out = {name: torch.empty(C, device=device) for name in OUT}
     settings = {"objective": "ppo", "temperature": 1.0, "kl_coef": 0.001, "tis_cap": 2.0, **CLIPS}
     settings |= {"max_log_ratio": MAX_LOG_RATIO, "max_k3": MAX_K3}
     runs = {}
@@ -500,7 +468,7 @@ def whole_step(name: str, liger: bool, checkpointing: Literal["on", "off"], devi
     from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
     tiny = device == "cpu"
-    shape = Shape(512, 64, 128, 2, 4, 2, True) if tiny else SHAPES[name]
+    shape = TINY if tiny else SHAPES[name]
     num_groups, group_size, prompt, response, output, num_turns = (
         (1, 4, 64, 10, 16, 3) if tiny else (4, 8, 2048, 300, 500, 4)
     )
@@ -534,9 +502,10 @@ def whole_step(name: str, liger: bool, checkpointing: Literal["on", "off"], devi
         groups.append([row for rows in trajectories for row in rows])
     packs = pack_rows(groups, 32_768, share_prefixes=True)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        config = shape.config()
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if not tiny else torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                model_config(shape), dtype=torch.bfloat16 if not tiny else torch.float32
+            )
         model.save_pretrained(folder)
         parameters = sum(p.numel() for p in model.parameters())
         del model
@@ -582,21 +551,33 @@ def whole_step(name: str, liger: bool, checkpointing: Literal["on", "off"], devi
         }
 
 
-def step_flops(shape: Shape, packs: list[Any]) -> float:
-    """Model FLOPs of a step without recomputation: 6 a weight and token, the head on sampled tokens only, attention's own."""
-    E = 128 if shape.hidden >= 1024 else shape.hidden // shape.heads
-    attention_weights = shape.hidden * E * (2 * shape.heads + 2 * shape.kv_heads)
-    layer = attention_weights + 3 * shape.hidden * shape.intermediate
-    total = 0.0
+def model_config(shape: ModelShape) -> Any:
+    """transformers' configuration of a model of this shape: a Qwen3 where queries and keys are normed, else a Qwen2."""
+    from transformers import Qwen2Config, Qwen3Config
+
+    common: dict[str, Any] = {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "tie_word_embeddings": shape.tied,
+        "max_position_embeddings": 40_960,
+    }
+    return Qwen3Config(**common, head_dim=shape.head_dim) if shape.qk_norm else Qwen2Config(**common)
+
+
+def step_flops(shape: ModelShape, packs: list[Any]) -> float:
+    """Model FLOPs of a step, what MFU counts: forward and twice that backward, nothing recomputed, the head on sampled tokens only."""
+    from l0fast.learner.packing import attention_pairs
+
+    forward = 0.0
     for pack in packs:
-        lengths = [b - a for a, b in pairwise(pack.cu_seqlens.tolist())]
-        families = [b - a for a, b in pairwise(pack.family_cu.tolist())]
-        seen = sum(n * n / 2 for n in lengths) + sum(n * prefix for n, prefix in zip(families, lengths, strict=False))
-        total += 6 * pack.num_tokens * layer * shape.layers
-        # scores and values, forward and twice as much backward
-        total += 12 * seen * E * shape.heads * shape.layers
-        total += 6 * len(pack.predictors) * shape.vocab * shape.hidden
-    return total
+        forward += 2 * pack.num_tokens * shape.layer_matmul_parameters * shape.layers
+        forward += attention_pairs(pack) * shape.flops_per_pair
+        forward += 2 * len(pack.predictors) * shape.vocab * shape.hidden
+    return 3 * forward
 
 
 def say(row: dict[str, Any]) -> None:
@@ -613,6 +594,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the JSON here too, after every section")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch finds no GPU here: leave the flag out for a small run on the CPU")
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     result: dict[str, Any] = {
         "bench": "kernels",

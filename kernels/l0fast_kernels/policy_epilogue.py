@@ -19,12 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from l0fast_kernels.policy_head import OUT, PER_TOKEN
+
 BLOCK_V = 4096
 """Logits that a program holds at a time."""
 NUM_WARPS = 8
-
-PER_TOKEN = ("advantages", "loss_weights", "old_logprobs", "ref_logprobs", "sampler_logprobs")
-OUT = ("loss", "logprobs", "entropy", "kl", "clipped")
 
 
 @triton.jit

@@ -41,6 +41,11 @@ MAX_K3 = 10.0
 TILE = 128
 """Rows that a matmul's program works on at a time."""
 
+PER_TOKEN = ("advantages", "loss_weights", "old_logprobs", "ref_logprobs", "sampler_logprobs")
+"""What an epilogue gets of each token, in the order of the kernel's arguments."""
+OUT = ("loss", "logprobs", "entropy", "kl", "clipped")
+"""What it says of each."""
+
 Objective = Literal["ppo", "cispo"]
 Backend = Literal["auto", "torch", "triton"]
 
@@ -179,7 +184,7 @@ def token_stats(
     """
     _check_head(hidden_TD, weight_VD, temperature)
     settings = _NO_LOSS | {"temperature": temperature, "chunk": chunk, "span": chunk, "backend": backend}
-    _, _, seen = _chunks(hidden_TD, weight_VD, ids_T, dict.fromkeys(_PER_TOKEN), settings, False, False)
+    _, _, seen = _chunks(hidden_TD, weight_VD, ids_T, dict.fromkeys(PER_TOKEN), settings, False, False)
     return seen["logprobs"], seen["entropy"]
 
 
@@ -237,7 +242,6 @@ def _scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor |
     return torch.mul(grad, factor, out=grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype))
 
 
-_PER_TOKEN = ("advantages", "loss_weights", "old_logprobs", "ref_logprobs", "sampler_logprobs")
 _NO_LOSS = {"objective": "ppo"} | dict.fromkeys(
     ("clip_low", "clip_high", "dual_clip", "kl_coef", "tis_cap", "max_log_ratio", "max_k3"), 0.0
 )
@@ -267,10 +271,7 @@ def _chunks(
     if low_precision and not on_cuda:
         # the CPU has no product of bf16 operands with an fp32 result
         hidden_TD, weight_VD, low_precision = hidden_TD.float(), weight_VD.float(), False
-    seen = {
-        name: torch.empty(T, dtype=torch.float32, device=hidden_TD.device)
-        for name in ("loss", "logprobs", "entropy", "kl", "clipped")
-    }
+    seen = {name: torch.empty(T, dtype=torch.float32, device=hidden_TD.device) for name in OUT}
     dhidden_TD = torch.empty_like(hidden_TD) if want_dhidden else None
     dweight_VD = torch.empty_like(weight_VD, dtype=torch.float32) if want_dweight else None
     want_grad = want_dhidden or want_dweight

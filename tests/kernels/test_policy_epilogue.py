@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="kernels are tested where triton is installed")
 
-from l0fast_kernels.policy_epilogue import BLOCK_V, OUT, PER_TOKEN, triton_epilogue
-from l0fast_kernels.policy_head import MAX_K3, MAX_LOG_RATIO, policy_head, token_stats, torch_epilogue
+from l0fast_kernels.policy_epilogue import BLOCK_V, triton_epilogue
+from l0fast_kernels.policy_head import MAX_K3, MAX_LOG_RATIO, OUT, PER_TOKEN, policy_head, token_stats, torch_epilogue
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTINGS = {
