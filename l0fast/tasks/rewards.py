@@ -1,12 +1,15 @@
-"""What a turn is worth: L0's verifiable rewards (arXiv 2506.23667), computed from the record of an episode alone.
+"""What a turn is worth: verifiable rewards, computed from the record of an episode, with weights in the recipe.
 
-    r_t      = 0.8 * qa_t + 0.1 * format_t + 0.1 * code_t                          of turn t of n
+    r_t      = sum over last-turn rewards of weight x score(answer)             on the last turn, else 0
+             + sum over per-turn rewards of weight x score_t / n                 of turn t of n
+    L0's     = 0.8 * qa_t + 0.1 * format_t + 0.1 * code_t                        (arXiv 2506.23667), which is the default:
     qa_t     = 0.9 * exact match + 0.1 * has answer   on the last turn, else 0
     format_t = [turn t is well-formed: exactly one <think> of more than 10 characters, one <code> of more than 5] / n
     code_t   = (1 - errors / outputs) / n;  0 where the cell gave no output
 
-Answers are compared by the SQuAD rules (Rajpurkar et al., arXiv 1606.05250): case, punctuation, articles and spacing do
-not count. Where we differ from L0:
+Here is what an answer alone decides; what needs a process, a session or a model is in scoring.py. Answers are compared by
+the SQuAD rules (Rajpurkar et al., arXiv 1606.05250): case, punctuation, articles and spacing do not count. Where we differ
+from L0:
   * letters of every script count (L0 keeps [a-z0-9], which makes any two non-Latin answers equal); NFKC and casefold first;
   * an answer that is nothing but articles and punctuation is compared as it stands, instead of equalling every other;
   * an empty answer does not earn "has answer";
@@ -14,20 +17,21 @@ not count. Where we differ from L0:
     a cell that failed is 0.
 """
 
+import math
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from string import punctuation
 
+import regex
+
+from l0fast.config import RewardConfig
 from l0fast.types import Trajectory
 
-QA_WEIGHT = 0.8
-FORMAT_WEIGHT = 0.1
-CODE_WEIGHT = 0.1
-EXACT_MATCH_WEIGHT = 0.9
-"""Within qa."""
-HAS_ANSWER_WEIGHT = 0.1
-"""Within qa."""
+PER_TURN = ("format", "code", "length")
+"""Rewards that every turn earns its share of; all others are the answer's, and on the last turn."""
+REGEX_TIMEOUT_S = 0.2
+"""A pattern that backtracks for ever matches nothing [s]."""
 
 ARTICLES = frozenset(("a", "an", "the"))
 
@@ -47,7 +51,7 @@ def exact_match(answer: str | None, answers: Iterable[str]) -> bool:
 
 
 def f1(answer: str | None, answers: Iterable[str]) -> float:
-    """Best harmonic mean of token precision and recall over the right `answers`, 0 to 1. Reported, not rewarded."""
+    """Best harmonic mean of token precision and recall over the right `answers`, 0 to 1."""
     given = normalize_answer(answer or "").split()
     return max((_f1(given, normalize_answer(right).split()) for right in answers), default=0.0)
 
@@ -62,9 +66,47 @@ def has_answer(answer: str | None) -> bool:
     return answer is not None and bool(answer.strip())
 
 
-def qa_score(answer: str | None, answers: Iterable[str]) -> float:
-    """0.9 * exact match + 0.1 * has answer, 0 to 1."""
-    return EXACT_MATCH_WEIGHT * exact_match(answer, answers) + HAS_ANSWER_WEIGHT * has_answer(answer)
+def numeric(answer: str | None, answers: Iterable[str], tolerance: float = 1e-6) -> bool:
+    """Whether the last number in `answer` is one of `answers`, up to a relative difference of `tolerance`.
+
+    Thousands separators (1,234 or 1 234), a leading currency sign, percent (12% is 12) and fractions (3/4) are understood.
+    """
+    given = last_number(answer or "")
+    rights = (last_number(right) for right in answers)
+    return given is not None and any(
+        right is not None and math.isclose(given, right, rel_tol=tolerance, abs_tol=tolerance) for right in rights
+    )
+
+
+_NUMBER = regex.compile(
+    r"[-+]?(?:\d{1,3}(?:[,\u202f\u00a0 ]\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?(?:\s*/\s*(?<over>\d+(?:\.\d+)?))?"
+)
+
+
+def last_number(text: str) -> float | None:
+    """The last number that a text holds, None where it holds none."""
+    found = None
+    # the sign that typesetting has
+    for match in _NUMBER.finditer(text.replace("\u2212", "-")):
+        if match.group().strip():
+            found = match
+    if found is None:
+        return None
+    digits = regex.sub(r"[,\u202f\u00a0 ]", "", found.group().partition("/")[0])
+    over = float(found["over"]) if found["over"] else 1.0
+    return float(digits) / over if over else None
+
+
+def matches(answer: str | None, patterns: Iterable[str]) -> bool:
+    """Whether one of `patterns` matches all of `answer`, outer white space aside. A pattern that is none matches nothing."""
+    text = (answer or "").strip()
+    for pattern in patterns:
+        try:
+            if text and regex.fullmatch(pattern, text, timeout=REGEX_TIMEOUT_S):
+                return True
+        except (regex.error, TimeoutError):
+            continue
+    return False
 
 
 def code_score(num_errors: int, num_outputs: int) -> float:
@@ -72,15 +114,42 @@ def code_score(num_errors: int, num_outputs: int) -> float:
     return 1 - num_errors / num_outputs if num_outputs else 0.0
 
 
-def turn_rewards(trajectory: Trajectory) -> tuple[float, ...]:
-    """r_t of each turn, as in this file's head. They sum to 1 at most."""
-    turns = trajectory.turns
-    qa = [0.0] * len(turns)
-    if turns:
-        qa[-1] = qa_score(trajectory.answer, trajectory.task.answers)
-    return tuple(
-        QA_WEIGHT * qa_t
-        + FORMAT_WEIGHT * turn.well_formed / len(turns)
-        + CODE_WEIGHT * code_score(turn.error is not None, bool(turn.output)) / len(turns)
-        for qa_t, turn in zip(qa, turns, strict=True)
-    )
+L0_WEIGHTS = RewardConfig()
+
+
+def answer_scores(answer: str | None, answers: Iterable[str]) -> dict[str, float]:
+    """What L0's reward asks about an answer."""
+    return {"correct": float(exact_match(answer, answers)), "has_answer": float(has_answer(answer))}
+
+
+def turn_rewards(
+    trajectory: Trajectory,
+    weights: RewardConfig = L0_WEIGHTS,
+    scores: Mapping[str, float] | None = None,
+    *,
+    max_new_tokens: int = 1,
+    custom: Iterable[tuple[float, tuple[float, ...]]] = (),
+) -> tuple[float, ...]:
+    """r_t of each turn, as in this file's head.
+
+    Args:
+        scores: of the answer, by reward, each 0 to 1; those that have no weight aren't needed. None: L0's.
+        max_new_tokens: longest response of a turn, for "length" [tokens].
+        custom: weight, and the score of each turn, of rewards of the user's own.
+    """
+    turns, n = trajectory.turns, len(trajectory.turns)
+    if not n:
+        return ()
+    if scores is None:
+        scores = answer_scores(trajectory.answer, trajectory.task.answers)
+    of_turn = [
+        weights.format * turn.well_formed
+        + weights.code * code_score(turn.error is not None, bool(turn.output))
+        + weights.length * max(0.0, 1 - len(turn.response_ids) / max_new_tokens)
+        for turn in turns
+    ]
+    rewards = [earned / n for earned in of_turn]
+    rewards[-1] += sum(getattr(weights, name) * score for name, score in scores.items())
+    for weight, given in custom:
+        rewards = [reward + weight * score for reward, score in zip(rewards, given, strict=True)]
+    return tuple(rewards)

@@ -16,7 +16,8 @@ session's cell has its own, often shorter limit: it cancels the waiter.
 Who is told what. The broker checks arguments against the signature that agents read, types included (so annotate
 with JSON's types), and what doesn't fit is the agent's TypeError. From there on a tool says what it can't do with
 ToolError; every other exception is a bug, TypeError too, and ends the run, except the passing ones in `retry_on`: what is
-left of them after the last try is a ToolError that names their class and not their text.
+left of them after the last try is a ToolError that names their class and not their text, except that of `Passing`, which a
+tool words for agents. It may also say how long to wait before the next try.
 Agents get what JSON makes of a result, each a copy of its own. `secrets`, also as URLs spell them, are blanked in
 results and ToolErrors before those are kept or handed on.
 
@@ -49,6 +50,18 @@ MAX_BACKOFF_S = 5.0
 _NO_LOG = logging.NullHandler()
 
 
+class Passing(OSError):
+    """A try failed in a way that may pass. Its text is for agents.
+
+    Args:
+        retry_after_s: wait before the next try that the service asks for [s].
+    """
+
+    def __init__(self, how: str, retry_after_s: float | None = None):
+        super().__init__(how)
+        self.retry_after_s = retry_after_s
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolPolicy:
     timeout_s: float = 20.0
@@ -57,6 +70,8 @@ class ToolPolicy:
     """Time a try may wait for a slot; then the call fails without another [s]."""
     max_concurrent: int = 64
     """Slots: tries that run at once [calls]."""
+    per_minute: float = 0.0
+    """Most tries that begin in a minute, evenly spaced; 0 for no limit. Waiting for one's turn counts as waiting for a slot."""
     attempts: int = 3
     """Tries in all."""
     retry_on: tuple[type[Exception], ...] = (OSError, TimeoutError)
@@ -171,9 +186,9 @@ class Counts:
 class _Failed(Exception):
     """A try failed in a way that is the world's. Says how, without the text of the cause."""
 
-    def __init__(self, how: str, again: bool):
+    def __init__(self, how: str, again: bool, wait_s: float | None = None):
         super().__init__(how)
-        self.again = again
+        self.again: bool | float = wait_s if again and wait_s is not None else again
 
 
 class _Tool:
@@ -188,6 +203,8 @@ class _Tool:
         self._mode: Mode = mode
         self._normalise = normaliser(spec.name, spec.signature)
         self._slots = asyncio.Semaphore(policy.max_concurrent)
+        self._next_turn = 0.0
+        """When the next try may begin, on the loop's clock."""
         self._flights: dict[str, _Flight] = {}
         self._tasks: set[asyncio.Task[bytes]] = set()
         self._blanked = _spellings(policy.secrets)
@@ -257,8 +274,13 @@ class _Tool:
         """The tool's answer, after as many tries as it takes and gets. Raises ToolError, and bugs as they are."""
         policy, num = self._policy, 0
         try:
+            return await self._try(args, kw)
+        except _Failed as e:
+            first = e
+        # nearly every call is over by now: making a retry context costs more than all else that the broker does
+        try:
             async for attempt in stamina.retry_context(
-                lambda e: isinstance(e, _Failed) and e.again,
+                lambda e: e.again if isinstance(e, _Failed) else False,
                 attempts=policy.attempts,
                 timeout=None,
                 wait_initial=policy.backoff_s,
@@ -268,6 +290,8 @@ class _Tool:
                 num += 1
                 self._counts.retries += num > 1
                 with attempt:
+                    if num == 1:
+                        raise first
                     return await self._try(args, kw)
         except _Failed as e:
             self._counts.failures += 1
@@ -283,6 +307,7 @@ class _Tool:
         began = time.perf_counter()
         try:
             async with asyncio.timeout(policy.queue_timeout_s):
+                await self._turn()
                 await self._slots.acquire()
         except TimeoutError as e:
             raise _Failed(f"no free slot within {policy.queue_timeout_s:g} s", again=False) from e
@@ -312,11 +337,24 @@ class _Tool:
             if task.cancelling() > cancels:
                 # a tool's last words must not undo the cancelling
                 raise asyncio.CancelledError from e
+            if isinstance(e, Passing):
+                raise _Failed(str(e), again=passing, wait_s=e.retry_after_s) from e
             how = f"timeout after {policy.timeout_s:g} s" if timed_out else type(e).__name__
             raise _Failed(how, again=passing) from e
         finally:
             self._slots.release()
             self._counts.run_s += time.perf_counter() - began
+
+    async def _turn(self) -> None:
+        if not self._policy.per_minute:
+            return
+        now = asyncio.get_running_loop().time()
+        begin = max(now, self._next_turn)
+        if begin - now > self._policy.queue_timeout_s:
+            # it would give up before its turn came: somebody else may have it
+            raise TimeoutError
+        self._next_turn = begin + 60 / self._policy.per_minute
+        await asyncio.sleep(begin - now)
 
     def _without_secrets(self, answer: bytes) -> bytes:
         return orjson.dumps(_mapped(orjson.loads(answer), self._blank)) if self._blanked else answer

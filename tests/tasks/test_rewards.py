@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l0fast.agent.parsing import parse_action
+from l0fast.config import RewardConfig
 from l0fast.tasks.rewards import (
     code_score,
     exact_match,
     f1,
     has_answer,
+    last_number,
+    matches,
     normalize_answer,
-    qa_score,
+    numeric,
     turn_rewards,
 )
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
@@ -38,6 +42,13 @@ def turn(
         well_formed=parse_action(text).well_formed,
         error=error,
     )
+
+
+def qa_score(answer, answers) -> float:
+    """L0's qa: what an answer earns, of the 0.8 that it can."""
+    only = turn("no tags", output=None)
+    task = Task(id="t", question="", answers=tuple(answers))
+    return sum(turn_rewards(trajectory([only], answer=answer, task=task))) / 0.8
 
 
 def trajectory(turns, answer=None, task=TASK) -> Trajectory:
@@ -155,10 +166,10 @@ def test_normalised_answers_have_no_case_no_outer_space_and_are_equal_to_themsel
 @given(st.text(), st.lists(st.text(), max_size=4))
 def test_scores_are_between_zero_and_one_and_an_exact_match_has_full_f1(answer, answers):
     assert 0 <= f1(answer, answers) <= 1
-    assert 0 <= qa_score(answer, answers) <= 1
+    assert 0 <= qa_score(answer, answers) <= 1 + 1e-9
     if exact_match(answer, answers):
         assert f1(answer, answers) == 1
-        assert qa_score(answer, answers) == 1
+        assert qa_score(answer, answers) == pytest.approx(1)
 
 
 @given(st.text(alphabet=st.characters(categories=("L", "N", "Zs")), min_size=1), st.sampled_from(".,!?'\"-()"))
@@ -171,3 +182,84 @@ def test_adding_punctuation_or_an_article_changes_nothing(text, mark):
 @given(st.text())
 def test_composed_and_decomposed_letters_are_equal(text):
     assert normalize_answer(unicodedata.normalize("NFD", text)) == normalize_answer(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The answer is 1,234.5 km", 1234.5),
+        ("$12", 12),
+        ("between 3 and -4.5e3", -4500),
+        ("3/4", 0.75),
+        ("\u22125", -5),
+        (".5", 0.5),
+        ("1 000 000 people", 1_000_000),
+        ("12%", 12),
+        ("7/0", None),
+        ("none at all", None),
+        ("", None),
+        ("١٢", 12),
+    ],
+)
+def test_the_last_number_of_a_text_is_read_as_a_person_would(text, number):
+    assert last_number(text) == (None if number is None else pytest.approx(number))
+
+
+@given(st.text())
+def test_any_text_has_a_number_or_none(text):
+    number = last_number(text)
+    assert number is None or isinstance(number, float)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, width=32))
+def test_a_number_equals_itself_however_it_is_written(number):
+    assert numeric(f"It is {number!r}.", [f"{number:,}" if abs(number) < 1e15 else str(number)])
+
+
+def test_numbers_are_equal_within_the_tolerance_and_not_beyond():
+    assert numeric("3.1416", ["3.14159"], tolerance=1e-4)
+    assert not numeric("3.1416", ["3.14159"], tolerance=1e-7)
+    assert not numeric("no idea", ["3"])
+    assert not numeric("3", ["no number"])
+
+
+def test_a_pattern_must_match_the_whole_answer_and_ends_when_it_backtracks_for_ever():
+    assert matches(" 2024-05-01\n", [r"\d{4}-\d\d-\d\d"])
+    assert not matches("on 2024-05-01", [r"\d{4}-\d\d-\d\d"])
+    assert not matches("a" * 40 + "!", [r"(a+)+"])
+    assert matches("b", ["[", "b"])
+    assert not matches("", [".*"])
+
+
+# --- the published rules, written once more from their description ------------------------------------------------------
+
+
+def squad_normal(text: str) -> str:
+    """Lower case, without ASCII punctuation, without articles, single spaces: SQuAD's evaluation, for ASCII texts."""
+    import re
+    import string
+
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+@given(
+    st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126)), st.text(alphabet="ab the,.AN", max_size=12)
+)
+def test_on_ascii_exact_match_and_f1_are_those_of_squad(answer, right):
+    a, b = squad_normal(answer), squad_normal(right)
+    if a and b:
+        assert exact_match(answer, [right]) == (a == b)
+        common = sum(min(a.split().count(w), b.split().count(w)) for w in set(a.split()))
+        expected = 2 * common / (len(a.split()) + len(b.split()))
+        assert f1(answer, [right]) == pytest.approx(expected)
+
+
+def test_each_reward_of_the_recipe_is_earned_by_its_weight():
+    weights = RewardConfig(correct=0.5, has_answer=0, format=0, code=0, length=0.4, f1=0.25)
+    scores = {"correct": 1.0, "has_answer": 1.0, "f1": 0.5}
+    short, long = turn("no tags"), replace(turn("no tags"), response_ids=(1,) * 10, sampler_logprobs=(0.0,) * 10)
+    rewards = turn_rewards(
+        trajectory([short, long], answer="x"), weights, scores, max_new_tokens=10, custom=[(2.0, (0.5, 0.0))]
+    )
+    assert rewards == pytest.approx([0.4 * 0.9 / 2 + 1.0, 0.5 + 0.125])

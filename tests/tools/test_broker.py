@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from l0fast.errors import ToolError, UsageError
 from l0fast.sandbox.base import HostTool, ToolSpec
-from l0fast.tools.broker import ToolPolicy, open_broker
+from l0fast.tools.broker import Passing, ToolPolicy, open_broker
 
 
 @pytest.fixture(autouse=True)
@@ -751,3 +751,51 @@ def test_a_step_has_every_tools_figures_and_starts_from_zero():
             assert not any(broker.take_step().values())
 
     asyncio.run(main())
+
+
+def test_tries_begin_as_far_apart_as_a_minute_allows():
+    begun: list[float] = []
+
+    async def quick(query: str) -> str:
+        begun.append(asyncio.get_running_loop().time())
+        return query
+
+    async def main():
+        async with open_broker() as broker:
+            search = broker.wrap(tool(quick), ToolPolicy(per_minute=6000)).call
+            async with asyncio.TaskGroup() as tg:
+                for i in range(5):
+                    tg.create_task(search(str(i)))
+
+    asyncio.run(main())
+    gaps = [b - a for a, b in itertools.pairwise(begun)]
+    assert len(gaps) == 4
+    assert min(gaps) > 0.008
+
+
+def test_a_try_whose_turn_would_come_too_late_is_not_waited_for_and_takes_nobodys_turn():
+    async def main():
+        async with open_broker() as broker:
+            policy = ToolPolicy(per_minute=1, queue_timeout_s=10, cache=False)
+            search = broker.wrap(tool(lambda query: asyncio.sleep(0, query)), policy).call
+            answers = [await search("a")]
+            for _ in range(2):
+                with pytest.raises(ToolError, match="no free slot within 10 s"):
+                    await search("b")
+            return answers
+
+    assert asyncio.run(main()) == ["a"]
+
+
+def test_a_tool_may_say_in_its_own_words_that_it_will_pass_and_how_long_that_takes():
+    waits: list[float | None] = [0.0, None]
+
+    async def busy(query: str) -> str:
+        raise Passing("the library is closed", waits.pop(0) if waits else None)
+
+    async def main():
+        async with open_broker() as broker:
+            await broker.wrap(tool(busy), ToolPolicy(attempts=3)).call("x")
+
+    with pytest.raises(ToolError, match=r"gave no answer in 3 attempts \(the library is closed\)"):
+        asyncio.run(main())

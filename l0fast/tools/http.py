@@ -1,0 +1,228 @@
+"""HTTP for tools: pages that a model has named, and services that the user has named. Two sorts, which trust differently.
+
+    public    any http(s) address a model comes up with: its host must resolve to public addresses alone (no loopback,
+              private, link-local, shared or reserved ones), the connection goes to an address that was checked, and every
+              redirect is checked anew. So nothing on this machine or its network can be read through an agent.
+    service   an address from the settings, with a key: wherever the user says, redirects not followed.
+
+Both: a deadline for all of it, a limit on bytes (after decompression), proxies of the environment not used. What may pass
+(no connection, 408, 429, 5xx) is `Passing`, an OSError, so the broker asks again, after Retry-After where that was said;
+anything else is a ToolError with the status, for the agent to read.
+"""
+
+import asyncio
+import ipaddress
+import socket
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import orjson
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
+
+from l0fast import __version__
+from l0fast.errors import ToolError
+from l0fast.http_dates import retry_after_s
+from l0fast.tools.broker import Passing
+
+MAX_REDIRECTS = 5
+MAX_URL_CHARS = 2000
+MAX_RETRY_AFTER_S = 10.0
+"""Longest wait that a service may ask for; one that asks for more is asked no more [s]."""
+USER_AGENT = f"l0fast/{__version__}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    url: str
+    """After redirects."""
+    content_type: str
+    charset: str | None
+    body: bytes
+
+
+class Http:
+    """Made by `open_http`."""
+
+    def __init__(self, public: aiohttp.ClientSession, service: aiohttp.ClientSession, max_bytes: int, private: bool):
+        self._public, self._service, self._max_bytes, self._private = public, service, max_bytes, private
+
+    async def page(self, url: str) -> Page:
+        """Fetch what a model has named. Raises ToolError, or Passing."""
+        for _ in range(MAX_REDIRECTS + 1):
+            target = checked_url(url, private=self._private)
+            try:
+                async with self._public.get(target, allow_redirects=False) as response:
+                    if response.status in (301, 302, 303, 307, 308) and (to := response.headers.get("Location")):
+                        url = str(target.join(URL(to)))
+                        continue
+                    if response.status != 200:
+                        raise _refusal(response, str(target))
+                    return Page(
+                        url=str(target),
+                        content_type=response.content_type,
+                        charset=response.charset,
+                        body=await self._body(response),
+                    )
+            except NotPublic as e:
+                raise ToolError(str(e)) from e
+            except (aiohttp.ClientError, OSError, ValueError) as e:
+                raise _failure(e, str(target)) from e
+        raise ToolError(f"{url} redirects more than {MAX_REDIRECTS} times: try another address")
+
+    async def json(
+        self, method: str, url: str, *, headers: Mapping[str, str], name: str, body: Any = None, query: Any = None
+    ) -> Any:
+        """What a service answers. Raises ToolError or Passing, neither of which shows the address or the key."""
+        text = await self.text(method, url, headers=headers, name=name, body=body, query=query)
+        try:
+            return orjson.loads(text)
+        except orjson.JSONDecodeError as e:
+            raise ToolError(f"{name} did not answer with JSON: try again later") from e
+
+    async def text(
+        self, method: str, url: str, *, headers: Mapping[str, str], name: str, body: Any = None, query: Any = None
+    ) -> bytes:
+        sent = {"Content-Type": "application/json"} if body is not None else {}
+        data = None if body is None else orjson.dumps(body)
+        try:
+            async with self._service.request(
+                method, URL(url), headers={**sent, **headers}, data=data, params=query, allow_redirects=False
+            ) as response:
+                if response.status != 200:
+                    raise _refusal(response, name)
+                return await self._body(response)
+        except (aiohttp.ClientError, OSError, ValueError) as e:
+            raise _failure(e, name) from e
+
+    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
+        body = bytearray()
+        async for chunk in response.content.iter_any():
+            body += chunk
+            if len(body) > self._max_bytes:
+                raise ToolError(
+                    f"{response.url.host} answered with more than {self._max_bytes:,} bytes: take another page"
+                )
+        return bytes(body)
+
+
+@asynccontextmanager
+async def open_http(*, timeout_s: float, max_bytes: int, allow_private: bool = False) -> AsyncIterator[Http]:
+    """For as long as the `async with` body runs.
+
+    Args:
+        timeout_s: of one request, redirects not added up [s].
+        max_bytes: of one answer.
+        allow_private: let models read this machine's network too; for a corpus that is served there.
+    """
+    timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, 10.0))
+    resolver = None if allow_private else PublicResolver()
+    async with (
+        aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(resolver=resolver),
+            timeout=timeout,
+            headers={"User-Agent": USER_AGENT, "Accept": "text/html,text/plain,application/pdf,application/json;q=0.9"},
+            # one agent's cookies are not another's
+            cookie_jar=aiohttp.DummyCookieJar(),
+        ) as public,
+        aiohttp.ClientSession(
+            timeout=timeout, headers={"User-Agent": USER_AGENT}, cookie_jar=aiohttp.DummyCookieJar()
+        ) as service,
+    ):
+        yield Http(public, service, max_bytes, allow_private)
+
+
+class NotPublic(OSError):
+    """A host that an agent may not reach."""
+
+
+class PublicResolver(AbstractResolver):
+    """Names to addresses, all of which are public. What it returns is what is connected to: a second look-up can't differ."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family, flags=socket.AI_ADDRCONFIG)
+        results: list[ResolveResult] = []
+        for of_family, _, proto, _, address in found:
+            ip = str(address[0])
+            if not is_public(ip):
+                raise NotPublic(f"{host} is not a public host: agents may not reach it")
+            results.append(
+                ResolveResult(
+                    hostname=host, host=ip, port=port, family=of_family, proto=proto, flags=socket.AI_NUMERICHOST
+                )
+            )
+        return results
+
+    async def close(self) -> None:
+        """Nothing is kept."""
+
+
+def is_public(ip: str) -> bool:
+    """Whether an address is anybody's, not of this machine or a network behind it.
+
+    >>> [is_public(ip) for ip in ("8.8.8.8", "127.0.0.1", "10.1.2.3", "169.254.169.254", "::ffff:127.0.0.1", "64:ff9b::7f00:1")]
+    [True, False, False, False, False, False]
+    """
+    address = ipaddress.ip_address(ip.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        # IPv4 in IPv6's clothes: mapped, 6to4, Teredo, NAT64
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
+        if address in ipaddress.ip_network("64:ff9b::/96"):
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+        if inner:
+            return is_public(str(inner)) and (address.is_global or address in ipaddress.ip_network("64:ff9b::/96"))
+    return address.is_global and not address.is_multicast
+
+
+def checked_url(url: str, *, private: bool = False) -> URL:
+    """An address that a model may ask for. Raises ToolError."""
+    try:
+        parts = urlsplit(url.strip())
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        target = URL(url.strip()).with_fragment(None) if good else None
+    except ValueError:
+        parts, target = None, None
+    if parts is None or target is None or len(url) > MAX_URL_CHARS:
+        raise ToolError(f"{url[:80]!r} is no web address: give one that begins with http:// or https://")
+    if parts.username or parts.password:
+        raise ToolError(f"{parts.hostname}: an address with a name or password in it is not fetched")
+    host = (target.host or "").rstrip(".")
+    try:
+        public = is_public(host)
+    except ValueError:
+        # a name; its addresses are checked when it is resolved. 2130706433 and 0x7f.1 are numbers to some resolvers
+        public = not all(part.isdigit() or part.lower().startswith("0x") for part in host.split("."))
+    if not (public or private):
+        raise ToolError(f"{host} is not a public host: agents may not reach it")
+    return target
+
+
+def _refusal(response: aiohttp.ClientResponse, name: str) -> Exception:
+    status = f"{response.status} {response.reason or ''}".rstrip()
+    if response.status in (408, 429) or response.status >= 500:
+        wait_s = retry_after_s(response.headers.get("Retry-After"), time.time())
+        if wait_s is not None and wait_s > MAX_RETRY_AFTER_S:
+            return ToolError(f"{name} answered {status} and wants to be left alone for {wait_s:.0f} s: do without")
+        return Passing(f"{name} answered {status}", wait_s)
+    return ToolError(f"{name} answered {status}")
+
+
+def _failure(error: Exception, name: str) -> Exception:
+    if isinstance(error, Passing):
+        return error
+    if isinstance(error, aiohttp.InvalidURL | ValueError):
+        return ToolError(f"{name} leads to no web address")
+    if isinstance(error.__cause__, NotPublic) or isinstance(error, NotPublic):
+        return ToolError(str(error.__cause__ or error))
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return Passing(f"{name} broke off")
+    # the text may hold an address with a key in it
+    return Passing(f"{name}: {type(error).__name__}")
