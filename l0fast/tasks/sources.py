@@ -115,28 +115,21 @@ def load_source(config: SourceConfig, split: str) -> Source:
     Raises:
         UsageError: no such file or data set, a format that isn't read here, or not one row that can be asked.
     """
-    data_set = _data_set(config)
-    columns = _columns(config, data_set)
-    find, rows = _rows(config, data_set, split)
     tasks: list[Task] = []
     problems: list[Problem] = []
     lines: dict[str, int] = {}
-    check = config.check or (data_set.check if data_set else "exact_match")
-    name = config.name or (config.data if data_set and config.data in DATASETS else Path(config.data).stem)
-    find = _beside(Path(config.files_folder)) if config.files_folder else find
-    for line, row in rows:
-        try:
-            task = _task(row, columns, name=name, line=line, check=check, find=find)
-            if task.id in lines:
-                raise _Misfit(f"its id {task.id!r} is that of line {lines[task.id]}")
-        except _Misfit as e:
-            problems.append(Problem(line, str(e)))
-            continue
-        lines[task.id] = line
-        if not config.heldout_share or is_heldout(task.question, config.heldout_share) == (split == "eval"):
-            tasks.append(task)
-        if config.limit and len(tasks) == config.limit:
-            break
+    name = source_name(config)
+    for line, task in read_tasks(config, split):
+        if isinstance(task, Problem):
+            problems.append(task)
+        elif task.id in lines:
+            problems.append(Problem(line, f"its id {task.id!r} is that of line {lines[task.id]}"))
+        else:
+            lines[task.id] = line
+            if not config.heldout_share or is_heldout(task.question, config.heldout_share) == (split == "eval"):
+                tasks.append(task)
+            if config.limit and len(tasks) == config.limit:
+                break
     source = Source(name=name, tasks=tuple(tasks), problems=tuple(problems), weight=config.weight)
     if not tasks:
         raise UsageError(
@@ -144,6 +137,24 @@ def load_source(config: SourceConfig, split: str) -> Source:
             "question = 'prompt', answers = 'targets', or give another file"
         )
     return source
+
+
+def source_name(config: SourceConfig) -> str:
+    return config.name or (config.data if config.data in DATASETS else Path(config.data.partition(":")[0]).stem)
+
+
+def read_tasks(config: SourceConfig, split: str) -> Iterator[tuple[int, "Task | Problem"]]:
+    """Row by row, with its line number; nothing is kept. Raises UsageError as `load_source` does."""
+    data_set = _data_set(config)
+    columns, name = _columns(config, data_set), source_name(config)
+    find, rows = _rows(config, data_set, split)
+    check = config.check or (data_set.check if data_set else "exact_match")
+    find = _beside(Path(config.files_folder)) if config.files_folder else find
+    for line, row in rows:
+        try:
+            yield line, _task(row, columns, name=name, line=line, check=check, find=find)
+        except _Misfit as e:
+            yield line, Problem(line, str(e))
 
 
 def is_heldout(question: str, share: float) -> bool:
