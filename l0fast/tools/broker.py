@@ -121,6 +121,13 @@ class Broker:
         tool = self._tools[identity] = _Tool(identity, spec, policy, self._memory, self._file, self._mode)
         return replace(spec, call=tool.call)
 
+    def running(self) -> dict[str, int]:
+        """Flights under way, by the tool's name: calls without a cache are none."""
+        flights: dict[str, int] = {}
+        for tool in self._tools.values():
+            flights[tool.name] = flights.get(tool.name, 0) + tool.running
+        return flights
+
     def take_step(self) -> dict[str, float]:
         """{"tools/<name>/<figure>": ...} since the last call, summed over scopes; the figures are `Counts`."""
         taken: dict[str, float] = {}
@@ -228,6 +235,11 @@ class _Tool:
         else:
             flight = self._flights[arguments] = self._start(arguments, self._fetched(key, args, kw))
         return orjson.loads(await flight.join())
+
+    @property
+    def running(self) -> int:
+        """Flights under way."""
+        return len(self._tasks)
 
     def take_counts(self) -> Counts:
         taken, self._counts = self._counts, Counts()

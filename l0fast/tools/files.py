@@ -9,6 +9,7 @@ import asyncio
 import base64
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from l0fast.config import WebConfig
 from l0fast.engine.base import Sampling
@@ -29,7 +30,22 @@ TaskTool = Callable[[Task], ToolSpec]
 """A tool that is another one for each task."""
 
 
-def inspect_file_tool(config: WebConfig, converter: Converter) -> TaskTool:
+def inspect_file_tool(config: WebConfig, converter: Converter) -> ToolSpec:
+    """What `inspect_file_of` calls: by path, so that its answers can be kept. Never handed to an agent."""
+
+    async def inspect(path: str, part: int) -> str:
+        file = Path(path)
+        text = await converter.markdown(await _read(file), "", file.name)
+        num_parts = max(1, -(-len(text) // config.page_chars))
+        if not 1 <= part <= num_parts:
+            raise ToolError(f"{file.name} has {num_parts} parts: part = {part} is none of them")
+        more = f"\n[part {part} of {num_parts}]" if num_parts > 1 else ""
+        return text[(part - 1) * config.page_chars : part * config.page_chars] + more
+
+    return ToolSpec(name="inspect_file", signature="(path: str, part: int) -> str", doc="", call=inspect)
+
+
+def inspect_file_of(inspect: ToolSpec) -> TaskTool:
     """`inspect_file(name, part=1)`: text, tables, PDF; for pictures it points to `visual_qa`."""
 
     def of(task: Task) -> ToolSpec:
@@ -37,12 +53,7 @@ def inspect_file_tool(config: WebConfig, converter: Converter) -> TaskTool:
             path = _own_file(task.files, name)
             if path.suffix.lower() in IMAGES:
                 raise ToolError(f"{name} is a picture: ask visual_qa({name!r}, question)")
-            text = await converter.markdown(await _read(path), "", path.name)
-            num_parts = max(1, -(-len(text) // config.page_chars))
-            if not 1 <= part <= num_parts:
-                raise ToolError(f"{name} has {num_parts} parts: part = {part} is none of them")
-            more = f"\n[part {part} of {num_parts}]" if num_parts > 1 else ""
-            return text[(part - 1) * config.page_chars : part * config.page_chars] + more
+            return await inspect.call(str(path), part)
 
         return ToolSpec(
             name="inspect_file",
@@ -54,29 +65,40 @@ def inspect_file_tool(config: WebConfig, converter: Converter) -> TaskTool:
     return of
 
 
-def visual_qa_tool(engine: OpenAIEngine, http: Http) -> TaskTool:
+def visual_qa_tool(engine: OpenAIEngine, http: Http) -> ToolSpec:
+    """What `visual_qa_of` calls: by path or web address. Never handed to an agent."""
+
+    async def look(image: str, question: str) -> str:
+        if image.startswith(("http://", "https://")):
+            page = await http.page(image)
+            data, kind = page.body, page.content_type
+            if kind not in IMAGES.values():
+                raise ToolError(f"{image} is no picture but {kind}")
+        else:
+            data, kind = await _read(Path(image)), IMAGES[Path(image).suffix.lower()]
+        url = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+        content: Any = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
+        sampling = Sampling(max_new_tokens=ANSWER_TOKENS, stop_token_ids=(), temperature=0.0)
+        try:
+            said = await engine.generate([{"role": "user", "content": content}], sampling, conversation="visual_qa")
+        except EngineError as e:
+            raise ToolError(f"the model that sees gave no answer: {e}") from e
+        return said.text.rpartition("</think>")[2].strip()
+
+    return ToolSpec(name="visual_qa", signature="(image: str, question: str) -> str", doc="", call=look)
+
+
+def visual_qa_of(look: ToolSpec) -> TaskTool:
     """`visual_qa(image, question)`: what a model that sees says about a picture of the task, or of the web."""
 
     def of(task: Task) -> ToolSpec:
         async def visual_qa(image: str, question: str) -> str:
-            if image.startswith(("http://", "https://")):
-                page = await http.page(image)
-                data, kind = page.body, page.content_type
-                if kind not in IMAGES.values():
-                    raise ToolError(f"{image} is no picture but {kind}")
-            else:
+            if not image.startswith(("http://", "https://")):
                 path = _own_file(task.files, image)
                 if path.suffix.lower() not in IMAGES:
                     raise ToolError(f"{image} is no picture ({', '.join(IMAGES)}): ask inspect_file({image!r})")
-                data, kind = await _read(path), IMAGES[path.suffix.lower()]
-            url = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-            content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
-            sampling = Sampling(max_new_tokens=ANSWER_TOKENS, stop_token_ids=(), temperature=0.0)
-            try:
-                said = await engine.generate([{"role": "user", "content": content}], sampling, conversation=task.id)  # pyright: ignore[reportArgumentType]
-            except EngineError as e:
-                raise ToolError(f"the model that sees gave no answer: {e}") from e
-            return said.text.rpartition("</think>")[2].strip()
+                image = str(path)
+            return await look.call(image, question)
 
         return ToolSpec(
             name="visual_qa",

@@ -14,7 +14,7 @@ from l0fast.child_pool import ChildPool
 from l0fast.config import WebConfig
 from l0fast.errors import ToolError, WorldError
 from l0fast.tools.convert import Unreadable, convert
-from l0fast.tools.files import inspect_file_tool
+from l0fast.tools.files import inspect_file_of, inspect_file_tool
 from l0fast.types import Task
 
 
@@ -126,9 +126,8 @@ def test_an_agent_looks_into_its_own_files_and_no_others(tmp_path):
     (tmp_path / "a.csv").write_text("x" * 25)
     (tmp_path / "p.png").write_bytes(b"png")
     files = {name: str(tmp_path / name) for name in ("a.csv", "p.png")}
-    tool = inspect_file_tool(WebConfig(page_chars=10), Here())(  # pyright: ignore[reportArgumentType]
-        Task(id="t", question="q", answers=("a",), files=files)
-    )
+    inspect = inspect_file_tool(WebConfig(page_chars=10), Here())  # pyright: ignore[reportArgumentType]
+    tool = inspect_file_of(inspect)(Task(id="t", question="q", answers=("a",), files=files))
 
     def call(*args):
         return asyncio.run(tool.call(*args))

@@ -1,0 +1,150 @@
+"""Tools by name: what --tools takes.
+
+    search=notes/            a builder that is registered here, and what it is told
+    my_tools:look_up         a function of the user's own, from a module that Python finds
+
+A function is a tool as it stands: agents are shown its name, its signature and its docstring. It may be async; one that
+isn't runs in a thread. Annotate its arguments with builtins, Any or Literal, return what JSON can say, and raise ToolError
+for what it can't do: any other exception is a bug in it, and ends the run.
+
+    def look_up(isbn: str) -> dict:
+        "Title, author and year of a book."
+        ...
+"""
+
+import asyncio
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from l0fast.errors import UsageError
+from l0fast.sandbox.base import ToolSpec
+from l0fast.tools.cache import normaliser
+
+Builder = Callable[[str], ToolSpec | AbstractAsyncContextManager[ToolSpec]]
+"""What stands after "=", empty where nothing does, -> the tool, or a block that opens and closes it. Raises UsageError."""
+
+MAX_CORPUS_BYTES = 256 << 20
+"""Text that `search` indexes in memory; more wants a real index [bytes]."""
+PASSAGE_CHARS = 1000
+"""Longest passage; a longer paragraph is cut at a space [characters]."""
+SEARCH_RESULTS = 5
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".csv", ".html")
+"""Files of a folder that are read."""
+
+_builders: dict[str, Builder] = {}
+
+
+def register(name: str, builder: Builder) -> None:
+    """Make a tool known by a name; the last one of that name counts."""
+    _builders[name] = builder
+
+
+def known_tools() -> list[str]:
+    return sorted(_builders)
+
+
+@asynccontextmanager
+async def open_tools(words: Iterable[str]) -> AsyncIterator[tuple[ToolSpec, ...]]:
+    """The tools that the words ask for, for as long as the `async with` body runs. Raises UsageError."""
+    tools: dict[str, ToolSpec] = {}
+    async with AsyncExitStack() as stack:
+        for word in words:
+            # a corpus takes a while to index
+            found = await asyncio.to_thread(load_tool, word)
+            tool = found if isinstance(found, ToolSpec) else await stack.enter_async_context(found)
+            if tool.name in tools:
+                raise UsageError(f"--tools {word}: there is a tool {tool.name!r} already: keep one of the two")
+            tools[tool.name] = tool
+        yield tuple(tools.values())
+
+
+def load_tool(word: str) -> ToolSpec | AbstractAsyncContextManager[ToolSpec]:
+    """The tool that a word asks for: NAME, NAME=ARGUMENT or module:function. Raises UsageError."""
+    name, _, argument = word.partition("=")
+    if name in _builders:
+        return _builders[name](argument)
+    module, colon, function = word.partition(":")
+    if colon and "=" not in module:
+        return function_tool(_imported(module, function))
+    near = difflib.get_close_matches(name, _builders, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known_tools())}, or write module:function"
+    raise UsageError(f"--tools {word}: no tool is called {name!r}; {hint}")
+
+
+def function_tool(function: Callable[..., Any]) -> ToolSpec:
+    """A function as a tool. Raises UsageError where agents could not be told what it takes or does."""
+    name, doc = function.__name__, inspect.cleandoc(function.__doc__ or "")
+    if not doc:
+        raise UsageError(f"tool {name} has no docstring, which is all that agents are told of it: write one")
+    try:
+        signature = re.sub(r"\btyping\.", "", str(inspect.signature(function, eval_str=True)))
+        normaliser(name, signature)
+    except (NameError, TypeError, ValueError) as e:
+        raise UsageError(str(e)) from e
+    is_async = inspect.iscoroutinefunction(function)
+    call = function if is_async else partial(asyncio.to_thread, function)
+    return ToolSpec(name=name, signature=signature, doc=doc, call=call)
+
+
+def search_files(place: str) -> ToolSpec:
+    """`search(query)` over the paragraphs of a text file, or of all text files below a folder."""
+    # numpy and bm25s are needed here alone
+    from l0fast.tools.local_search import LocalSearch, search_tool
+
+    if not place:
+        raise UsageError("--tools search needs something to search: write search=FILE or search=FOLDER")
+    passages = list(_passages(Path(place)))
+    if not passages:
+        raise UsageError(f"--tools search={place}: there is no text in it; it reads {', '.join(TEXT_SUFFIXES)} files")
+    return search_tool(LocalSearch(passages), SEARCH_RESULTS)
+
+
+def _passages(place: Path) -> Iterator[str]:
+    """Paragraphs; of a folder's files each begins with the file's name, so that it can be cited."""
+    try:
+        files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.suffix in TEXT_SUFFIXES)
+        if not place.exists():
+            raise UsageError(f"--tools search={place}: there is no such file or folder")
+        if (size := sum(f.stat().st_size for f in files)) > MAX_CORPUS_BYTES:
+            raise UsageError(
+                f"--tools search={place}: {size:,} bytes are more than the {MAX_CORPUS_BYTES:,} that are searched in memory: "
+                "choose a part of it"
+            )
+        for file in files:
+            source = "" if file == place else f"{file.relative_to(place)}: "
+            for paragraph in re.split(r"\n\s*\n", file.read_text(encoding="utf-8", errors="replace")):
+                yield from (source + part for part in _cut(" ".join(paragraph.split())))
+    except OSError as e:
+        raise UsageError(f"--tools search={place} can't be read: {e}") from e
+
+
+def _cut(text: str) -> Iterator[str]:
+    while len(text) > PASSAGE_CHARS:
+        at = text.rfind(" ", 1, PASSAGE_CHARS) if " " in text[1:PASSAGE_CHARS] else PASSAGE_CHARS
+        yield text[:at]
+        text = text[at:].lstrip()
+    if text:
+        yield text
+
+
+def _imported(module: str, name: str) -> Callable[..., Any]:
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name is None or not f"{module}.".startswith(f"{e.name}."):
+            raise
+        raise UsageError(f"--tools {module}:{name}: Python finds no module {module!r}: run where it lies") from e
+    function = getattr(found, name, None)
+    if not callable(function) or not hasattr(function, "__name__"):
+        raise UsageError(f"--tools {module}:{name}: {module} has no function {name!r}")
+    return function
+
+
+register("search", search_files)

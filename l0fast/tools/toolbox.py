@@ -1,0 +1,107 @@
+"""The tools a recipe names, ready for agents: their connections and children, brokered, closed at the end.
+
+    web_search, get_webpage_in_markdown     web.py, through http.py
+    inspect_file, visual_qa                 files.py; another one for each task, over the task's own files
+    search=FILE, corpus=DIR, module:function   registry.py
+
+A tool that a task's own files decide has two halves: one by path, which the broker keeps answers of, and one by name, which
+is all that an agent sees.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+
+from l0fast.config import ToolsConfig, WebConfig
+from l0fast.engine.openai import EndpointConfig, openai_engine
+from l0fast.errors import UsageError
+from l0fast.sandbox.base import ToolSpec
+from l0fast.tools.broker import Broker, ToolPolicy
+from l0fast.tools.convert import Converter, open_converter
+from l0fast.tools.files import TaskTool, inspect_file_of, inspect_file_tool, visual_qa_of, visual_qa_tool
+from l0fast.tools.http import Http, open_http
+from l0fast.tools.registry import load_tool
+from l0fast.tools.web import secrets, web_search_tool, webpage_tool
+from l0fast.types import Task
+
+OWN = ("web_search", "get_webpage_in_markdown", "inspect_file", "visual_qa")
+"""What is known here, besides the registry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Toolbox:
+    common: tuple[ToolSpec, ...]
+    """The same for all episodes."""
+    of_task: tuple[TaskTool, ...]
+
+    def for_task(self, task: Task) -> tuple[ToolSpec, ...]:
+        """What an episode of this task has besides."""
+        return tuple(tool(task) for tool in self.of_task)
+
+
+@asynccontextmanager
+async def open_toolbox(
+    names: Sequence[str], tools: ToolsConfig, web: WebConfig, broker: Broker
+) -> AsyncIterator[Toolbox]:
+    """For as long as the `async with` body runs. Raises UsageError for a name, key or address that can't be used."""
+    policy = ToolPolicy(
+        timeout_s=tools.timeout_s,
+        attempts=tools.attempts,
+        max_concurrent=tools.max_concurrent,
+        per_minute=tools.per_minute,
+        secrets=secrets(),
+    )
+    replay = tools.cache_mode == "replay"
+    if twice := {name for name in names if list(names).count(name) > 1}:
+        raise UsageError(f"tools.use names {', '.join(sorted(twice))} twice: once is enough")
+    async with AsyncExitStack() as stack:
+        http: Http | None = None
+        converter: Converter | None = None
+        if set(names) & {"web_search", "get_webpage_in_markdown", "visual_qa"}:
+            http = await stack.enter_async_context(
+                open_http(timeout_s=web.timeout_s, max_bytes=web.max_bytes, allow_private=web.allow_private)
+            )
+        if set(names) & {"get_webpage_in_markdown", "inspect_file"}:
+            converter = await stack.enter_async_context(open_converter())
+        common: list[ToolSpec] = []
+        of_task: list[TaskTool] = []
+        for name in names:
+            match name:
+                case "web_search":
+                    assert http is not None
+                    version = f"{web.search_provider}, {web.search_results}"
+                    spec = web_search_tool(web, http, replay=replay)
+                    common.append(broker.wrap(spec, _versioned(policy, version)))
+                case "get_webpage_in_markdown":
+                    assert http is not None
+                    assert converter is not None
+                    version = f"{web.page_reader}, {web.page_chars}"
+                    common.append(broker.wrap(webpage_tool(web, http, converter), _versioned(policy, version)))
+                case "inspect_file":
+                    assert converter is not None
+                    inspect = broker.wrap(inspect_file_tool(web, converter), _versioned(policy, f"{web.page_chars}"))
+                    of_task.append(inspect_file_of(inspect))
+                case "visual_qa":
+                    assert http is not None
+                    if not (web.vision_endpoint and web.vision_model):
+                        raise UsageError(
+                            "visual_qa asks a model that sees: name one with --web.vision-endpoint and --web.vision-model"
+                        )
+                    endpoint = EndpointConfig(
+                        url=web.vision_endpoint, model=web.vision_model, api_key_env=web.vision_api_key_env
+                    )
+                    engine = await stack.enter_async_context(openai_engine(endpoint))
+                    look = broker.wrap(visual_qa_tool(engine, http), _versioned(policy, web.vision_model))
+                    of_task.append(visual_qa_of(look))
+                case _:
+                    # a corpus takes a while to index
+                    loaded = await asyncio.to_thread(load_tool, name)
+                    if not isinstance(loaded, ToolSpec):
+                        loaded = await stack.enter_async_context(loaded)
+                    common.append(broker.wrap(loaded, policy, scope=name.partition("=")[2]))
+        yield Toolbox(tuple(common), tuple(of_task))
+
+
+def _versioned(policy: ToolPolicy, version: str) -> ToolPolicy:
+    return replace(policy, version=version)

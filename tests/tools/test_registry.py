@@ -1,0 +1,147 @@
+"""Tools by name: what is found, what agents are told of it, and one sentence for what can't be one."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from l0fast.errors import UsageError
+from l0fast.sandbox.base import ToolSpec
+from l0fast.tools.registry import PASSAGE_CHARS, _cut, function_tool, known_tools, load_tool, open_tools, register
+
+
+def load(word: str) -> ToolSpec:
+    spec = load_tool(word)
+    assert isinstance(spec, ToolSpec)
+    return spec
+
+
+async def look_up(isbn: str, k: int = 3, how: Literal["fast", "slow"] = "fast") -> list[str]:
+    """Title and author
+    of a book."""
+    return [isbn, str(k), how]
+
+
+def plain(x: Any = None) -> str:
+    """Says x."""
+    return f"said {x}"
+
+
+def bare(x: int) -> int:
+    return x
+
+
+def odd(x: Path) -> str:
+    """Takes a path."""
+    return str(x)
+
+
+def test_a_function_is_a_tool_as_it_stands():
+    spec = function_tool(look_up)
+    assert spec.signature == "(isbn: str, k: int = 3, how: Literal['fast', 'slow'] = 'fast') -> list[str]"
+    assert (spec.name, spec.doc) == ("look_up", "Title and author\nof a book.")
+    assert asyncio.run(spec.call("1", k=2)) == ["1", "2", "fast"]
+    assert asyncio.run(function_tool(plain).call(7)) == "said 7"
+
+
+@pytest.mark.parametrize(("function", "words"), [(bare, "has no docstring"), (odd, "can't be checked")])
+def test_a_function_agents_could_not_use_is_one_sentence(function, words: str):
+    with pytest.raises(UsageError, match=words):
+        function_tool(function)
+
+
+def test_a_function_is_found_where_python_finds_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "my_own_tools.py").write_text(
+        "from __future__ import annotations\ndef double(x: int) -> int:\n    'Twice x.'\n    return 2 * x\nvalue = 3\n"
+    )
+    (tmp_path / "needs_more.py").write_text("import not_there_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = load("my_own_tools:double")
+    assert (spec.signature, asyncio.run(spec.call(4))) == ("(x: int) -> int", 8)
+    for word, words in (
+        ("my_own_tools:value", "no function 'value'"),
+        ("my_own_toolz:double", "no module 'my_own_toolz'"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            load_tool(word)
+    # what the user's module lacks is told as it is
+    with pytest.raises(ModuleNotFoundError, match="not_there_at_all"):
+        load_tool("needs_more:double")
+
+
+def test_others_add_their_own():
+    spec = ToolSpec(name="own", signature="()", doc="", call=look_up)
+    told = []
+    register("own_for_test", lambda argument: told.append(argument) or spec)
+    assert load_tool("own_for_test=a=b:c") is spec
+    assert load_tool("own_for_test") is spec
+    assert told == ["a=b:c", ""]
+    assert {"own_for_test", "search"} <= set(known_tools())
+
+
+def test_a_tool_that_opens_something_is_closed_with_the_block(tmp_path: Path):
+    events = []
+
+    @asynccontextmanager
+    async def opened(argument: str) -> AsyncIterator[ToolSpec]:
+        events.append(f"open {argument}")
+        try:
+            yield ToolSpec(name="opened", signature="()", doc="", call=look_up)
+        finally:
+            events.append("close")
+
+    register("opened_for_test", opened)
+
+    async def main() -> None:
+        async with open_tools(["opened_for_test=x", "json:loads"]) as tools:
+            assert [tool.name for tool in tools] == ["opened", "loads"]
+            events.append("body")
+        with pytest.raises(UsageError, match="a tool 'opened' already"):
+            async with open_tools(["opened_for_test=y", "opened_for_test=z"]):
+                raise AssertionError
+
+    asyncio.run(main())
+    assert events == ["open x", "body", "close", "open y", "open z", "close", "close"]
+
+
+def test_search_finds_paragraphs_and_says_which_file_they_are_from(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "north.md").write_text("Oslo is the\ncapital of Norway.\n\nBergen is rainy.\n")
+    (tmp_path / "south.txt").write_text("Rome is the capital of Italy.")
+    (tmp_path / "photo.png").write_bytes(b"Oslo")
+    search = load(f"search={tmp_path}").call
+    assert asyncio.run(search("Norway")) == ["a/north.md: Oslo is the capital of Norway."]
+    assert asyncio.run(load(f"search={tmp_path / 'south.txt'}").call("Italy")) == ["Rome is the capital of Italy."]
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("serach=x", "did you mean search"),
+        ("nothing", "there is .*search"),
+        ("search", "search=FILE"),
+        ("search=/no/such/place", "no such file or folder"),
+    ],
+)
+def test_what_is_no_tool_is_one_sentence(word: str, words: str):
+    with pytest.raises(UsageError, match=words):
+        load_tool(word)
+
+
+def test_a_folder_without_text_is_one_sentence(tmp_path: Path):
+    with pytest.raises(UsageError, match="there is no text in it"):
+        load_tool(f"search={tmp_path}")
+
+
+@given(st.text(st.sampled_from("ab "), max_size=60).map(lambda text: " ".join((text * 60).split())))
+def test_long_paragraphs_are_cut_at_spaces_and_nothing_is_lost(text: str):
+    parts = list(_cut(text))
+    assert "".join(parts).replace(" ", "") == text.replace(" ", "")
+    assert all(0 < len(part) <= PASSAGE_CHARS for part in parts)
+    if all(len(word) < PASSAGE_CHARS for word in text.split()):
+        assert " ".join(parts) == text

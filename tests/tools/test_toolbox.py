@@ -1,0 +1,88 @@
+"""The tools a recipe names, opened together: what agents get, what is kept, and what is refused."""
+
+import asyncio
+
+import pytest
+from aiohttp import web
+
+from l0fast.config import ToolsConfig, WebConfig
+from l0fast.errors import ToolError, UsageError
+from l0fast.tools.broker import open_broker
+from l0fast.tools.toolbox import open_toolbox
+from l0fast.types import Task
+
+
+def opened(names, use, *, config=None, file=None, mode="use"):
+    """What the coroutine function `use` makes of the open toolbox."""
+
+    async def main():
+        async with (
+            open_broker(file, mode) as broker,
+            open_toolbox(names, ToolsConfig(), config or WebConfig(), broker) as box,
+        ):
+            return await use(box)
+
+    return asyncio.run(main())
+
+
+async def shown(box):
+    return [tool.name for tool in (*box.common, *box.for_task(Task(id="t", question="q", answers=("a",))))]
+
+
+def test_agents_get_the_tools_that_are_named_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.setenv("SERPER_API_KEY", "k")
+    (tmp_path / "notes.txt").write_text("Oslo is in Norway.\n\nRome is in Italy.")
+    names = ["get_webpage_in_markdown", "web_search", f"search={tmp_path / 'notes.txt'}", "inspect_file"]
+    assert opened(names, shown) == ["get_webpage_in_markdown", "web_search", "search", "inspect_file"]
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (["web_search"], "no SERPER_API_KEY"),
+        (["visual_qa"], "--web.vision-endpoint"),
+        (["inspect_file", "inspect_file"], "names inspect_file twice"),
+        (["web_serch"], "no tool is called 'web_serch'"),
+    ],
+)
+def test_a_tool_that_can_not_be_had_is_named(names, complaint, monkeypatch):
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    with pytest.raises(UsageError, match=complaint):
+        opened(names, shown)
+
+
+def test_a_picture_of_a_task_or_the_web_is_shown_to_the_model_that_sees_and_its_answer_is_kept(serving, tmp_path):
+    (tmp_path / "p.png").write_bytes(b"\x89PNG")
+    task = Task(id="t", question="q", answers=("a",), files={"p.png": str(tmp_path / "p.png")})
+    asked = []
+
+    async def answer(request):
+        if request.path == "/pic.png":
+            return web.Response(body=b"\x89PNG2", content_type="image/png")
+        if request.path == "/page":
+            return web.Response(text="no picture")
+        asked.append((await request.json())["messages"][0]["content"])
+        said = "<think>hm</think> a dog"
+        return web.json_response({"choices": [{"message": {"content": said}, "finish_reason": "stop"}]})
+
+    async def main():
+        async with serving(answer) as url:
+            config = WebConfig(vision_endpoint=url, vision_model="v", allow_private=True)
+            async with open_broker() as broker, open_toolbox(["visual_qa"], ToolsConfig(), config, broker) as box:
+                [tool] = box.for_task(task)
+                answers = [await tool.call("p.png", "What is it?") for _ in range(2)]
+                answers.append(await tool.call(f"{url}/pic.png", "And this?"))
+                for image, complaint in (
+                    (f"{url}/page", "no picture"),
+                    ("x.png", "has no file"),
+                    ("/etc/passwd", "no file"),
+                ):
+                    with pytest.raises(ToolError, match=complaint):
+                        await tool.call(image, "?")
+                return answers
+
+    assert asyncio.run(main()) == ["a dog"] * 3
+    (text, picture), (_, other) = asked
+    assert text["text"] == "What is it?"
+    assert picture["image_url"]["url"] == "data:image/png;base64,iVBORw=="
+    assert other["image_url"]["url"].startswith("data:image/png;base64,")
