@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from l0fast.tasks.rewards import exact_match, normalize_answer
+from l0fast.tasks.rewards import exact_match, has_answer, normalize_answer
 from l0fast.tasks.world import Plan
 from l0fast.types import Trajectory
 
@@ -33,5 +33,27 @@ def outcome_shares(trajectories: Iterable[Trajectory], plan_of: "dict[str, Plan]
     counts: dict[str, int] = dict.fromkeys(OUTCOMES, 0)
     for trajectory in trajectories:
         counts[outcome(trajectory, plan_of[trajectory.task.id])] += 1
+    total = sum(counts.values()) or 1
+    return {name: count / total for name, count in counts.items()}
+
+
+PLAIN_OUTCOMES = ("right", "wrong", "no_answer", "failed")
+"""Of questions about which nothing more is known than their answers."""
+
+
+def plain_outcome_shares(trajectories: Iterable[Trajectory]) -> dict[str, float]:
+    """Share of each of PLAIN_OUTCOMES."""
+    counts = dict.fromkeys(PLAIN_OUTCOMES, 0)
+    for t in trajectories:
+        name = (
+            "failed"
+            if t.status.failed
+            else "right"
+            if t.exact_match
+            else "wrong"
+            if has_answer(t.answer)
+            else "no_answer"
+        )
+        counts[name] += 1
     total = sum(counts.values()) or 1
     return {name: count / total for name, count in counts.items()}

@@ -222,19 +222,20 @@ def _rows(config: SourceConfig, data_set: DataSet | None, split: str) -> tuple[F
     """Where the files that rows name are found, and the rows."""
     path = Path(config.data)
     if path.is_file():
-        match path.suffix:
-            case ".jsonl":
-                return _beside(path.parent), _jsonl(path)
-            case ".json":
-                return _beside(path.parent), _json(path)
-            case ".parquet":
-                return _beside(path.parent), _parquet(path)
-        raise UsageError(f"{path} is none of the formats read here ({', '.join(SUFFIXES)}): convert it to one of them")
+        return _beside(path.parent), rows_of_file(path)
     if path.suffix in SUFFIXES:
         raise UsageError(
             f"there is no file {path}: give the path of one, the name of a data set, or owner/name on the hub"
         )
     return _from_hub(config, data_set, split)
+
+
+def rows_of_file(path: Path) -> Rows:
+    """(line number, row) of a .jsonl, .json or .parquet file; a line that can't be read is no mapping. Raises UsageError."""
+    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+    if path.suffix not in readers:
+        raise UsageError(f"{path} is none of the formats read here ({', '.join(SUFFIXES)}): convert it to one of them")
+    return readers[path.suffix](path)
 
 
 def _jsonl(path: Path) -> Rows:

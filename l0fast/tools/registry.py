@@ -1,6 +1,7 @@
 """Tools by name: what --tools takes.
 
     search=notes/            a builder that is registered here, and what it is told
+    corpus=wiki/             the same: an index on disk
     my_tools:look_up         a function of the user's own, from a module that Python finds
 
 A function is a tool as it stands: agents are shown its name, its signature and its docstring. It may be async; one that
@@ -17,8 +18,9 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,30 +41,22 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".csv", ".html")
 """Files of a folder that are read."""
 
 _builders: dict[str, Builder] = {}
+_shown: dict[str, ToolSpec] = {}
 
 
-def register(name: str, builder: Builder) -> None:
-    """Make a tool known by a name; the last one of that name counts."""
+def register(name: str, builder: Builder, shown: ToolSpec | None = None) -> None:
+    """Make a tool known by a name; the last one of that name counts.
+
+    Args:
+        shown: what agents are told of it, for who only looks and has an argument that is a file or folder; not called.
+    """
     _builders[name] = builder
+    if shown is not None:
+        _shown[name] = shown
 
 
 def known_tools() -> list[str]:
     return sorted(_builders)
-
-
-@asynccontextmanager
-async def open_tools(words: Iterable[str]) -> AsyncIterator[tuple[ToolSpec, ...]]:
-    """The tools that the words ask for, for as long as the `async with` body runs. Raises UsageError."""
-    tools: dict[str, ToolSpec] = {}
-    async with AsyncExitStack() as stack:
-        for word in words:
-            # a corpus takes a while to index
-            found = await asyncio.to_thread(load_tool, word)
-            tool = found if isinstance(found, ToolSpec) else await stack.enter_async_context(found)
-            if tool.name in tools:
-                raise UsageError(f"--tools {word}: there is a tool {tool.name!r} already: keep one of the two")
-            tools[tool.name] = tool
-        yield tuple(tools.values())
 
 
 def load_tool(word: str) -> ToolSpec | AbstractAsyncContextManager[ToolSpec]:
@@ -76,6 +70,18 @@ def load_tool(word: str) -> ToolSpec | AbstractAsyncContextManager[ToolSpec]:
     near = difflib.get_close_matches(name, _builders, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known_tools())}, or write module:function"
     raise UsageError(f"--tools {word}: no tool is called {name!r}; {hint}")
+
+
+def describe_tool(word: str) -> ToolSpec:
+    """As agents are shown it, without opening what it searches. Raises UsageError."""
+    name, _, argument = word.partition("=")
+    if name in _shown:
+        if not argument or not Path(argument).exists():
+            raise UsageError(f"--tools {word}: there is no such file or folder: write {name}=FILE or {name}=FOLDER")
+        return _shown[name]
+    loaded = load_tool(word)
+    assert isinstance(loaded, ToolSpec), "what is built from nothing is a function"
+    return loaded
 
 
 def function_tool(function: Callable[..., Any]) -> ToolSpec:
@@ -119,10 +125,15 @@ def _passages(place: Path) -> Iterator[str]:
             )
         for file in files:
             source = "" if file == place else f"{file.relative_to(place)}: "
-            for paragraph in re.split(r"\n\s*\n", file.read_text(encoding="utf-8", errors="replace")):
-                yield from (source + part for part in _cut(" ".join(paragraph.split())))
+            yield from (source + part for part in paragraphs(file))
     except OSError as e:
         raise UsageError(f"--tools search={place} can't be read: {e}") from e
+
+
+def paragraphs(file: Path) -> Iterator[str]:
+    """Of a text file, each cut to PASSAGE_CHARS. Raises OSError."""
+    for paragraph in re.split(r"\n\s*\n", file.read_text(encoding="utf-8", errors="replace")):
+        yield from _cut(" ".join(paragraph.split()))
 
 
 def _cut(text: str) -> Iterator[str]:
@@ -147,4 +158,31 @@ def _imported(module: str, name: str) -> Callable[..., Any]:
     return function
 
 
-register("search", search_files)
+@asynccontextmanager
+async def search_corpus(place: str) -> AsyncIterator[ToolSpec]:
+    """`search(query)` over an index that `python -m l0fast.corpus build` has made."""
+    from l0fast.corpus.index import Corpus
+
+    corpus = await asyncio.to_thread(Corpus, Path(place))
+
+    async def search(query: str) -> list[str]:
+        found = await corpus.search(query, SEARCH_RESULTS)
+        return [f"{f.passage.title}: {f.passage.text}" if f.passage.title else f.passage.text for f in found]
+
+    try:
+        yield replace(_shown["corpus"], call=search)
+    finally:
+        corpus.close()
+
+
+async def _not_called(query: str) -> list[str]:
+    raise NotImplementedError("this tool is only shown")
+
+
+def _search(what: str) -> ToolSpec:
+    doc = f"The {SEARCH_RESULTS} {what} that match best."
+    return ToolSpec(name="search", signature="(query: str) -> list[str]", doc=doc, call=_not_called)
+
+
+register("search", search_files, _search("sentences"))
+register("corpus", search_corpus, _search("passages"))

@@ -2,6 +2,7 @@
 
     web_search, get_webpage_in_markdown     web.py, through http.py
     inspect_file, visual_qa                 files.py; another one for each task, over the task's own files
+    retrieve=URL, elasticsearch=URL/INDEX   corpus/remote.py
     search=FILE, corpus=DIR, module:function   registry.py
 
 A tool that a task's own files decide has two halves: one by path, which the broker keeps answers of, and one by name, which
@@ -12,8 +13,10 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from l0fast.config import ToolsConfig, WebConfig
+from l0fast.corpus.remote import elasticsearch, retrieve
 from l0fast.engine.openai import EndpointConfig, openai_engine
 from l0fast.errors import UsageError
 from l0fast.sandbox.base import ToolSpec
@@ -21,12 +24,13 @@ from l0fast.tools.broker import Broker, ToolPolicy
 from l0fast.tools.convert import Converter, open_converter
 from l0fast.tools.files import TaskTool, inspect_file_of, inspect_file_tool, visual_qa_of, visual_qa_tool
 from l0fast.tools.http import Http, open_http
-from l0fast.tools.registry import load_tool
+from l0fast.tools.registry import SEARCH_RESULTS, describe_tool, load_tool
 from l0fast.tools.web import secrets, web_search_tool, webpage_tool
 from l0fast.types import Task
 
 OWN = ("web_search", "get_webpage_in_markdown", "inspect_file", "visual_qa")
 """What is known here, besides the registry."""
+NEED_HTTP = {"web_search", "get_webpage_in_markdown", "visual_qa", "retrieve", "elasticsearch"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ async def open_toolbox(
     async with AsyncExitStack() as stack:
         http: Http | None = None
         converter: Converter | None = None
-        if set(names) & {"web_search", "get_webpage_in_markdown", "visual_qa"}:
+        if {name.partition("=")[0] for name in names} & NEED_HTTP:
             http = await stack.enter_async_context(
                 open_http(timeout_s=web.timeout_s, max_bytes=web.max_bytes, allow_private=web.allow_private)
             )
@@ -94,6 +98,9 @@ async def open_toolbox(
                     engine = await stack.enter_async_context(openai_engine(endpoint))
                     look = broker.wrap(visual_qa_tool(engine, http), _versioned(policy, web.vision_model))
                     of_task.append(visual_qa_of(look))
+                case _ if name.startswith(("retrieve=", "elasticsearch=")):
+                    assert http is not None
+                    common.append(broker.wrap(_retriever(name, http), policy, scope=name.partition("=")[2]))
                 case _:
                     # a corpus takes a while to index
                     loaded = await asyncio.to_thread(load_tool, name)
@@ -101,6 +108,43 @@ async def open_toolbox(
                         loaded = await stack.enter_async_context(loaded)
                     common.append(broker.wrap(loaded, policy, scope=name.partition("=")[2]))
         yield Toolbox(tuple(common), tuple(of_task))
+
+
+def _retriever(name: str, http: Http | None) -> ToolSpec:
+    """`search(query)`, asked of a retriever that runs elsewhere."""
+    kind, _, url = name.partition("=")
+    if not url.startswith(("http://", "https://")):
+        raise UsageError(f"tools.use has {name!r}: write {kind}=http://HOST:PORT/...")
+
+    async def search(query: str) -> list[str]:
+        assert http is not None, "this tool is only shown"
+        ask = retrieve(http, url) if kind == "retrieve" else elasticsearch(http, url)
+        return await ask(query, SEARCH_RESULTS)
+
+    doc = f"The {SEARCH_RESULTS} passages that match best."
+    return ToolSpec(name="search", signature="(query: str) -> list[str]", doc=doc, call=search)
+
+
+def describe_tools(names: Sequence[str], web: WebConfig) -> tuple[ToolSpec, ...]:
+    """As agents are shown them, none of which can be called: no key, connection or index is needed. Raises UsageError."""
+    nothing: Any = None
+    known = {
+        "web_search": lambda: web_search_tool(web, nothing, replay=True),
+        "get_webpage_in_markdown": lambda: webpage_tool(web, nothing, nothing),
+        "inspect_file": lambda: inspect_file_of(nothing)(_EXAMPLE),
+        "visual_qa": lambda: visual_qa_of(nothing)(_EXAMPLE),
+    }
+    return tuple(
+        known[name]()
+        if name in known
+        else _retriever(name, None)
+        if name.startswith(("retrieve=", "elasticsearch="))
+        else describe_tool(name)
+        for name in names
+    )
+
+
+_EXAMPLE = Task(id="example", question="", answers=("",))
 
 
 def _versioned(policy: ToolPolicy, version: str) -> ToolPolicy:

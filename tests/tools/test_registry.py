@@ -1,8 +1,6 @@
 """Tools by name: what is found, what agents are told of it, and one sentence for what can't be one."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 
 from l0fast.errors import UsageError
 from l0fast.sandbox.base import ToolSpec
-from l0fast.tools.registry import PASSAGE_CHARS, _cut, function_tool, known_tools, load_tool, open_tools, register
+from l0fast.tools.registry import PASSAGE_CHARS, _cut, function_tool, known_tools, load_tool, register
 
 
 def load(word: str) -> ToolSpec:
@@ -82,31 +80,6 @@ def test_others_add_their_own():
     assert load_tool("own_for_test") is spec
     assert told == ["a=b:c", ""]
     assert {"own_for_test", "search"} <= set(known_tools())
-
-
-def test_a_tool_that_opens_something_is_closed_with_the_block(tmp_path: Path):
-    events = []
-
-    @asynccontextmanager
-    async def opened(argument: str) -> AsyncIterator[ToolSpec]:
-        events.append(f"open {argument}")
-        try:
-            yield ToolSpec(name="opened", signature="()", doc="", call=look_up)
-        finally:
-            events.append("close")
-
-    register("opened_for_test", opened)
-
-    async def main() -> None:
-        async with open_tools(["opened_for_test=x", "json:loads"]) as tools:
-            assert [tool.name for tool in tools] == ["opened", "loads"]
-            events.append("body")
-        with pytest.raises(UsageError, match="a tool 'opened' already"):
-            async with open_tools(["opened_for_test=y", "opened_for_test=z"]):
-                raise AssertionError
-
-    asyncio.run(main())
-    assert events == ["open x", "body", "close", "open y", "open z", "close", "close"]
 
 
 def test_search_finds_paragraphs_and_says_which_file_they_are_from(tmp_path: Path):

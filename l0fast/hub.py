@@ -1,0 +1,43 @@
+"""Models of the Hugging Face hub by name: `owner/name`. Downloaded once, to the hub's own cache, by huggingface_hub."""
+
+import re
+from pathlib import Path
+
+from l0fast.errors import UsageError
+
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
+"""Files of a model that a run reads."""
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether this is a name on the hub, and not a folder here."""
+    return bool(_NAME.fullmatch(path)) and not Path(path).exists()
+
+
+def cached_model(name: str) -> Path | None:
+    """Its folder, where it was downloaded before; asks nobody."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=PATTERNS, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        return None
+
+
+def download_model(name: str) -> Path:
+    """Its folder, downloaded where it isn't here. Blocks for as long as that takes. Raises UsageError."""
+    if (folder := cached_model(name)) is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=PATTERNS))
+    except (HfHubHTTPError, OSError, ValueError) as e:
+        raise UsageError(
+            f"model.path = {name!r} is no folder here and could not be had from the Hugging Face hub ({type(e).__name__}: "
+            f"{str(e).splitlines()[0] if str(e) else ''}): give a folder, or `hf auth login` where the model is gated"
+        ) from e
