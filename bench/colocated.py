@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from bench.machine import machine
 from l0fast.config import AgentConfig, EngineConfig, LearnerConfig, RolloutConfig, RunConfig
 from l0fast.engine.base import Sampling
-from l0fast.engine.buckets import serialize_bucket
-from l0fast.engine.sglang import SGLangEngine, sglang_engine
+from l0fast.engine.buckets import HostWeights, RankWeights
+from l0fast.engine.fleet import Fleet
+from l0fast.engine.sglang import sglang_fleet
 from l0fast.errors import UsageError
-from l0fast.ipc import SharedWeights, shared_weights
-from l0fast.learner.client import BUCKET_BYTES, LearnerClient, batch_advantages, learner
+from l0fast.ipc import shared_weights
+from l0fast.learner.client import batch_advantages, learner
 from l0fast.types import Group, Task, Trajectory, TrajectoryStatus, Turn
 
 TELLING_SHARE = 0.25
@@ -90,7 +90,7 @@ def random_policy(folder: Path, *, layers: int, on_gpu: bool) -> Qwen3Config:
 class World:
     """Episodes without a task: random prompts and observations, and a reward that can be checked."""
 
-    def __init__(self, engine: SGLangEngine, config: RunConfig, vocab_size: int, prompt_tokens: int, seed: int):
+    def __init__(self, engine: Fleet, config: RunConfig, vocab_size: int, prompt_tokens: int, seed: int):
         self._engine, self._config, self._vocab_size, self._prompt_tokens = engine, config, vocab_size, prompt_tokens
         self._seed = seed
         self.prompt_ids = self.cached_ids = 0
@@ -134,6 +134,7 @@ class World:
                 self.prompt_ids += len(prompt)
                 self.cached_ids += sampled.cached_tokens
             prompt = [*prompt, *sampled.response_ids, *self._ids(of_episode, self._prompt_tokens // 4)]
+        self._engine.forget(f"{name}/{index}")
         sampled_ids = [token for turn in turns for token in turn.response_ids]
         share = sum(token % 2 == 0 for token in sampled_ids) / len(sampled_ids)
         return Trajectory(
@@ -151,27 +152,6 @@ class World:
         share = self.cached_ids / max(1, self.prompt_ids)
         self.prompt_ids = self.cached_ids = 0
         return share
-
-
-async def from_rank(client: LearnerClient) -> AsyncIterator[str]:
-    """Buckets in the rank's GPU memory."""
-    async for buckets in client.buckets():
-        yield buckets[0]
-
-
-async def from_shared_memory(weights: SharedWeights, dtype: torch.dtype) -> AsyncIterator[str]:
-    """Over main memory: the rank has written them there, and the buckets are made here."""
-    bucket: list[tuple[str, torch.Tensor]] = []
-    for name, tensor in weights.tensors().items():
-        bucket.append((name, tensor.to(dtype)))
-        if sum(t.nbytes for _, t in bucket) > BUCKET_BYTES:
-            payload, memory = serialize_bucket(bucket)
-            yield payload
-            bucket = []
-    if bucket:
-        payload, memory = serialize_bucket(bucket)
-        yield payload
-        del memory
 
 
 async def colocated(options: argparse.Namespace, folder: Path, stack: AsyncExitStack) -> dict[str, Any]:
@@ -209,25 +189,22 @@ async def colocated(options: argparse.Namespace, folder: Path, stack: AsyncExitS
         ),
     )
     weights = None if options.weights == "ipc" else stack.enter_context(shared_weights(folder))
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    # both at the same time: the rank loads while SGLang's start blocks this loop
-    starting = asyncio.create_task(
-        stack.enter_async_context(learner(config, folder, weights=weights, log_dir=folder)), name="the learner's start"
-    )
-    await asyncio.sleep(0.3)
+    client = await stack.enter_async_context(learner(config, folder, weights=weights, log_dir=folder))
+    say(f"the learner is up: {client.parameters / 1e6:.0f} M parameters on {client.device}")
     engine = await stack.enter_async_context(
-        sglang_engine(config.engine, folder, max_tokens=config.agent.context_tokens)
+        sglang_fleet(
+            config.engine,
+            folder,
+            max_tokens=config.agent.context_tokens,
+            source=HostWeights(weights, dtype="bfloat16" if on_gpu else "float32") if weights else RankWeights(client),
+            log=say,
+        )
     )
     say(f"SGLang is up: {await engine.load()}")
-    client = await starting
-    say(f"the learner is up: {client.parameters / 1e6:.0f} M parameters on {client.device}")
-
-    async def sync(version: int) -> None:
-        await engine.update_weights(version, from_shared_memory(weights, dtype) if weights else from_rank(client))
 
     # the same weights once more: what SGLang samples from then on, the learner must know
     clock = time.perf_counter()
-    await sync(0)
+    await engine.update_weights(0)
     say(f"first update of weights, imports included: {time.perf_counter() - clock:.2f} s")
     world = World(engine, config, model.vocab_size, options.prompt_tokens, options.seed)
     steps: list[dict[str, float]] = []
@@ -237,7 +214,7 @@ async def colocated(options: argparse.Namespace, folder: Path, stack: AsyncExitS
         t1 = time.perf_counter()
         learned = await client.step(groups, batch_advantages(groups, config, step), step)
         t2 = time.perf_counter()
-        await sync(step)
+        await engine.update_weights(step)
         t3 = time.perf_counter()
         rewards = [t.reward for group in groups for t in group.trajectories]
         sampled = sum(len(turn.response_ids) for group in groups for t in group.trajectories for turn in t.turns)
@@ -263,15 +240,16 @@ async def colocated(options: argparse.Namespace, folder: Path, stack: AsyncExitS
         if time.perf_counter() - began > options.seconds:
             say(f"{options.seconds:g} s are over")
             break
-    in_flight = await update_in_flight(engine, model.vocab_size, config, sync, len(steps) + 1)
+    last = len(steps) + 1
+    groups = await world.groups(last)
+    await client.step(groups, batch_advantages(groups, config, last), last)
+    in_flight = await update_in_flight(engine, model.vocab_size, last)
     say(f"an update with requests in flight: {in_flight}")
     return summary(steps, options) | {"in_flight": in_flight, "seconds": time.perf_counter() - began}
 
 
-async def update_in_flight(
-    engine: SGLangEngine, vocab_size: int, config: RunConfig, sync: Callable[[int], Awaitable[None]], version: int
-) -> dict[str, Any]:
-    """New weights come, equal to the old ones, while 16 long responses are sampled: what it costs, and who sampled what."""
+async def update_in_flight(engine: Fleet, vocab_size: int, version: int) -> dict[str, Any]:
+    """New weights come while 16 long responses are sampled: what it costs, and who sampled what."""
     rng = random.Random(0)
     prompts = [[rng.randrange(vocab_size) for _ in range(64)] for _ in range(16)]
     sampling = Sampling(max_new_tokens=400, stop_token_ids=())
@@ -279,7 +257,7 @@ async def update_in_flight(
         playing = [tg.create_task(engine.generate(p, sampling, conversation="in flight")) for p in prompts]
         await asyncio.sleep(0.5)
         began = time.perf_counter()
-        await sync(version)
+        await engine.update_weights(version)
         update_s = time.perf_counter() - began
     sampled = [task.result() for task in playing]
     return {

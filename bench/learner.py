@@ -44,7 +44,7 @@ from l0fast.learner.client import batch_advantages, learner
 from l0fast.learner.cost import GIB, Rates
 from l0fast.learner.packing import Pack, pack_rows, row_of
 from l0fast.learner.segments import segments_of
-from l0fast.metrics import LoopLag
+from l0fast.loop_lag import LoopLag
 from l0fast.types import Group, Segment, Span, Trajectory
 
 VOCABULARY = 256

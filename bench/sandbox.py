@@ -38,7 +38,8 @@ import uvloop
 from bench.machine import machine
 from bench.own_daemon import own_daemon
 from l0fast.config import SandboxConfig
-from l0fast.metrics import LoopLag, ProcessTreeMemory
+from l0fast.loop_lag import LoopLag
+from l0fast.metrics import ProcessTreeMemory
 from l0fast.sandbox.base import Session, ToolSpec
 from l0fast.sandbox.daemon import Daemon, daemon
 from l0fast.sandbox.docker import LABEL

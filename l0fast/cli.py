@@ -34,7 +34,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 SMOKE: dict[str, Any] = {
     "num_steps": 2,
-    "rollout": {"groups_per_step": 4, "max_open_groups": 4},
+    "rollout": {"groups_per_step": 4, "max_open_groups": 8},
     "eval": {"questions": 48, "every": 0, "curve_questions": 48, "transfer_questions": 24},
 }
 """What --smoke changes: the same path, as short as it gets."""
@@ -46,19 +46,25 @@ MAY_CHANGE = (
     "engine.",
     "eval.every",
     "eval.curve_questions",
+    "eval.share",
     "learner.activation_checkpointing",
     "learner.mismatch_",
     "learner.offload",
     "learner.ranks",
     "learner.start_timeout_s",
     "learner.stall_timeout_s",
+    "learner.slow_timeout_s",
     "learner.io_timeout_s",
     "learner.stream",
     "learner.threads",
     "rollout.episode_timeout_s",
     "rollout.max_refills",
+    "rollout.turn_timeout_s",
     "sandbox.",
     "tools.",
+    "metrics.",
+    "trace.",
+    "watchdog.",
 )
 """Settings, and beginnings of their names, that a resumed run may have otherwise: how long it goes on, where and how fast
 it runs, what is watched. All others say what is learned, from what."""
@@ -171,6 +177,14 @@ def _resumed(
     )
 
 
+def changed(config: RunConfig, flags: Sequence[str]) -> RunConfig:
+    """`config` with --section.key VALUE flags on top. Raises UsageError."""
+    positionals, settings = _read_flags(flags)
+    if positionals:
+        raise UsageError(f"{positionals[0]!r} is neither a flag nor the value of one: --help lists all")
+    return _validate([config.model_dump(mode="json"), settings], Path("these flags"))
+
+
 def smoke(config: RunConfig) -> RunConfig:
     """The same run, as short as it gets."""
     return RunConfig.model_validate(_merge(config.model_dump(), SMOKE))
@@ -186,7 +200,10 @@ def render_plan(invocation: Invocation) -> str:
     r, e, learner = c.rollout, c.eval, c.learner
     training = c.num_steps * r.groups_per_step * r.group_size
     curve = (c.num_steps - 1) // e.every if e.every else 0
-    evaluation = 4 * e.questions + curve * min(e.curve_questions, e.questions) + 2 * e.transfer_questions
+    sourced = c.task.kind == "questions"
+    evaluation = (
+        4 * e.questions + curve * min(e.curve_questions, e.questions) + 2 * e.transfer_questions * (not sourced)
+    )
     control = (
         "; advantages permuted over trajectories: a control that can't learn" if learner.permute_advantages else ""
     )
@@ -197,12 +214,15 @@ def render_plan(invocation: Invocation) -> str:
         if invocation.resume
         else f"{invocation.run_dir} (not made)",
         "model": c.model.path,
-        "task": f"{c.task.kind}, {c.task.two_hop_share:.0%} of the questions need two look-ups",
+        "task": f"{len(c.task.train)} sources of training questions, {len(c.task.eval)} of held-out ones; tools: "
+        f"{', '.join(c.tools.use) or 'none'}"
+        if sourced
+        else f"{c.task.kind}, {c.task.two_hop_share:.0%} of the questions need two look-ups",
         "training": f"{c.num_steps} steps x {r.groups_per_step} groups x {r.group_size} episodes = {training:,} episodes "
         f"of at most {r.max_turns} turns",
-        "evaluation": f"{e.questions:,} held-out questions before and after, sampled and greedy{between}; "
-        f"{e.transfer_questions:,} on chains never trained = "
-        f"{evaluation:,} episodes",
+        "evaluation": f"{e.questions:,} held-out questions before and after, sampled and greedy{between}"
+        + ("" if sourced else f"; {e.transfer_questions:,} on chains never trained")
+        + f" = {evaluation:,} episodes",
         "sandbox": c.sandbox.kind,
         "engine": f"{c.engine.kind}, {c.engine.slots} slots",
         "learner": f"{learner.advantage}, lr {learner.lr:g}, KL {learner.kl_coef:g}{control}",
@@ -293,6 +313,10 @@ def _read_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 def _flag_path(name: str, fields: Mapping[str, FieldInfo]) -> tuple[str, bool]:
     """The setting a flag names, and the value it has where it is a switch."""
     path = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
+    # a section with a switch of its own: --trace is --trace.on
+    for short, value in ((path, True), (path.removeprefix("no_"), False)):
+        if f"{short}.on" in fields:
+            return f"{short}.on", value
     if path in fields:
         return path, True
     section, dot, last = path.rpartition(".")
@@ -421,4 +445,4 @@ def _what(error: Any) -> str:
     """pydantic's complaint as part of a sentence."""
     if error["type"] == "missing":
         return "it has too few values"
-    return error["msg"].replace("Input should", "it should").partition(", unable to")[0]
+    return error["msg"].removeprefix("Value error, ").replace("Input should", "it should").partition(", unable to")[0]

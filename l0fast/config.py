@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -23,8 +24,12 @@ class Config(BaseModel):
 
 
 class TaskConfig(Config):
-    kind: Literal["geography", "invented"] = "geography"
-    """Where the questions come from."""
+    kind: Literal["geography", "invented", "questions"] = "geography"
+    """Where the questions come from: a world that ships, or the sources in `train` and `eval`."""
+    train: tuple[str, ...] = ()
+    """Sources of training questions, each DATA or DATA?name=value&...: a file, a data set with a ready map, or owner/name on the Hugging Face hub; e.g. "nq?weight=2", "mine.jsonl?question=prompt&answers=target"."""
+    eval: tuple[str, ...] = ()
+    """Sources of held-out questions, written alike."""
     world_seed: NonNegativeInt = 0
     """Makes the invented world; the real one has no seed."""
     two_hop_share: float = Field(default=0.7, ge=0, le=1)
@@ -60,24 +65,39 @@ class AgentConfig(Config):
 
 
 class RolloutConfig(Config):
+    mode: Literal["on_policy", "carry_over", "one_step_off"] = "on_policy"
+    """"on_policy": every token is sampled by the weights it trains. "carry_over": episodes go on while the learner works and through new weights. "one_step_off": a step is learned while the next one is sampled, by the weights before it."""
+    max_staleness: NonNegativeInt = 2
+    """carry_over: optimizer steps between the weights that sampled a token and the step that learns from it, at most [policy versions]."""
     group_size: PositiveInt = 8
     """Episodes per task, the group its rewards are compared in [episodes]."""
     groups_per_step: PositiveInt = 16
     """Groups an optimizer step learns from [groups]."""
     max_open_groups: PositiveInt = 16
-    """Groups admitted and not yet learned from; the backpressure of the whole run [groups]."""
+    """Groups admitted and not yet learned from; the backpressure of the whole run. on_policy plays no more than groups_per_step; in the other modes twice as many unless set, and carry_over gains up to max_staleness + 1 times as many [groups]."""
+    admission: Literal["auto", "fixed", "kv"] = "auto"
+    """Episodes in flight besides: "fixed" takes all that are open; "kv" holds new ones back while the engine's KV cache has no room for what they will grow to, as learned from those before. "auto" is kv where all share one cache, sglang's."""
     max_turns: PositiveInt = 5
     """Turns before an episode is truncated [turns]."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature in training."""
     episode_timeout_s: PositiveFloat = 120.0
     """Wall clock of one episode [s]."""
+    turn_timeout_s: PositiveFloat = 120.0
+    """Wall clock of one turn of it: the response, and the cell with its session and tools [s]."""
     drop_rate: float = Field(default=0.0, ge=0, le=1)
     """Dynamic sampling: probability that a group whose exact matches are all equal is dropped and replaced. L0: 0.5."""
     max_drop_rounds: PositiveInt = 3
     """A step drops at most this many times `groups_per_step` groups."""
     max_refills: NonNegativeInt = 3
     """Times one place in a group is played again after a failure before the run gives up."""
+
+    @model_validator(mode="after")
+    def _what_is_played_while_a_step_is_learned_has_room_unless_set(self):
+        if self.mode != "on_policy" and "max_open_groups" not in self.model_fields_set:
+            # past `frozen`: this is still the making of it
+            object.__setattr__(self, "max_open_groups", 2 * self.groups_per_step)
+        return self
 
 
 class SandboxConfig(Config):
@@ -99,7 +119,59 @@ class SandboxConfig(Config):
     """Address space of a session [MiB]."""
 
 
+class RewardConfig(Config):
+    correct: NonNegativeFloat = 0.72
+    """Weight of a right answer, judged as its task says; on the last turn. L0: 0.8 x 0.9, by exact match."""
+    has_answer: NonNegativeFloat = 0.08
+    """Of any answer at all; on the last turn. L0: 0.8 x 0.1."""
+    format: NonNegativeFloat = 0.1
+    """Of exactly one <think> and one <code>, both long enough; a turn's share of it each turn. As in L0."""
+    code: NonNegativeFloat = 0.1
+    """Of code that gave an output and no error; a turn's share of it each turn. As in L0."""
+    length: NonNegativeFloat = 0.0
+    """Of short turns: 1 - response tokens / agent.max_new_tokens, a turn's share of it each turn. L0 has one, at weight 0."""
+    exact_match: NonNegativeFloat = 0.0
+    """Of an answer equal to a right one by the SQuAD rules, whatever judges its task."""
+    f1: NonNegativeFloat = 0.0
+    """Of the words an answer shares with the nearest right one (SQuAD)."""
+    numeric: NonNegativeFloat = 0.0
+    """Of a number equal to a right one within `numeric_tolerance`."""
+    math: NonNegativeFloat = 0.0
+    """Of an expression equal to a right one (math-verify: pip install 'l0fast[math]')."""
+    regex: NonNegativeFloat = 0.0
+    """Of an answer that one of the right ones matches in full, as a regular expression."""
+    unit_tests: NonNegativeFloat = 0.0
+    """Share of its task's tests that pass after the answer has run as code, in a session of its own."""
+    judge: NonNegativeFloat = 0.0
+    """Of an answer that a model calls correct; see [judge]."""
+    custom: tuple[str, ...] = ()
+    """Your own: "module:function=weight". The function takes a Trajectory and gives a number for the episode or one a turn; it may be a coroutine."""
+    numeric_tolerance: NonNegativeFloat = 1e-6
+    """Largest relative difference of equal numbers."""
+    timeout_s: PositiveFloat = 30.0
+    """Time a math comparison, a run of unit tests or a custom reward may take [s]."""
+
+
+class JudgeConfig(Config):
+    endpoint: str = ""
+    """URL of an OpenAI-compatible API, for example https://api.openai.com/v1."""
+    model: str = ""
+    """The model's name there."""
+    api_key_env: str = ""
+    """Environment variable that holds the key; empty takes OPENAI_API_KEY where it is set."""
+    votes: PositiveInt = 1
+    """Judgements asked for each answer; the commonest counts."""
+    max_concurrent: PositiveInt = 32
+    """Judgements asked for at once."""
+    timeout_s: PositiveFloat = 60.0
+    """Time one judgement may take, retries included [s]."""
+    cache_file: str = ""
+    """File that keeps judgements over runs; empty for memory alone."""
+
+
 class ToolsConfig(Config):
+    use: tuple[str, ...] = ()
+    """Of task.kind = questions: what agents can call, each web_search, get_webpage_in_markdown, inspect_file, visual_qa, search=FILE, corpus=DIR, or module:function of your own."""
     cache_file: str = ""
     """File that keeps the tools' answers over runs; empty for memory alone."""
     cache_mode: Literal["use", "record", "replay"] = "use"
@@ -110,11 +182,53 @@ class ToolsConfig(Config):
     """Tries of a call that fails in passing."""
     max_concurrent: PositiveInt = 64
     """Calls of one tool that run at once [calls]."""
+    per_minute: NonNegativeFloat = 0.0
+    """Calls of one tool that begin in a minute, at most; 0 for no limit. What was cached doesn't count."""
+
+
+class WebConfig(Config):
+    search_provider: Literal["serper", "exa", "firecrawl", "searxng"] = "serper"
+    """Who answers web_search. Their keys come from the environment: SERPER_API_KEY, EXA_API_KEY, FIRECRAWL_API_KEY; a SearXNG of your own has none."""
+    search_url: str = ""
+    """Address of the provider, where it is another one than usual; a SearXNG's is needed."""
+    search_results: int = Field(default=5, ge=1, le=50)
+    """Results of a search."""
+    page_reader: Literal["local", "jina"] = "local"
+    """Who turns a page into Markdown: this machine, or Jina's reader (JINA_API_KEY, if you have one)."""
+    reader_url: str = ""
+    """Address of the reader, where it is another one than Jina's own."""
+    page_chars: PositiveInt = 6000
+    """Length of one part of a page or file [characters]."""
+    max_bytes: PositiveInt = 5_000_000
+    """Largest page [bytes]."""
+    timeout_s: PositiveFloat = 20.0
+    """Time one request may take [s]."""
+    allow_private: bool = False
+    """Let agents read addresses of this machine and its network. Off: an agent could reach whatever listens there."""
+    vision_endpoint: str = ""
+    """URL of an OpenAI-compatible API with a model that sees, for visual_qa."""
+    vision_model: str = ""
+    """Its name there."""
+    vision_api_key_env: str = ""
+    """Environment variable that holds its key; empty takes OPENAI_API_KEY where it is set."""
+
+
+ENDPOINT_CAN_NOT_TRAIN = (
+    "an OpenAI-compatible endpoint can't be trained on: it returns text, and a gradient needs the token ids that were "
+    "sampled, each with its log-prob; ask it with python -m l0fast.agent --endpoint URL, and train with --engine.kind "
+    "transformers or sglang"
+)
+
+
+def _no_endpoint(kind: Any) -> Any:
+    if kind == "openai":
+        raise ValueError(ENDPOINT_CAN_NOT_TRAIN)
+    return kind
 
 
 class EngineConfig(Config):
-    kind: Literal["auto", "transformers", "simulated"] = "auto"
-    """"auto" is transformers here."""
+    kind: Annotated[Literal["auto", "transformers", "sglang", "simulated"], BeforeValidator(_no_endpoint)] = "auto"
+    """"auto" is sglang where it is installed and there are CUDA GPUs, else transformers."""
     slots: PositiveInt = 128
     """Conversations decoded at once; more wait their turn [conversations]."""
     request_timeout_s: PositiveFloat = 120.0
@@ -123,8 +237,22 @@ class EngineConfig(Config):
     """Time the engine has to load the model [s]."""
     threads: NonNegativeInt = 0
     """OpenMP threads; 0 takes all cores this process may use."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the transformers engine computes: fp32 on a CPU, bf16 with fp32 logits on a GPU. "auto" takes the GPU where there is one."""
     memory_share: float = Field(default=0.4, gt=0, lt=1)
     """Share of a GPU's memory that sglang takes for weights and keys and values; the learner lives in the rest."""
+    count: NonNegativeInt = 0
+    """Engines of sglang; 0 takes one for every `tensor_parallel` GPUs, or a single one on the CPU."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs that share one sglang engine's model."""
+    layout: Literal["resident", "sleep", "split"] = "resident"
+    """How sglang and the learner share GPUs. "resident": both stay on all of them. "sleep": while the learner works the engines give theirs back. "split": the first `learner.ranks` GPUs are the learner's, the others the engines'."""
+    weights: Literal["auto", "ipc", "host", "disk", "group"] = "auto"
+    """How new weights get to sglang: read where they lie on the same GPU, through main memory, from a folder, or by a process group. "auto": ipc where the learner is on the engines' GPUs, else host."""
+    stall_timeout_s: PositiveFloat = 60.0
+    """Time an sglang engine may have requests and say nothing before it is taken for stuck and rebuilt [s]."""
+    max_rebuilds: NonNegativeInt = 8
+    """Times one sglang engine is rebuilt in a run after it died."""
     sglang: tuple[str, ...] = ()
     """Further arguments of sglang.Engine, each name=value with the value in JSON, e.g. attention_backend="triton"."""
 
@@ -199,7 +327,7 @@ class LearnerConfig(Config):
     value_clip: PositiveFloat = 0.5
     """A value that moved further than this from where it was at the start of the step gains nothing by it; of more than one minibatch [rewards]."""
     mismatch_warn: NonNegativeFloat = 1e-3
-    """Warn when the learner and the engine disagree this much about the sampled tokens (mismatch_k3); 0 for never [nats]."""
+    """Warn when the learner and the engine disagree this much about the sampled tokens (mismatch_k3); 0 for never. Of rollout.mode = on_policy: in the others they speak of different weights [nats]."""
     mismatch_stop: NonNegativeFloat = 1e-2
     """End the run when they disagree this much; 0 for never [nats]."""
     stream: Literal["auto", "on", "off"] = "auto"
@@ -220,8 +348,10 @@ class LearnerConfig(Config):
     """OpenMP threads; 0 shares out all cores this process may use among the ranks."""
     start_timeout_s: PositiveFloat = 120.0
     """Time the ranks have to import torch and load the model [s]."""
-    stall_timeout_s: PositiveFloat = 60.0
-    """Time a rank may work without a sign of progress: a pass over one pack, or an optimizer step [s]."""
+    stall_timeout_s: PositiveFloat = 10.0
+    """Time a rank may work without a sign of progress, of which each layer gives some, before it is taken for stuck [s]."""
+    slow_timeout_s: PositiveFloat = 60.0
+    """The same for what takes longer: an optimizer step, and all of the first one, when kernels are compiled [s]."""
     io_timeout_s: PositiveFloat = 600.0
     """Time the ranks may take to read or write a model or a checkpoint [s]."""
 
@@ -241,6 +371,8 @@ class EvalConfig(Config):
     """Steps between sampled evaluations for the curve; 0 for none [steps]."""
     curve_questions: PositiveInt = 200
     """Held-out questions of those in-between evaluations; the first of the fixed ones, all where there are fewer [questions]."""
+    share: float = Field(default=0.125, gt=0, le=1)
+    """Share of the engine's slots that an in-between evaluation takes, where it is asked beside training: in every rollout.mode but on_policy."""
     transfer_questions: PositiveInt = 100
     """Held-out questions of the chains that are never trained on, asked after training [questions]."""
 
@@ -250,6 +382,36 @@ class CheckpointConfig(Config):
     """Steps between checkpoints, from which --resume goes on; there is one after the last step and one on Ctrl-C, too. 0 for none at all [steps]."""
     keep: PositiveInt = 2
     """Newest checkpoints that are kept."""
+
+
+class WatchdogConfig(Config):
+    quiet_s: NonNegativeFloat = 600.0
+    """Time in which nothing may finish, no response, cell or step, before the run ends with a diagnosis; 0 for ever [s]."""
+    blocked_s: NonNegativeFloat = 60.0
+    """Time that one call may hold the event loop before the run ends and says which; 0 for ever, as a debugger needs. A process that is stopped (SIGSTOP) ten times as long ends when it goes on [s]."""
+
+
+class TraceConfig(Config):
+    on: bool = False
+    """Write trace.json into the run's folder: what every agent did when, to look at in https://ui.perfetto.dev. --trace is short for it."""
+    torch_step: NonNegativeInt = 0
+    """Optimizer step of which torch.profiler's view from inside of the learner's ranks is added to the trace; 0 for none."""
+
+
+class MetricsConfig(Config):
+    sinks: tuple[Literal["wandb", "tensorboard", "prometheus"], ...] = ()
+    """Where metrics go besides metrics.jsonl: Weights & Biases, event files in the run's folder, an endpoint on loopback. Each needs its extra: pip install 'l0fast[wandb]'."""
+    prometheus_port: NonNegativeInt = 9464
+    """Of the endpoint, http://127.0.0.1:PORT/metrics; 0 for any that is free."""
+    wandb_project: str = "l0fast"
+    """Project of Weights & Biases; account and mode as WANDB_API_KEY and WANDB_MODE say."""
+
+
+class PlanConfig(Config):
+    gpus: PositiveInt = 8
+    """GPUs that --dry-run plans for where this machine has none."""
+    gpu_memory_gb: PositiveFloat = 80.0
+    """Memory of each of them [GB]."""
 
 
 class RunConfig(Config):
@@ -262,11 +424,18 @@ class RunConfig(Config):
     agent: AgentConfig = AgentConfig()
     rollout: RolloutConfig = RolloutConfig()
     sandbox: SandboxConfig = SandboxConfig()
+    reward: RewardConfig = RewardConfig()
+    judge: JudgeConfig = JudgeConfig()
     tools: ToolsConfig = ToolsConfig()
+    web: WebConfig = WebConfig()
     engine: EngineConfig = EngineConfig()
     learner: LearnerConfig = LearnerConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    plan: PlanConfig = PlanConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    trace: TraceConfig = TraceConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     @model_validator(mode="after")
     def _a_step_fits_among_the_open_groups(self):
@@ -276,6 +445,42 @@ class RunConfig(Config):
                 f"{self.rollout.groups_per_step}, so no step could ever fill: raise --rollout.max-open-groups to "
                 f"{self.rollout.groups_per_step} or more"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_have_room_beside_the_step_that_is_learned(self):
+        rollout = self.rollout
+        needed = {
+            "on_policy": rollout.groups_per_step,
+            "carry_over": rollout.groups_per_step + 1,
+            "one_step_off": 2 * rollout.groups_per_step,
+        }[rollout.mode]
+        if rollout.max_open_groups < needed:
+            raise ValueError(
+                f"rollout.mode = {rollout.mode!r} plays groups while a step of {rollout.groups_per_step} is learned, but "
+                f"rollout.max_open_groups = {rollout.max_open_groups}: raise --rollout.max-open-groups to "
+                f"{2 * rollout.groups_per_step}"
+            )
+        if rollout.mode == "carry_over" and not rollout.max_staleness:
+            raise ValueError(
+                "rollout.max_staleness = 0 leaves rollout.mode = 'carry_over' nothing to carry over: raise "
+                "--rollout.max-staleness to 1 or more, or take --rollout.mode on_policy"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_of_older_weights_are_weighed(self):
+        if self.rollout.mode != "on_policy" and not self.learner.tis_cap:
+            raise ValueError(
+                f"rollout.mode = {self.rollout.mode!r} trains on tokens of older weights, but learner.tis_cap = 0 weighs "
+                "them as if they were new: set --learner.tis-cap to 2, or take --rollout.mode on_policy"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_profile_is_part_of_a_trace(self):
+        if self.trace.torch_step and not self.trace.on:
+            raise ValueError(f"trace.torch_step = {self.trace.torch_step} has no trace to be part of: add --trace")
         return self
 
     @model_validator(mode="after")

@@ -8,12 +8,13 @@
     leaving the block closes the socket             recv() raises EOFError: the child returns, or is killed
 
 A message is `u32 header length | u32 payload length | header (JSON object) | payload (raw bytes)`, both ways. Requests
-carry `id` and `op`; many may be in flight and may be answered in any order. Before its answer a request may get signs of
-progress, each of which starts its deadline anew. A child that dies fails every pending call at
+carry `id` and `op`; many may be in flight and may be answered in any order. A child that dies fails every pending call at
 once, with its exit status and the last lines it wrote. It has a session of its own, so Ctrl-C reaches only the driver;
 it asks the kernel to be killed with its parent, so a killed driver leaves nothing behind.
 
-A child that misses a deadline is asked for its stacks, by SIGUSR1: they are its last words.
+A child that works on one request at a time may say what it is at, and how long that may take (`Channel.progress`, a page
+of shared memory: signs.py). Its request is then late when a sign is, however long all of it takes. One that is late is
+asked for its stacks, by SIGUSR1; they, its last sign and whether it is stopped are in the error.
 
 What is large does not travel. It lies in an anonymous memory file (memfd) that children inherit as a descriptor: in
 `SharedWeights` what the learner writes and the engine reads, in `SharedBytes` what the driver writes and all ranks of the
@@ -32,6 +33,7 @@ import socket
 import struct
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -41,6 +43,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from l0fast.errors import UsageError, WorldError
+from l0fast.signs import Sign, SignPage, sign_page
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +52,15 @@ _FRAME = struct.Struct("<II")
 _TAIL_BYTES = 2000
 _STACKS_S = 0.3
 """Time a silent child gets to write down where it is [s]."""
+_STACK_CHARACTERS = 3000
+_LAST_LOOK_S = 0.3
+"""Time that one who is late gets nevertheless: this process may have been held up itself, by Ctrl-Z for one [s]."""
+_HELD = {
+    "T": "it is stopped, by a SIGSTOP or the like",
+    "t": "it is held by a debugger",
+    "D": "it waits in the kernel for a disk or a device",
+}
+"""States of a process that is not its own master, as in /proc/PID/stat."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -76,15 +88,16 @@ class Worker:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         log: IO[bytes],
+        signs: SignPage,
     ):
         self.name, self.pid = name, process.pid
         self.ready: dict[str, Any] = {}
         """What the child said of itself when it was ready."""
         self._error, self._process, self._reader, self._writer, self._log = error, process, reader, writer, log
+        self._signs = signs
         self._ids = itertools.count(1)
         # id 0 is the child's first message
         self._pending: dict[int, asyncio.Future[Message]] = {0: asyncio.get_running_loop().create_future()}
-        self._deadlines: dict[int, tuple[asyncio.Timeout, float]] = {}
         self._failure: WorldError | None = None
         self._closing = False
 
@@ -95,7 +108,7 @@ class Worker:
 
         Args:
             payload: raw bytes, sent as they are.
-            timeout_s: time until the answer is here; it starts anew at every sign of progress [s].
+            timeout_s: time until the answer is here, or the first sign of progress; each says when the next is due [s].
             fields: JSON-like; they become the request's header.
 
         Returns:
@@ -124,6 +137,20 @@ class Worker:
         """Whether it ended without being asked to."""
         return self._failure is not None and not self._closing
 
+    @property
+    def sign(self) -> Sign:
+        """What it said last of the request it works on."""
+        return self._signs.read()
+
+    @property
+    def held(self) -> str:
+        """Why it can't run, if it can't: it is stopped, or waits in the kernel."""
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return ""
+        return _HELD.get(state, "")
+
     def notify(self, op: str, **fields: Any) -> None:
         """Tell the child something it does not answer. Does nothing once the child is gone."""
         if self._failure is None:
@@ -135,22 +162,37 @@ class Worker:
         self._writer.write(_encode(header, payload))
 
     async def _answer(self, request: int, op: str, timeout_s: float) -> Message:
-        try:
-            async with asyncio.timeout(timeout_s) as deadline:
-                self._deadlines[request] = deadline, timeout_s
-                answer = await self._pending[request]
-        except TimeoutError as e:
-            # one that is still starting has no handler yet, and would die of it
-            if request != 0 and self._process.returncode is None:
-                with suppress(ProcessLookupError):
-                    os.kill(self.pid, signal.SIGUSR1)
-                await asyncio.sleep(_STACKS_S)
-            raise self._error(self._with_last_words(f"did not answer {op!r} in {timeout_s:g} s")) from e
-        finally:
-            self._deadlines.pop(request, None)
+        future, late = self._pending[request], time.monotonic() + timeout_s
+        is_late = False
+        while not future.done():
+            was_late, left = is_late, (self.sign.due or late) - time.monotonic()
+            is_late = left <= 0
+            if is_late and was_late:
+                raise await self._silence(op, timeout_s) from TimeoutError()
+            # at least so often: a later sign may promise less time than the one just seen
+            await asyncio.wait([future], timeout=_LAST_LOOK_S if is_late else min(left, timeout_s))
+        answer = future.result()
         if (error := answer.header.get("error")) is not None:
             raise self._error(f"{self.name} failed at {op!r}: {error}\n{answer.header.get('traceback', '')}".rstrip())
         return answer
+
+    async def _silence(self, op: str, timeout_s: float) -> WorldError:
+        """What there is to say of a child that is late."""
+        sign, held = self.sign, self.held
+        how = f"has been silent for too long at {op!r}" if sign.due else f"did not answer {op!r} in {timeout_s:g} s"
+        said = self._with_last_words("; ".join(filter(None, [how + _at(sign), held])))
+        stack = ""
+        # it has a handler since its first sign, and would die of it before
+        if self._process.returncode is None and (self.ready or sign.given):
+            end = self._log.seek(0, os.SEEK_END)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGUSR1)
+            await asyncio.sleep(_STACKS_S)
+            self._log.seek(end)
+            # of its main thread, the innermost frame first; those of other threads come before
+            stack = self._log.read().decode(errors="replace")
+            stack = stack[max(0, stack.find("Current thread")) :][:_STACK_CHARACTERS].rstrip()
+        return self._error(f"{said}\n{stack}" if stack else said)
 
     async def _read(self) -> None:
         """Hand every answer to its caller, until the child is gone; then fail those who still wait."""
@@ -159,9 +201,6 @@ class Worker:
                 head_bytes, payload_bytes = _FRAME.unpack(await self._reader.readexactly(_FRAME.size))
                 header = orjson.loads(await self._reader.readexactly(head_bytes))
                 payload = await self._reader.readexactly(payload_bytes) if payload_bytes else b""
-                if header.get("progress"):
-                    self._put_off(header["id"])
-                    continue
                 future = self._pending.get(header["id"])
                 # the caller may have given up: its answer is nobody's
                 if future is not None and not future.done():
@@ -171,12 +210,6 @@ class Worker:
                 await self._end(timeout_s=0.5)
         finally:
             self._fail(self._post_mortem())
-
-    def _put_off(self, request: int) -> None:
-        deadline, timeout_s = self._deadlines.get(request, (None, 0.0))
-        # an expired one can't be moved: it came too late
-        if deadline is not None and not deadline.expired():
-            deadline.reschedule(asyncio.get_running_loop().time() + timeout_s)
 
     async def _close(self, timeout_s: float) -> None:
         self._closing = True
@@ -199,7 +232,7 @@ class Worker:
         if self._closing or status is None:
             return self._error(f"{self.name} (pid {self.pid}) was closed")
         how = f"ended with exit status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
-        return self._error(self._with_last_words(how))
+        return self._error(self._with_last_words(how + _at(self.sign)))
 
     def _with_last_words(self, how: str) -> str:
         end = self._log.seek(0, os.SEEK_END)
@@ -215,6 +248,10 @@ class Worker:
                 future.set_exception(self._error(str(failure)))
                 # a caller that was cancelled in the same loop turn never looks at it
                 future.exception()
+
+
+def _at(sign: Sign) -> str:
+    return f", at: {sign.doing}" if sign.doing else ""
 
 
 @asynccontextmanager
@@ -248,8 +285,8 @@ async def spawn_worker(
         WorldError: of class `error`, where it does not start.
     """
     ours, theirs = socket.socketpair()
-    with _open_log(stderr_path) as log, ours, theirs:
-        setup = json.dumps({"fd": theirs.fileno(), "parent": os.getpid(), "args": args})
+    with _open_log(stderr_path) as log, ours, theirs, sign_page("l0fast-signs") as signs:
+        setup = json.dumps({"fd": theirs.fileno(), "signs_fd": signs.fd, "parent": os.getpid(), "args": args})
         # the child finds what we find, installed or not
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUNBUFFERED": "1"}
         # first, so that nothing is awaited between the child's start and the block that ends it
@@ -264,7 +301,7 @@ async def spawn_worker(
                 stdout=log,
                 stderr=log,
                 env=env,
-                pass_fds=(theirs.fileno(), *pass_fds),
+                pass_fds=(theirs.fileno(), signs.fd, *pass_fds),
                 start_new_session=True,
             )
         except BaseException:
@@ -272,7 +309,7 @@ async def spawn_worker(
             raise
         # or its death would not be the end of the stream
         theirs.close()
-        worker = Worker(name, error, process, reader, writer, log)
+        worker = Worker(name, error, process, reader, writer, log, signs)
         reading = asyncio.create_task(worker._read(), name=f"answers of {name}")
         try:
             worker.ready = (await worker._answer(0, "start", start_timeout_s)).header
@@ -296,9 +333,8 @@ def _open_log(path: Path | None) -> IO[bytes]:
 class Channel:
     """The child's end: blocking, single-threaded."""
 
-    def __init__(self, sock: socket.socket):
-        self._sock, self._buffer = sock, bytearray()
-        self._last: int | None = None
+    def __init__(self, sock: socket.socket, signs: SignPage):
+        self._sock, self._signs, self._buffer = sock, signs, bytearray()
 
     @classmethod
     def open(cls) -> tuple["Channel", dict[str, Any]]:
@@ -309,10 +345,14 @@ class Channel:
         if os.getppid() != setup["parent"]:
             # the driver died before we could ask to die with it
             sys.exit(1)
-        return cls(socket.socket(fileno=setup["fd"])), setup["args"]
+        channel = cls(socket.socket(fileno=setup["fd"]), SignPage(setup["signs_fd"]))
+        # tells that there is a handler
+        channel.progress("")
+        return channel, setup["args"]
 
     def ready(self, **fields: Any) -> None:
         """Tell the driver that calls may come, with what it should know."""
+        self._signs.clear()
         self._sock.sendall(_encode({**fields, "id": 0}, b""))
 
     def recv(self, *, block: bool = True) -> Message | None:
@@ -325,7 +365,6 @@ class Channel:
             if not data:
                 raise EOFError("the driver closed the channel")
             self._buffer += data
-        self._last = message.header["id"]
         return message
 
     def _parse(self) -> Message | None:
@@ -343,12 +382,16 @@ class Channel:
     def reply(self, to: Message | int, payload: bytes | memoryview = b"", **fields: Any) -> None:
         """Answer a request (or the request of that id)."""
         request = to.header["id"] if isinstance(to, Message) else to
+        self._signs.clear()
         self._sock.sendall(_encode({**fields, "id": request}, payload))
 
-    def progress(self) -> None:
-        """Tell the driver that the request received last is being worked on: its deadline starts anew."""
-        assert self._last is not None, "there is progress with a request that wants an answer"
-        self._sock.sendall(_encode({"id": self._last, "progress": True}, b""))
+    def progress(self, doing: str, limit_s: float = 0.0) -> None:
+        """Say what is being done for the one request there is; it takes a microsecond.
+
+        Args:
+            limit_s: time until the next sign or the answer, from now on instead of the request's own; 0 leaves it that [s].
+        """
+        self._signs.give(doing, limit_s)
 
     def fail(self, to: Message | int, error: BaseException, traceback: str = "") -> None:
         """Answer a request with what went wrong; the driver raises it as its own error class."""

@@ -1,15 +1,12 @@
-"""What a run measures about itself: how late its loop is, how much memory its processes hold, where a step's time went.
+"""What meters are made of: percentiles of many values, and how much memory a run's processes hold.
 
-`LoopLag.run()` and `ProcessTreeMemory.run()` are endless coroutines for the run's TaskGroup; cancelling ends them.
-`StepClock` needs no task: coroutines say when they enter and leave a part, and the clock does the rest.
+How late the loop is: loop_lag.py. Where a step's time went: step_shares.py.
 """
 
 import asyncio
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -42,47 +39,6 @@ class Histogram:
                 # the last bucket has no upper bound
                 return self.max if bucket == self._BUCKETS - 1 else min(self.max, self._LOW * self._GROWTH**bucket)
         return 0.0
-
-
-class LoopLag:
-    """How much later than asked the event loop wakes a sleeper [ms].
-
-    A stall of 500 ms is one late waking: it stands in the maximum, and moves the p99 only if such stalls are frequent.
-    """
-
-    INTERVAL_S = 0.005
-
-    def __init__(self) -> None:
-        self.step = Histogram()
-        self.whole_run = Histogram()
-
-    async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            due = loop.time() + self.INTERVAL_S
-            await asyncio.sleep(self.INTERVAL_S)
-            self.record(max(0.0, loop.time() - due) * 1000)
-
-    def record(self, late_ms: float) -> None:
-        self.step.add(late_ms)
-        self.whole_run.add(late_ms)
-
-    def take_step(self) -> dict[str, float]:
-        """Metrics since the last call."""
-        taken, self.step = self.step, Histogram()
-        return _lag_metrics(taken)
-
-    def take_run(self) -> dict[str, float]:
-        """Metrics since the start."""
-        return _lag_metrics(self.whole_run)
-
-
-def _lag_metrics(lag: Histogram) -> dict[str, float]:
-    return {
-        "loop/lag_p50_ms": round(lag.percentile(50), 3),
-        "loop/lag_p99_ms": round(lag.percentile(99), 3),
-        "loop/lag_max_ms": round(lag.max, 3),
-    }
 
 
 class ProcessTreeMemory:
@@ -153,45 +109,3 @@ def _pss_kib(smaps_rollup: str) -> int:
         if line.startswith("Pss:"):
             return int(line.split()[1])
     return 0  # a zombie has no pages
-
-
-class StepClock:
-    """Where the wall clock of a step went, in parts that add up to it exactly.
-
-    Many coroutines are in a part at once. A moment belongs to the first of `parts` that anyone is in, and to "other"
-    where nobody is in any: with ("learn", "generate", "execute"), "execute" is the time sessions ran while the engine
-    had nothing to do.
-    """
-
-    def __init__(
-        self,
-        parts: Sequence[str] = ("evaluate", "learn", "sync", "generate", "execute"),
-        now: Callable[[], float] = time.perf_counter,
-    ):
-        self._inside = dict.fromkeys(parts, 0)
-        self._spent_s = dict.fromkeys([*parts, "other"], 0.0)
-        self._now = now
-        self._since = now()
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Be in a part for the length of the block."""
-        self._settle()
-        self._inside[name] += 1
-        try:
-            yield
-        finally:
-            self._settle()
-            self._inside[name] -= 1
-
-    def take_step(self) -> dict[str, float]:
-        """{"time/step_s": ..., "time/<part>_s": ..., "time/other_s": ...} since the last call [s]."""
-        self._settle()
-        spent, self._spent_s = self._spent_s, dict.fromkeys(self._spent_s, 0.0)
-        return {"time/step_s": sum(spent.values())} | {f"time/{name}_s": s for name, s in spent.items()}
-
-    def _settle(self) -> None:
-        now = self._now()
-        owner = next((name for name, n in self._inside.items() if n), "other")
-        self._spent_s[owner] += now - self._since
-        self._since = now

@@ -9,7 +9,7 @@ import asyncio
 import sys
 from collections.abc import Iterator, Sequence
 
-from l0fast.cli import parse, render_plan
+from l0fast.cli import parse
 from l0fast.errors import L0fastError, UsageError
 
 
@@ -19,12 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         import uvloop
 
-        from l0fast.training import check, run
-
         if invocation.dry_run:
-            check(invocation.config)
-            print(render_plan(invocation))  # noqa: T201 - it is the answer
+            from l0fast.dry_run import dry_run
+
+            print(dry_run(invocation).text())  # noqa: T201 - it is the answer
             return 0
+
+        from l0fast.training import run
+
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(run(invocation))
     except L0fastError as e:

@@ -2,6 +2,7 @@
 
     config.toml                    every setting, as run
     metrics.jsonl                  one flat object a step
+    groups.jsonl                   what became of each group: learned from in which step, or dropped, and why
     trajectories/step_0001.jsonl   what the agents did, one trajectory a line; also eval_before.jsonl and so on
     summary.json                   the outcome, replaced as a whole
     log.txt                        what a person was told, with times
@@ -36,7 +37,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
-from l0fast.types import Trajectory
+from l0fast.types import Group, Trajectory
 
 _SLICE_S = 0.0005
 
@@ -47,6 +48,38 @@ class SavedTrajectory(Trajectory):
 
     advantages: tuple[float, ...] = ()
     """One a turn, as the learner used them; empty where nothing was learned from it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRow:
+    """What became of a group. Each number stands in `groups.jsonl` once; one that doesn't is still open."""
+
+    group: int
+    """Its number, counted from 0 in the order of admission."""
+    task: str
+    """Id."""
+    step: int
+    """That learned from it, or while which it was dropped; counted from 1 as in `metrics.jsonl`."""
+    outcome: str
+    """"learned"; "dropped": all its episodes equally right (rollout.drop_rate); "too_stale": sampled by weights too old."""
+    policy_version: int
+    """Of the weights that the engine had when it was admitted."""
+    oldest_version: int
+    """Of the weights that sampled its tokens."""
+    failures: int
+    """Episodes lost on the way, each played again."""
+
+    @classmethod
+    def of(cls, group: Group, step: int, outcome: str) -> "GroupRow":
+        return cls(
+            group=group.number,
+            task=group.task.id,
+            step=step,
+            outcome=outcome,
+            policy_version=group.policy_version,
+            oldest_version=group.oldest_version,
+            failures=len(group.failures),
+        )
 
 
 class RunDir:
@@ -63,6 +96,7 @@ class RunDir:
                 f"run folder {path} is being written by a run that still goes on: end that first"
             ) from None
         self._metrics = (path / "metrics.jsonl").open("ab")
+        self._groups = (path / "groups.jsonl").open("ab")
         self._log_lock = threading.Lock()
 
     @classmethod
@@ -114,6 +148,11 @@ class RunDir:
         self._metrics.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY))
         self._metrics.flush()
 
+    def groups(self, rows: Sequence[GroupRow]) -> None:
+        """Append what became of some groups."""
+        self._groups.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
+        self._groups.flush()
+
     async def trajectories(
         self,
         name: str,
@@ -146,6 +185,7 @@ class RunDir:
 
     def close(self) -> None:
         self._metrics.close()
+        self._groups.close()
         self._log.close()
 
     def __enter__(self) -> "RunDir":
@@ -247,13 +287,14 @@ def _step_of(name: str, ending: str) -> int | None:
 
 def _forget_after(run_dir: Path, step: int) -> None:
     """Remove what a run wrote after a step, and what it was writing when it ended."""
-    kept_bytes = 0
-    for line, place in _lines(run_dir / "metrics.jsonl"):
-        # a killed run may leave half of its last row
-        if not line.endswith(b"\n") or _decode(orjson.loads, line, place)["step"] > step:
-            break
-        kept_bytes += len(line)
-    os.truncate(run_dir / "metrics.jsonl", kept_bytes)
+    for name in ("metrics.jsonl", "groups.jsonl"):
+        kept_bytes = 0
+        for line, place in _lines(run_dir / name):
+            # a killed run may leave half of its last row
+            if not line.endswith(b"\n") or _decode(orjson.loads, line, place)["step"] > step:
+                break
+            kept_bytes += len(line)
+        os.truncate(run_dir / name, kept_bytes)
     for file in (run_dir / "trajectories").iterdir():
         of_step = _step_of(file.name, ".jsonl")
         if file.name.endswith(".partial") or "_after" in file.stem or (of_step is not None and of_step > step):
@@ -266,6 +307,11 @@ def _forget_after(run_dir: Path, step: int) -> None:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All rows of `metrics.jsonl`, in order."""
     return [_decode(orjson.loads, line, place) for line, place in _lines(run_dir / "metrics.jsonl")]
+
+
+def read_groups(run_dir: Path) -> list[GroupRow]:
+    """All rows of `groups.jsonl`, in order."""
+    return [GroupRow(**_decode(orjson.loads, line, place)) for line, place in _lines(run_dir / "groups.jsonl")]
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:

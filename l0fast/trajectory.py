@@ -1,6 +1,7 @@
-"""Read one trajectory in the terminal: what was asked, what the agent thought, ran and saw, what it earned.
+"""Read trajectories in the terminal: what was asked, what the agent thought, ran and saw, what it earned.
 
-    python -m l0fast.trajectory RUN_DIR [--step N | --eval NAME] [--index K] [--failed | --best | --worst]
+    python -m l0fast.trajectory RUN_DIR [--step N | --eval NAME] [--task TEXT] [--failed | --best | --worst]
+                                        [--list | --index K [--notebook OUT.ipynb]]
 
 Without a choice it shows the first one of the last evaluation, or of the last step where there was none. All of the text
 is the model's own, so nothing in it reaches the terminal as a control sequence.
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from l0fast.errors import UsageError
+from l0fast.report.notebook import save_notebook
 from l0fast.run_dir import SavedTrajectory, read_trajectories, step_name
 
 
@@ -38,25 +40,55 @@ def trajectory_file(run_dir: Path, *, step: int | None = None, evaluation: str |
     return path
 
 
-def choose(
-    trajectories: list[SavedTrajectory], *, which: str | None = None, index: int = 0
-) -> tuple[int, SavedTrajectory]:
-    """Pick one and its place in the file.
+Placed = tuple[int, SavedTrajectory]
+"""A trajectory with its place in its file."""
+
+
+def select(trajectories: list[SavedTrajectory], *, which: str | None = None, task: str = "") -> list[Placed]:
+    """Those that are meant, with their places in the file.
 
     Args:
         which: "failed" (lost to the world), "best" or "worst" (by reward, of those that count), None for all.
-        index: place among those, best or worst first; negative ones count from the end.
+        task: its id, or text that its id or its question contains, in any case.
     """
-    pool = list(enumerate(trajectories))
+    pool = [
+        (i, t)
+        for i, t in enumerate(trajectories)
+        if any(task.casefold() in text.casefold() for text in (t.task.id, t.task.question))
+    ]
     if which is not None:
         pool = [(i, t) for i, t in pool if t.status.failed == (which == "failed")]
         sign = {"best": -1, "worst": 1}.get(which, 0)
         pool.sort(key=lambda it: sign * it[1].reward)
+    if exact := [(i, t) for i, t in pool if t.task.id == task]:
+        return exact
+    return pool
+
+
+def choose(trajectories: list[SavedTrajectory], *, which: str | None = None, index: int = 0, task: str = "") -> Placed:
+    """Pick one of those selected: by its place among them, negative ones count from the end."""
+    pool = select(trajectories, which=which, task=task)
     if not -len(pool) <= index < len(pool):
         what = {"failed": "failed trajectories", None: "trajectories"}.get(which, "trajectories that count")
+        of = f" of tasks with {task!r}" if task else ""
         way_out = f"--index goes from 0 to {len(pool) - 1}" if pool else "choose another file with --step or --eval"
-        raise UsageError(f"--index {index}: there are {len(pool)} {what} in this file; {way_out}")
+        raise UsageError(f"--index {index}: there are {len(pool)} {what}{of} in this file; {way_out}")
     return pool[index]
+
+
+def render_list(pool: list[Placed]) -> Table:
+    """One line a trajectory."""
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("line", "reward", "turns", "time [s]"):
+        table.add_column(name, justify="right")
+    for name in ("outcome", "task", "question", "answer"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis")
+    for i, t in pool:
+        outcome = Text("right", "green") if t.exact_match else Text("wrong" if not t.status.failed else t.status, "red")
+        answer = _line(t.answer) if t.answer is not None else (t.cause and _line(t.cause)) or str(t.status)
+        figures = (str(i + 1), f"{t.reward:.3f}", str(len(t.turns)), f"{t.wall_s:.2f}")
+        table.add_row(*figures, outcome, Text(_line(t.task.id)), Text(_line(t.task.question)), Text(answer))
+    return table
 
 
 def render(trajectory: SavedTrajectory) -> Group:
@@ -67,20 +99,20 @@ def render(trajectory: SavedTrajectory) -> Group:
     facts.add_column()
     verdict = Text("right", "bold green") if t.exact_match else Text("wrong", "bold red")
     if t.status.failed:
-        verdict = Text(f"failed: {_plain(t.cause or 'no cause recorded')}", "bold red")
-    facts.add_row("question", Text(_plain(t.task.question), "bold"))
-    facts.add_row("answer", Text(_plain(t.answer) if t.answer is not None else "none submitted"))
-    facts.add_row("right answers", Text(_plain(", ".join(t.task.answers))))
+        verdict = Text(f"failed: {plain(t.cause or 'no cause recorded')}", "bold red")
+    facts.add_row("question", Text(plain(t.task.question), "bold"))
+    facts.add_row("answer", Text(plain(t.answer) if t.answer is not None else "none submitted"))
+    facts.add_row("right answers", Text(plain(", ".join(t.task.answers))))
     facts.add_row("verdict", verdict)
     facts.add_row("status", f"{t.status}, {len(t.turns)} turns in {t.wall_s:.2f} s, reward {t.reward:.3f}")
     parts: list[Panel | Table] = [facts]
     for i, turn in enumerate(t.turns):
-        text = Text(_plain(turn.text).strip())
+        text = Text(plain(turn.text).strip())
         text.highlight_regex(r"</?(think|code)>", "dim cyan")
         shown = turn.complaint if turn.output is None else turn.output
-        output = Text("\n<output>\n", "dim cyan").append(_plain(shown or "").strip(), "yellow").append("\n</output>")
+        output = Text("\n<output>\n", "dim cyan").append(plain(shown or "").strip(), "yellow").append("\n</output>")
         notes = [
-            f"{len(turn.response_ids)} tokens",
+            *([f"{len(turn.response_ids)} tokens"] if turn.response_ids else []),
             f"generate {turn.generate_s:.2f} s, execute {turn.execute_s:.3f} s",
         ]
         if i < len(t.rewards):
@@ -88,7 +120,7 @@ def render(trajectory: SavedTrajectory) -> Group:
         if i < len(t.advantages):
             notes.insert(1, f"advantage {t.advantages[i]:+.3f}")
         if turn.error is not None:
-            notes.append(f"raised {_plain(turn.error)}")
+            notes.append(f"raised {plain(turn.error)}")
         if not turn.well_formed:
             notes.append("malformed")
         parts.append(
@@ -99,13 +131,17 @@ def render(trajectory: SavedTrajectory) -> Group:
     return Group(*parts)
 
 
-def _plain(text: str) -> str:
+def _line(text: str) -> str:
+    return " ".join(plain(text).split())
+
+
+def plain(text: str) -> str:
     """Without anything a terminal would obey: control characters are spelled out."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m l0fast.trajectory", description="Read one trajectory of a run.")
+    parser = argparse.ArgumentParser(prog="python -m l0fast.trajectory", description="Read a run's trajectories.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--step", type=int, metavar="N", help="of training step N, the first is 1")
@@ -118,17 +154,30 @@ def main(argv: list[str]) -> int:
         ("worst", "lowest reward first"),
     ):
         which.add_argument(f"--{name}", dest="which", action="store_const", const=name, help=text)
+    parser.add_argument("--task", default="", metavar="TEXT", help="with this in the task's id or question")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--list", action="store_true", help="all of them, a line each")
+    output.add_argument("--notebook", type=Path, metavar="OUT", help="write it as a Jupyter notebook that runs")
     args = parser.parse_args(argv)
     console = Console(highlight=False)
     try:
         file = trajectory_file(args.run_dir, step=args.step, evaluation=args.eval)
         trajectories = read_trajectories(file)
-        place, trajectory = choose(trajectories, which=args.which, index=args.index)
+        if args.list:
+            pool = select(trajectories, which=args.which, task=args.task)
+            console.print(Text(f"{file}, {len(pool)} of {len(trajectories)}", "dim"), soft_wrap=True)
+            console.print(render_list(pool))
+            return 0
+        place, trajectory = choose(trajectories, which=args.which, index=args.index, task=args.task)
+        if args.notebook:
+            save_notebook(args.notebook, trajectory, trajectory.advantages)
     except UsageError as e:
         Console(stderr=True, highlight=False).print(Text(str(e)), soft_wrap=True)
         return 2
     console.print(Text(f"{file}, line {place + 1} of {len(trajectories)}", "dim"), soft_wrap=True)
-    console.print(render(trajectory))
+    console.print(
+        Text(f"written to {args.notebook}") if args.notebook else render(trajectory), soft_wrap=bool(args.notebook)
+    )
     return 0
 
 

@@ -26,6 +26,10 @@ class Task:
     """Look-ups needed to answer."""
     files: Mapping[str, str] = field(default_factory=dict, hash=False)
     """What the agent finds in its folder: name there -> file on this machine."""
+    tests: tuple[str, ...] = ()
+    """Python statements that must pass after the answer has run as code; of check = "unit_tests"."""
+    check: str = "exact_match"
+    """How an answer is judged: "exact_match", "numeric", "math", "regex", "unit_tests" or "judge"."""
 
 
 class TrajectoryStatus(StrEnum):
@@ -38,6 +42,8 @@ class TrajectoryStatus(StrEnum):
     FAILED_ENGINE = "failed_engine"
     FAILED_DEADLINE = "failed_deadline"
     """The episode's own wall clock ran out."""
+    FAILED_JUDGE = "failed_judge"
+    """Nobody could say whether its answer is right."""
 
     @property
     def failed(self) -> bool:
@@ -46,8 +52,24 @@ class TrajectoryStatus(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """What a cell asked of the host, and was told: enough to run the cell again without the tool."""
+
+    name: str
+    arguments: str
+    """JSON: [positional ones, ones by name]."""
+    answer: str | None
+    """JSON; None where it raised, was cut short by the cell's end, or said more than was to be kept."""
+    error: tuple[str, str] | None = None
+    """Class and text of what was raised in the cell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One exchange. `prompt_ids` is exactly what the engine saw, `response_ids` exactly what it sampled."""
+    """One exchange. `prompt_ids` is exactly what the engine saw, `response_ids` exactly what it sampled.
+
+    Both are empty where an endpoint answered, which takes and returns text: there is nothing to train on.
+    """
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
@@ -57,6 +79,9 @@ class Turn:
     finish_reason: str
     """"stop", "length" or "abort"."""
     policy_version: int
+    """Of the weights that sampled the first id; the oldest there are in the response."""
+    version_spans: tuple[tuple[int, int, int], ...] = ()
+    """(policy version, start, end): who sampled ids [start, end), where weights came meanwhile. Empty: all of `policy_version`."""
     text: str
     """`response_ids` decoded, special tokens dropped."""
     output: str | None
@@ -66,10 +91,21 @@ class Turn:
     """Exactly one <think> and one <code>, both long enough (l0.md, format reward)."""
     error: str | None = None
     """Name of the exception the cell ended with."""
+    calls: tuple[ToolCall, ...] = ()
+    """In the order in which they ended."""
     start_s: float = 0.0
     """Since the start of the episode [s]."""
     generate_s: float = 0.0
     execute_s: float = 0.0
+
+    @property
+    def oldest_version(self) -> int:
+        return min(span[0] for span in self.version_spans) if self.version_spans else self.policy_version
+
+    @property
+    def spans(self) -> tuple[tuple[int, int, int], ...]:
+        """`version_spans`, of a response of one policy too."""
+        return self.version_spans or ((self.policy_version, 0, len(self.response_ids)),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +142,14 @@ class Group:
     failures: tuple[Trajectory, ...] = ()
     number: int = 0
     """Place in the order of admission."""
+    policy_version: int = 0
+    """Of the weights that the engine had when it was admitted."""
+
+    @property
+    def oldest_version(self) -> int:
+        """Of all that was sampled in it; that of its admission where nothing was."""
+        turns = (turn for trajectory in self.trajectories for turn in trajectory.turns)
+        return min((turn.oldest_version for turn in turns), default=self.policy_version)
 
     @property
     def all_equal(self) -> bool:

@@ -56,7 +56,11 @@ def wait_until_gone(pids: set[int], timeout_s: float = 5) -> set[int]:
 def seen(run_dir: Path) -> tuple[list[dict[str, Any]], list[Any]]:
     """What a run did, without what is a matter of time: its rows of metrics, and all that was said in its episodes."""
     rows = [
-        {key: value for key, value in row.items() if not key.startswith(("time/", "loop/")) and not key.endswith("_s")}
+        {
+            key: value
+            for key, value in row.items()
+            if not key.startswith(("time/", "loop/", "share/")) and not key.endswith("_s")
+        }
         for row in read_metrics(run_dir)
     ]
     for row in rows:

@@ -89,6 +89,20 @@ def test_a_switch_takes_no_value(words: list[str], expected: bool):
     assert parse(words).config.learner.permute_advantages is expected
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], False), (["--trace"], True), (["--trace=false"], False), (["--trace", "--no-trace"], False)],
+)
+def test_a_section_with_a_switch_is_switched_by_its_name(words: list[str], expected: bool):
+    assert parse(words).config.trace.on is expected
+
+
+def test_a_profile_is_part_of_a_trace():
+    assert parse(["--trace", "--trace.torch-step", "2"]).config.trace.torch_step == 2
+    with pytest.raises(UsageError, match=r"trace\.torch_step = 2 has no trace to be part of: add --trace"):
+        parse(["--trace.torch-step", "2"])
+
+
 def test_a_flag_of_two_values_and_one_that_repeats():
     config = parse(["--learner.betas", "0.8", "0.9", "--sandbox.preload", "json", "--sandbox.preload", "re"]).config
     assert config.learner.betas == (0.8, 0.9)
@@ -163,6 +177,22 @@ def test_every_shipped_recipe_is_valid(name: str):
         (["missing.toml"], ["missing.toml", "No such file", *shipped_recipes()]),
         (["--resume", "runs/x"], ["runs/x/config.toml", "No such file", "the folder of a run"]),
         (["--rollout.max-open-groups", "2"], ["rollout.max_open_groups = 2", "--rollout.max-open-groups to 16"]),
+        (
+            ["--rollout.mode", "one_step_off", "--rollout.max-open-groups", "20"],
+            ["'one_step_off' plays groups while a step of 16", "= 20", "--rollout.max-open-groups to 32"],
+        ),
+        (
+            ["--rollout.mode", "carry_over", "--rollout.max-open-groups", "16"],
+            ["'carry_over' plays groups while", "--rollout.max-open-groups to 32"],
+        ),
+        (
+            ["--rollout.mode", "carry_over", "--rollout.max-staleness", "0"],
+            ["rollout.max_staleness = 0", "--rollout.max-staleness to 1 or more"],
+        ),
+        (
+            ["--rollout.mode", "carry_over", "--learner.tis-cap", "0"],
+            ["tokens of older weights", "learner.tis_cap = 0", "set --learner.tis-cap to 2"],
+        ),
         (["--agent.max-new-tokens", "640"], ["agent.max_new_tokens = 640", "agent.context_tokens = 640"]),
         (
             ["--learner.advantage", "rloo", "--rollout.group-size", "1"],

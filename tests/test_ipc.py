@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from l0fast.errors import EngineError, UsageError
 from l0fast.ipc import Channel, SharedBytes, SharedWeights, _encode, shared_bytes, shared_weights, spawn_worker
+from l0fast.signs import Sign
 
 CHILD = """
     import os, sys, time
@@ -40,6 +41,8 @@ CHILD = """
             op = message.header["op"]
             if op == "echo":
                 channel.reply(message, message.payload[::-1], x=message.header["x"] + 1)
+            elif op == "zeros":
+                channel.reply(message, bytes(message.header["count"]))
             elif op == "hold":
                 held.append(message)
             elif op == "release":
@@ -47,10 +50,14 @@ CHILD = """
                     channel.reply(one, held=len(held))
                 held.clear()
             elif op == "slow but sure":
-                for _ in range(message.header["times"]):
-                    channel.progress()
-                    time.sleep(message.header["pause_s"])
+                for i, (limit_s, pause_s) in enumerate(message.header["parts"]):
+                    channel.progress(f"part {i}", limit_s)
+                    time.sleep(pause_s)
                 channel.reply(message)
+            elif op == "stops itself":
+                for i in range(message.header["parts"]):
+                    channel.progress(f"part {i}", message.header["limit_s"])
+                os.kill(os.getpid(), message.header["signal"])
             elif op == "bad":
                 channel.fail(message, KeyError("nothing here"))
             elif op == "fork":
@@ -182,7 +189,9 @@ def test_a_child_that_is_slow_to_start_is_killed_at_once(spawn, tmp_path):
         async with spawn(start_timeout_s=1.0, close_timeout_s=600.0, stderr_path=tmp_path / "log", slow=True):
             raise AssertionError("it started")
 
-    with pytest.raises(EngineError, match=r"did not answer 'start' in 1 s"):
+    with pytest.raises(
+        EngineError, match=r"did not answer 'start' in 1 s; its last words:\nloading\nCurrent thread.*\n.*ipc_child\.py"
+    ):
         asyncio.run(main())
 
 
@@ -202,11 +211,61 @@ def test_signs_of_progress_put_the_deadline_off(spawn):
     async def main():
         async with spawn(close_timeout_s=0.1) as worker:
             # longer than the deadline together, each far shorter
-            await worker.call("slow but sure", timeout_s=1.0, times=12, pause_s=0.1)
-            with pytest.raises(EngineError, match="did not answer 'slow but sure' in 1 s"):
-                await worker.call("slow but sure", timeout_s=1.0, times=1, pause_s=600.0)
+            await worker.call("slow but sure", timeout_s=1.0, parts=[(1.0, 0.1)] * 12)
+            # the sign's own limit counts, not the request's
+            with pytest.raises(EngineError, match="silent for too long at 'slow but sure', at: part 0, without a word"):
+                await worker.call("slow but sure", timeout_s=0.1, parts=[(0.3, 600.0)])
 
     asyncio.run(main())
+
+
+def test_a_sign_that_promises_nothing_leaves_the_deadline_and_an_answer_ends_what_was_promised(spawn):
+    async def main():
+        async with spawn(close_timeout_s=0.1) as worker:
+            await worker.call("slow but sure", timeout_s=10, parts=[(600.0, 0.0)] * 3)
+            assert worker.sign == Sign("", 0.0, 0)
+            with pytest.raises(EngineError, match="did not answer 'slow but sure' in 0.3 s, at: part 0"):
+                await worker.call("slow but sure", timeout_s=0.3, parts=[(0.0, 600.0)])
+            assert worker.sign == Sign("part 0", 0.0, 1)
+
+    asyncio.run(main())
+
+
+def test_the_last_sign_counts_and_not_the_one_that_promised_more(spawn):
+    async def main():
+        async with spawn(close_timeout_s=0.1) as worker, asyncio.timeout(20):
+            with pytest.raises(EngineError, match="at: part 1"):
+                await worker.call("slow but sure", timeout_s=0.1, parts=[(600.0, 0.3), (0.1, 600.0)])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stop", [signal.SIGSTOP, signal.SIGKILL])
+def test_one_that_can_no_longer_say_what_it_was_at_has_said_it(spawn, stop):
+    how = {
+        signal.SIGSTOP: "silent for too long at 'stops itself', at: part 2; it is stopped, by a SIGSTOP",
+        signal.SIGKILL: "was killed by SIGKILL, at: part 2",
+    }
+
+    async def main():
+        async with spawn(close_timeout_s=0.1) as worker:
+            with pytest.raises(EngineError, match=how[stop]):
+                await worker.call("stops itself", timeout_s=0.1, parts=3, limit_s=0.1, signal=stop)
+
+    asyncio.run(main())
+
+
+def test_a_driver_that_was_held_up_still_takes_the_answer_that_waits(spawn):
+    async def main():
+        async with spawn() as worker:
+            # more than one read takes
+            call = asyncio.create_task(worker.call("zeros", timeout_s=0.1, count=1 << 20))
+            await asyncio.sleep(0)
+            # as Ctrl-Z would; the answer begins long before it ends
+            time.sleep(0.3)  # noqa: ASYNC251
+            return (await call)[1]
+
+    assert asyncio.run(main()) == bytes(1 << 20)
 
 
 def test_a_child_that_hangs_says_where_in_its_last_words(spawn):
@@ -214,7 +273,7 @@ def test_a_child_that_hangs_says_where_in_its_last_words(spawn):
         async with spawn(close_timeout_s=0.1) as worker:
             await worker.call("stuck", timeout_s=10)
             with pytest.raises(
-                EngineError, match=r"did not answer 'echo' in 0.01 s; its last words:\n(.|\n)*ipc_child\.py"
+                EngineError, match=r"did not answer 'echo' in 0.01 s, without a word\nCurrent thread.*\n.*ipc_child\.py"
             ):
                 await worker.call("echo", timeout_s=0.01, x=1)
 
@@ -294,7 +353,7 @@ def test_what_the_child_prints_is_kept_in_its_log(spawn, tmp_path):
     cuts=st.lists(st.integers(1, 30), max_size=30),
 )
 def test_frames_survive_any_fragmentation(messages, cuts):
-    channel = Channel(None)  # type: ignore[arg-type]
+    channel = Channel(None, None)  # type: ignore[arg-type]
     stream = b"".join(_encode(header, payload) for header, payload in messages)
     received = []
     for cut in [*cuts, len(stream)]:

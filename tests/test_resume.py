@@ -5,9 +5,13 @@ That the same seed gives the same run is part of it: the two that are compared s
 
 import asyncio
 import io
+import shutil
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +30,7 @@ from l0fast.run_dir import (
     checkpoints,
     read_config,
     read_driver_state,
+    read_groups,
     read_metrics,
     read_summary,
     read_trajectories,
@@ -33,8 +38,9 @@ from l0fast.run_dir import (
     step_name,
 )
 from l0fast.seeding import derive_seed
-from l0fast.tasks import load_variants, load_world
-from l0fast.training import Rooms, Training, _to_its_end, check
+from l0fast.tasks.curriculum import load_curriculum
+from l0fast.tasks.scoring import open_scorer
+from l0fast.training import Rooms, Training, _to_its_end, check, staleness
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 from tests.command import children_of, finish, seen, start, wait_until_gone
 
@@ -318,17 +324,22 @@ class Ledger:
 
 
 class Agent:
-    """Right or wrong by the episode's seed. `before_episode` is awaited first."""
+    """Right or wrong by the episode's seed. `before_episode` is awaited between the two tokens it samples."""
+
+    engine: SimulatedEngine
 
     def __init__(self, before_episode=lambda seed: asyncio.sleep(0)):
         self.before_episode, self.seeds = before_episode, []
 
     async def run_episode(self, task: Task, *, index: int, temperature: float, seed: int) -> Trajectory:
         self.seeds.append(seed)
+        first = self.engine.policy_version
         await self.before_episode(seed)
+        second = self.engine.policy_version
         turn = Turn(
             prompt_ids=(1,), response_ids=(2, 3), sampler_logprobs=(-1.0, -1.0), finish_reason="stop",
-            policy_version=0, text="", output=None, well_formed=True,
+            policy_version=first, version_spans=((first, 0, 1), (second, 1, 2)) if second > first else (),
+            text="", output=None, well_formed=True,
         )  # fmt: skip
         answer = task.answers[0] if seed % 3 else "nobody knows"
         return Trajectory(task=task, index=index, status=TrajectoryStatus.COMPLETED, turns=(turn,), answer=answer)
@@ -347,29 +358,32 @@ class Run:
 
     def __init__(self, path: Path, ledger: Ledger, agent: Agent | None = None, resume: Path | None = None, **settings):
         self.config = RunConfig.model_validate(SMALL | settings)
-        self.agent, self.ledger = agent or Agent(), ledger
-        world = load_world(self.config.task)
-        variants = load_variants(self.config.task)
+        self.agent, self.ledger, self.evaluator = agent or Agent(), ledger, Agent()
+        engine = SimulatedEngine(vocab_size=8, max_tokens=8)
+        self.agent.engine = self.evaluator.engine = engine
+        curriculum = load_curriculum(self.config)
+        heldout = (curriculum.evaluation, *(scope for scope, _ in curriculum.transfer(1).values()))
         self.rooms = Rooms(
-            world=world,
-            variants=variants,
-            agents=dict.fromkeys((w.name for w in (world, *variants)), self.agent),
-            evaluator=Agent(),
-            transfer={},
+            curriculum=curriculum,
+            agents=dict.fromkeys(curriculum.corpora, self.agent) | dict.fromkeys(heldout, self.evaluator),
+            scorer=None,
             broker=SimpleNamespace(take_step=dict),
-            engine=SimulatedEngine(vocab_size=8, max_tokens=8),
+            engine=engine,
+            sleeper=None,
             learner=ledger,
         )  # pyright: ignore[reportArgumentType]
         step = read_driver_state(resume)["step"] if resume else 0
         self.run_dir = RunDir.resume(path, self.config, step) if resume else RunDir.create(path, self.config)
-        live = Live(self.config.num_steps, console=Console(file=io.StringIO()))
+        self.console = io.StringIO()
+        live = Live(self.config.num_steps, console=Console(file=self.console))
         self.training = Training(self.config, self.run_dir, live, time.monotonic())
         if resume:
             self.training.go_on(resume)
 
     async def __call__(self) -> None:
         with self.run_dir:
-            await self.training._train(self.rooms)
+            async with open_scorer(self.config.reward, max_new_tokens=self.config.agent.max_new_tokens) as scorer:
+                await self.training._train(replace(self.rooms, scorer=scorer))
 
     @property
     def questions(self) -> list[list[str]]:
@@ -380,7 +394,11 @@ class Run:
     @property
     def rows(self) -> list[dict[str, Any]]:
         return [
-            {key: value for key, value in row.items() if not key.startswith(("time/", "loop/")) and "_per_s" not in key}
+            {
+                key: value
+                for key, value in row.items()
+                if not key.startswith(("time/", "loop/", "share/")) and "_per_s" not in key
+            }
             for row in read_metrics(self.run_dir.path)
         ]
 
@@ -613,3 +631,163 @@ def test_streaming_what_needs_the_whole_batch_is_refused():
         UsageError, match=r"stream = 'on', but learner.advantage = 'reinforce_pp' looks at the whole batch"
     ):
         check(config)
+
+
+# --- the modes --------------------------------------------------------------------------------------------------------
+
+MODES = ("on_policy", "carry_over", "one_step_off")
+
+
+def in_mode(mode: str, **settings: Any) -> dict[str, Any]:
+    rollout = {"groups_per_step": 2, "group_size": 2, "mode": mode, "max_open_groups": 5, "drop_rate": 0.5}
+    return {"rollout": rollout, "num_steps": 8} | settings
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    for _ in range(200_000):
+        if holds():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it never came to that")
+
+
+def dawdling(rng: Random) -> Agent:
+    """Episodes that take a few turns of the loop, and now and then many."""
+
+    async def before_episode(seed: int) -> None:
+        for _ in range(rng.randint(0, 5) * (1 if rng.random() < 0.8 else 20)):
+            await asyncio.sleep(0)
+
+    return Agent(before_episode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seed", range(3))
+def test_each_group_is_trained_once_or_dropped_and_none_is_lost_by_a_kill(tmp_path: Path, mode: str, seed: int):
+    rng = Random(seed)
+    killed = tmp_path / "killed"
+
+    async def until_killed() -> Run:
+        run = Run(tmp_path / "run", Ledger(), dawdling(rng), **in_mode(mode))
+        task = asyncio.create_task(run())
+        await until(lambda: run.training.step >= 3)
+        for _ in range(rng.randint(0, 100)):
+            await asyncio.sleep(0)
+        # what a kill would leave
+        shutil.copytree(tmp_path / "run", killed)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return run
+
+    first = asyncio.run(until_killed())
+    resumed_from = read_driver_state(checkpoints(killed)[-1])["step"]
+    later = Run(killed, Ledger(), dawdling(rng), resume=checkpoints(killed)[-1], **in_mode(mode))
+    asyncio.run(later())
+
+    rows = read_groups(killed)
+    numbers = [row.group for row in rows]
+    assert sorted(numbers) == list(range(len(numbers))), "each number once, and nothing that was begun is missing"
+    learned = [{row.group for row in rows if row.step == step and row.outcome == "learned"} for step in range(1, 9)]
+    assert all(len(groups) == 2 for groups in learned)
+    assert {row.outcome for row in rows} == {"learned", "dropped"}
+    # what is written is what the learner was given, by the run that was killed up to its checkpoint, then by the other
+    told = [
+        {*groups}
+        for run, steps in ((first, slice(0, resumed_from)), (later, slice(None)))
+        for groups in [told[1] for told in run.ledger.told if told[0] == "step"][steps]
+    ]
+    assert told == learned
+    bound = {"on_policy": 0, "carry_over": 2, "one_step_off": 1}[mode]
+    assert all(0 <= row.step - 1 - row.oldest_version <= bound for row in rows if row.outcome == "learned")
+    assert all(row["rollout/staleness_max"] <= bound for row in later.rows)
+    if mode != "on_policy":
+        assert any(row["rollout/staleness_mean"] > 0 for row in later.rows)
+        assert any(row["rollout/carried_groups"] for row in later.rows)
+    assert all(2 <= row["rollout/open_groups"] <= 5 for row in later.rows)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_groups_are_played_while_the_learner_works_except_on_policy(tmp_path: Path, mode: str):
+    async def main() -> int:
+        ledger = Ledger(waits_at_step=2)
+        settings = in_mode(mode, num_steps=4)
+        run = Run(tmp_path / "run", ledger, **settings | {"rollout": settings["rollout"] | {"drop_rate": 0.0}})
+        task = asyncio.create_task(run())
+        await ledger.waits.wait()
+        for _ in range(50):
+            await asyncio.sleep(0)
+        begun = len(run.agent.seeds)
+        ledger.may_go_on.set()
+        await task
+        return begun
+
+    # two steps of two groups of two, and what is ahead: all that is left, as far as there is room
+    assert asyncio.run(main()) == 8 + {"on_policy": 0, "carry_over": 6, "one_step_off": 4}[mode]
+
+
+def test_an_evaluation_beside_training_holds_nothing_up_and_says_whom_it_asked(tmp_path: Path):
+    async def main() -> Run:
+        async def before_episode(seed: int) -> None:
+            # the whole evaluation before training goes through; the one of step 1 has an answer only when step 4 is learned
+            if run.training.step == 1:
+                ledger.may_go_on.set()
+            await until(lambda: not 1 <= run.training.step < 4)
+
+        ledger = Ledger(waits_at_step=2)
+        run = Run(tmp_path / "run", ledger, **in_mode("carry_over", eval=SMALL["eval"] | {"every": 1}))
+        run.evaluator.before_episode = before_episode
+        async with asyncio.timeout(20):
+            await run()
+        return run
+
+    run = asyncio.run(main())
+    row = next(row for row in run.rows if row.get("eval/step") == 1)
+    assert row["step"] >= 4
+    assert row["eval/policy_version_oldest"] == 1
+    assert row["eval/policy_version_newest"] >= 3
+    evaluated = [row["eval/step"] for row in run.rows if "eval/step" in row]
+    assert len(set(evaluated)) == len(evaluated)
+    assert "the evaluation of step 2 is left out, for that of step 1 still goes on" in (
+        (run.run_dir.path / "log.txt").read_text() + run.console.getvalue()
+    )
+    assert read_trajectories(run.run_dir.path / "trajectories" / "eval_step_1.jsonl")[0].turns[0].version_spans
+
+
+def test_an_evaluation_that_was_under_way_is_asked_again_by_the_run_that_goes_on(tmp_path: Path):
+    settings = in_mode("carry_over", eval=SMALL["eval"] | {"every": 2})
+
+    async def main() -> None:
+        async def before_episode(seed: int) -> None:
+            if run.training.step >= 2:
+                await asyncio.Event().wait()
+
+        run = Run(tmp_path / "run", Ledger(), **settings)
+        run.evaluator.before_episode = before_episode
+        task = asyncio.create_task(run())
+        await until(lambda: run.training.step >= 3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    newest = checkpoints(tmp_path / "run")[-1]
+    assert read_driver_state(newest)["evaluating"] == 2
+    later = Run(tmp_path / "run", Ledger(), resume=newest, **settings)
+    asyncio.run(later())
+    assert 2 in [row.get("eval/step") for row in later.rows]
+
+
+def test_staleness_is_counted_by_tokens():
+    def turn(*spans: tuple[int, int, int]) -> Turn:
+        return Turn(
+            prompt_ids=(1,), response_ids=(2,) * spans[-1][2], sampler_logprobs=(), finish_reason="stop",
+            policy_version=spans[0][0], version_spans=spans if len(spans) > 1 else (), text="", output=None,
+            well_formed=True,
+        )  # fmt: skip
+
+    assert staleness([turn((3, 0, 6), (5, 6, 8)), turn((5, 0, 2))], 5) == {
+        "rollout/staleness_mean": 2 * 6 / 10,
+        "rollout/staleness_max": 2,
+    }
+    assert staleness([], 5) == {"rollout/staleness_mean": 0, "rollout/staleness_max": 0}

@@ -16,10 +16,14 @@ import jinja2.ext
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
+from l0fast.agent.byte_level import ByteLevel
 from l0fast.errors import UsageError
 
+_QUESTION = "\x02question\x03"
 _ANSWER = "\x02answer\x03"
 _OUTPUT = "\x02output\x03"
+_MAX_HEADS = 64
+"""System prompts whose ids are kept; a run has few."""
 
 
 class Chat:
@@ -44,13 +48,19 @@ class Chat:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as e:
             raise UsageError(f"{path} is not a tokenizer: {e}; save it again with save_pretrained") from e
+        self._byte_level = ByteLevel.of(self._tokenizer)
+        self._heads: dict[str, tuple[str, list[int]]] = {}
         self._template = self._load_template()
         self.stop_token_ids = self._stop_ids()
 
     def encode(self, text: str) -> list[int]:
+        if self._byte_level is not None:
+            return self._byte_level.encode(text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        if self._byte_level is not None and not special:
+            return self._byte_level.decode(ids)
         return self._tokenizer.decode(ids, skip_special_tokens=not special)
 
     @property
@@ -59,7 +69,23 @@ class Chat:
 
     def first_prompt(self, system: str, question: str) -> list[int]:
         """Ids up to where the first response starts."""
-        return self.encode(self._render([_message("system", system), _message("user", question)]))
+        text = self._render([_message("system", system), _message("user", question)])
+        head, head_ids = self._head(system)
+        if text.startswith(head):
+            return [*head_ids, *self.encode(text[len(head) :])]
+        return self.encode(text)
+
+    def _head(self, system: str) -> tuple[str, list[int]]:
+        """What all first prompts with this system prompt begin with, as far as its ids depend on nothing else."""
+        if self._byte_level is None:
+            return "", []
+        if system not in self._heads:
+            if len(self._heads) >= _MAX_HEADS:
+                self._heads.clear()
+            text = self._render([_message("system", system), _message("user", _QUESTION)]).partition(_QUESTION)[0]
+            head = text[: self._byte_level.after_last_token(text)]
+            self._heads[system] = head, self.encode(head)
+        return self._heads[system]
 
     def response(self, text: str) -> list[int]:
         """Ids a policy would have sampled to say `text`, end of turn included."""

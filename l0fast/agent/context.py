@@ -34,17 +34,17 @@ class Context:
         self._chat, self._system, self._question = chat, system, question
         self._room = budget - response_tokens
         self._trim = trim
-        self._head = chat.first_prompt(system, question)
-        self._exchanges: list[list[int]] = []
-
-    @property
-    def prompt_ids(self) -> tuple[int, ...]:
-        return (*self._head, *(i for exchange in self._exchanges for i in exchange))
+        self._head = tuple(chat.first_prompt(system, question))
+        self._exchanges: list[tuple[int, ...]] = []
+        self.prompt_ids = self._head
+        """Grown with each exchange: joining all of them anew would cost more than anything else a turn does."""
 
     def add(self, response_ids: Sequence[int], output: str) -> None:
         """Append a response, exactly as sampled, and what it is answered with."""
         closed = bool(response_ids) and response_ids[-1] in self._chat.stop_token_ids
-        self._exchanges.append([*response_ids, *self._chat.continuation(output, closed=closed)])
+        exchange = (*response_ids, *self._chat.continuation(output, closed=closed))
+        self._exchanges.append(exchange)
+        self.prompt_ids += exchange
 
     def fit(self, notepad: str) -> bool:
         """Trim, if need be, until the next response fits. False where it can't.
@@ -52,18 +52,18 @@ class Context:
         Args:
             notepad: its current contents, shown in the head of a trimmed context.
         """
-        if self._length() <= self._room:
+        if len(self.prompt_ids) <= self._room:
             return True
         if self._trim == "none":
             return False
-        self._head = self._chat.first_prompt(
-            self._system, "\n".join(filter(None, (self._question, TRIM_NOTE, notepad)))
-        )
+        question = "\n".join(filter(None, (self._question, TRIM_NOTE, notepad)))
+        self._head = tuple(self._chat.first_prompt(self._system, question))
         if self._trim == "hard":
             self._exchanges.clear()
         while self._exchanges and self._length() > self._room:
             del self._exchanges[0]
-        return self._length() <= self._room
+        self.prompt_ids = (*self._head, *(i for exchange in self._exchanges for i in exchange))
+        return len(self.prompt_ids) <= self._room
 
     def _length(self) -> int:
         return len(self._head) + sum(map(len, self._exchanges))

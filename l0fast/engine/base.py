@@ -2,12 +2,15 @@
 
     generate        one turn of one conversation
     update_weights  new policy, new version; nothing sampled before it is continued from stale state
-    load            what admission needs to know
+    forget          a conversation is over
+    load            what admission and the account of a step need to know
 
 The rest of the code can't tell which engine it talks to.
+
+An endpoint elsewhere is less than that, a `TextEngine`: messages in, text out, to evaluate and to use, not to train.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,6 +62,18 @@ class EngineLoad:
     """KV entries in use."""
     max_tokens: int
     """KV entries there are."""
+    prefill_tokens: int = 0
+    """Prompt tokens computed since the start, `recomputed_tokens` among them [tokens]."""
+    cached_tokens: int = 0
+    """Prompt tokens that were found computed, since the start [tokens]."""
+    recomputed_tokens: int = 0
+    """Prompt tokens computed again because their KV entries had been evicted, retracted or were of older weights [tokens]."""
+    decoded_tokens: int = 0
+    """Tokens sampled since the start [tokens]."""
+    prefill_s: float = 0.0
+    """Time the engine spent on prompts since the start, summed over its replicas; 0 where it does not tell [s]."""
+    decode_s: float = 0.0
+    """Time it spent on sampling [s]."""
 
 
 class Engine(Protocol):
@@ -78,5 +93,39 @@ class Engine(Protocol):
     async def update_weights(self, policy_version: int) -> None:
         """Take the weights the learner has published under this version. Returns when they are in use."""
         ...
+
+    def forget(self, conversation: str) -> None:
+        """The conversation is over: what is kept for it may go first. Never waits; unknown names are fine."""
+        ...
+
+    async def load(self) -> EngineLoad: ...
+
+
+Message = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledText:
+    text: str
+    """As the model wrote it: thinking that the endpoint returns apart stands first, in <think></think>."""
+    finish_reason: str
+    """"stop" | "length", or the endpoint's own word."""
+    prompt_tokens: int | None = None
+    """As the endpoint counts them; None where it doesn't [tokens]."""
+    completion_tokens: int | None = None
+
+
+class TextEngine(Protocol):
+    async def generate(self, messages: Sequence[Message], sampling: Sampling, *, conversation: str) -> SampledText:
+        """Sample the next message. Stop ids mean nothing here.
+
+        Raises:
+            EngineError: no answer came before the deadline, or one that can't be used.
+            UsageError: address, key or model are wrong: no request will fare better.
+        """
+        ...
+
+    def forget(self, conversation: str) -> None: ...
 
     async def load(self) -> EngineLoad: ...

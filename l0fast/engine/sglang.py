@@ -1,15 +1,17 @@
 """SGLang in this process: `sglang.Engine` on our event loop, its scheduler, which owns the GPU, a child of ours.
 
-    agents --generate()--> SGLangEngine --zmq--> scheduler --> detokenizer --zmq--> back to the caller
-    learner's rank --buckets, as CUDA IPC handles--> update_weights()
+    agents --generate()--> Fleet --> SGLangEngine --zmq--> scheduler --zmq--> back to the caller
+    learner --buckets.py--> update_weights()
 
     update, SGLang >= 0.5.21   requests go back to the queue (retract) -> buckets -> cache flushed -> they go on
             before             requests are aborted -> cache flushed -> buckets -> what they had is sent again as prompt
-    Either way nothing is ever continued from keys and values of older weights, and a response says which policy sampled
-    which of its ids.
+    sleep                      requests go back to the queue -> cache flushed -> keys, values and weights are given back
+    wake, which is an update   room for weights -> buckets -> room for keys and values -> they go on
+    Nothing is ever continued from keys and values of older weights, and a response says which policy sampled which of its
+    ids.
 
 We run SGLang's reading task (sglang_process.py says why) and watch its children by their pidfds: the death of one fails
-all requests at once.
+all requests at once, with what each had sampled as far as SGLang had told (every 50 tokens).
 
 Sampling.seed has no effect: SGLang draws from one generator, in the order in which its batches happen to be made.
 """
@@ -18,8 +20,8 @@ import asyncio
 import itertools
 import os
 import signal
-from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +29,11 @@ import numpy as np
 
 from l0fast.config import EngineConfig
 from l0fast.engine.base import EngineLoad, Sampled, Sampling, VersionSpan
+from l0fast.engine.buckets import Weights
 from l0fast.engine.check import check_request
-from l0fast.engine.sglang_process import sglang_process
+from l0fast.engine.fleet import Fleet, Response, WeightSource, fleet
+from l0fast.engine.recomputed import Prefixes
+from l0fast.engine.sglang_process import sglang_process, sigquit_does_nothing
 from l0fast.engine.transformers import check_model_folder
 from l0fast.errors import EngineError
 
@@ -39,12 +44,13 @@ _ABORT_S = 0.1
 
 
 class SGLangEngine:
-    """The `Engine` protocol over one `sglang.Engine`. Made by `sglang_engine`."""
+    """A `FleetEngine` over one `sglang.Engine`. Made by `sglang_engine`."""
 
     def __init__(self, engine: Any, children: Sequence[Any], config: EngineConfig, *, max_tokens: int):
         from sglang.srt.managers import io_struct  # pyright: ignore[reportMissingImports]
 
         self.policy_version = 0
+        self.failure: str | None = None
         self._engine, self._tm, self._io = engine, engine.tokenizer_manager, io_struct
         self._config, self._max_tokens = config, max_tokens
         self._vocab_size: int = self._tm.model_config.vocab_size
@@ -54,12 +60,17 @@ class SGLangEngine:
         self._requests = itertools.count()
         self._calls: set[asyncio.Task[Any]] = set()
         """Requests that are in the scheduler, or on their way."""
+        self._deadlines: set[asyncio.Timeout] = set()
+        """Theirs."""
         self._updates: set[asyncio.Task[Any]] = set()
         self._open = asyncio.Event()
-        """Whether requests may be sent; closed while older SGLangs get new weights."""
+        """Whether requests may be sent; closed while it sleeps, and while older SGLangs get new weights."""
         self._open.set()
         self._updating = asyncio.Lock()
-        self._failure: str | None = None
+        self._asleep = False
+        self._failed = asyncio.Event()
+        self._prefixes = Prefixes()
+        self._cached_tokens = self._decoded_tokens = 0
         self._loop = asyncio.get_running_loop()
         self._pidfds: list[int] = []
         for child in children:
@@ -70,95 +81,174 @@ class SGLangEngine:
         self._reading.add_done_callback(self._reading_ended)
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str) -> Sampled:
-        """As in the protocol. `conversation` is not needed: SGLang finds a prefix wherever it came from."""
+        """As in the protocol of a whole engine."""
+        response = Response()
+        await self.extend(response, prompt_ids, sampling, conversation=conversation)
+        return response.sampled()
+
+    async def extend(
+        self, response: Response, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str
+    ) -> None:
+        """As in the protocol. SGLang finds a prefix wherever it came from; `conversation` is for the account."""
         prompt = np.asarray(prompt_ids, np.int64)
         check_request(prompt, sampling, vocab_size=self._vocab_size, max_tokens=self._max_tokens)
-        ids: list[int] = []
-        logprobs: list[float] = []
-        spans: list[VersionSpan] = []
-        cached = 0
+        timeout_s = self._config.request_timeout_s
+        # asleep, or between two policies: that time is not this request's
+        await self._open.wait()
+        deadline = asyncio.timeout(timeout_s)
+        self._deadlines.add(deadline)
         try:
-            async with asyncio.timeout(self._config.request_timeout_s):
-                while True:
+            async with deadline:
+                while not response.ends(sampling):
                     await self._open.wait()
-                    version, start = self.policy_version, len(ids)
-                    request = self._engine.async_generate(
-                        input_ids=[*prompt.tolist(), *ids],
-                        sampling_params=_params(sampling, start),
-                        return_logprob=True,
-                        # of one length: SGLang aborts all that begin like the one to abort
-                        rid=f"l0fast-{next(self._requests):016x}",
-                    )
-                    answer = await self._unless_it_fails(request, self._calls)
-                    about = answer["meta_info"]
-                    ids += answer["output_ids"]
-                    logprobs += [logprob for logprob, *_ in about["output_token_logprobs"]]
-                    assert len(ids) == len(logprobs), f"sglang gave {len(ids)} ids and {len(logprobs)} log-probs"
-                    spans += _spans(about, start, len(ids), version)
-                    cached = cached if start else about["cached_tokens"]
-                    reason = about["finish_reason"]
-                    if reason["type"] != "abort" or len(ids) == sampling.max_new_tokens:
-                        break
-                    if self._open.is_set() and version == self.policy_version:
-                        raise EngineError(f"sglang aborted a request: {reason.get('message') or 'it did not say why'}")
+                    response.policy_version = self.policy_version
+                    await self._send(response, prompt, sampling, conversation)
         except TimeoutError as e:
-            raise EngineError(f"sglang did not answer in {self._config.request_timeout_s:g} s") from e
-        return Sampled(
-            response_ids=tuple(ids),
-            sampler_logprobs=tuple(logprobs),
-            finish_reason="stop" if reason["type"] == "stop" else "length",
-            policy_version=spans[0].policy_version if spans else version,
-            version_spans=_merged(spans),
-            cached_tokens=cached,
-        )
+            raise EngineError(f"sglang did not answer in {timeout_s:g} s") from e
+        finally:
+            self._deadlines.discard(deadline)
 
-    async def update_weights(self, policy_version: int, payloads: AsyncIterable[str]) -> None:
-        """Take new weights, and go on with what is being sampled under them.
+    async def _send(self, response: Response, prompt: np.ndarray, sampling: Sampling, conversation: str) -> None:
+        """Once; what comes of it is added to the response."""
+        version, start = self.policy_version, len(response.ids)
+        ids = [*prompt.tolist(), *response.ids]
+        # of one length: SGLang aborts all that begin like the one to abort
+        rid = f"l0fast-{next(self._requests):016x}"
+        request = self._engine.async_generate(
+            input_ids=ids, sampling_params=_params(sampling, start), return_logprob=True, rid=rid
+        )
+        try:
+            answer = await self._unless_it_fails(request, self._calls)
+        except EngineError:
+            self._save_partial(response, rid, version)
+            raise
+        about, sampled = answer["meta_info"], answer["output_ids"]
+        end = start + len(sampled)
+        response.add(
+            sampled, [logprob for logprob, *_ in about["output_token_logprobs"]], _spans(about, start, end, version)
+        )
+        self._count(conversation, ids, sampled, about)
+        if response.cached_tokens is None:
+            response.cached_tokens = about["cached_tokens"]
+        reason = about["finish_reason"]
+        if reason["type"] != "abort":
+            response.finish_reason = "stop" if reason["type"] == "stop" else "length"
+        elif not response.ends(sampling) and self._open.is_set() and version == self.policy_version:
+            raise EngineError(f"sglang aborted a request: {reason.get('message') or 'it did not say why'}")
+
+    def _save_partial(self, response: Response, rid: str, version: int) -> None:
+        """What SGLang had told of a request when it died, unless it may be of two policies."""
+        state = self._tm.rid_to_state.get(rid)
+        if state is None or self._updating.locked() or version != self.policy_version:
+            return
+        ids, logprobs = list(state.output_ids), list(state.output_token_logprobs_val)
+        if ids and len(ids) == len(logprobs):
+            start = len(response.ids)
+            response.add(ids, logprobs, [VersionSpan(version, start, start + len(ids))])
+            self._decoded_tokens += len(ids)
+
+    def _count(self, conversation: str, prompt: list[int], sampled: list[int], about: dict[str, Any]) -> None:
+        self._cached_tokens += about["cached_tokens"]
+        self._decoded_tokens += len(sampled)
+        cuts = [span["start"] for span in about.get("weight_versions") or ()][1:]
+        self._prefixes.observe(conversation, prompt, sampled, cached=about["cached_tokens"], cuts=cuts)
+
+    def forget(self, conversation: str) -> None:
+        """SGLang's cache lets go of what was used least recently; only the account is closed."""
+        self._prefixes.forget(conversation)
+
+    async def update_weights(self, policy_version: int, weights: Weights) -> None:
+        """Take new weights, and go on with what is being sampled under them; wakes it.
 
         Args:
-            payloads: buckets as `buckets.serialize_bucket` makes them, in this process or another one. The next is asked for when
-                the engine has read the one before; who made it keeps its tensor until all are read.
+            weights: buckets as `buckets.serialize_bucket` makes them, each one payload a tensor-parallel rank, in this
+                process or another one; who made them keeps their memory until this returns. Or a model folder.
 
         Raises:
             EngineError: SGLang refused, died or missed its deadline. Its weights may be half new, so from then on the engine
                 refuses everything.
         """
+        await self._whole(
+            self._take(policy_version, weights), f"could not take the weights of version {policy_version}"
+        )
+
+    async def sleep(self) -> None:
+        """Give keys, values and weights back until the next `update_weights`. What is asked meanwhile waits, and so does
+        what was being sampled. On the CPU nothing is given back, for want of torch_memory_saver; the rest is the same.
+
+        Raises:
+            EngineError: as `update_weights`; or this SGLang can't retract, and there are requests.
+        """
+        await self._whole(self._fall_asleep(), "could not be put to sleep")
+
+    async def _whole(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        """Await `work`, all of it or the end of the engine: half-new weights or a pause that nobody ends are no good."""
         async with self._updating:
             try:
                 async with asyncio.timeout(self._config.request_timeout_s):
-                    await self._unless_it_fails(self._take(policy_version, payloads), self._updates)
+                    await self._unless_it_fails(work, self._updates)
             except BaseException as e:
-                # half-new weights, or a pause that nobody ends
-                self._fail(f"sglang could not take the weights of version {policy_version}: {e!r}")
+                self.fail(f"sglang {what}: {e!r}")
                 if not isinstance(e, (EngineError, TimeoutError)):
                     raise
-                raise EngineError(self._failure) from e
+                raise EngineError(self.failure) from e
 
-    async def _take(self, policy_version: int, payloads: AsyncIterable[str]) -> None:
+    async def _take(self, policy_version: int, weights: Weights) -> None:
         tm, io = self._tm, self._io
         async with self._paused():
-            if self._has_sessions:
-                _done("begin_weight_update", await tm.begin_weight_update(io.BeginWeightUpdateReqInput()))
-            async for payload in payloads:
-                request = io.UpdateWeightsFromTensorReqInput(
-                    serialized_named_tensors=[payload] * self._engine.server_args.tp_size,
-                    load_format="flattened_bucket",
-                    flush_cache=False,
-                    weight_version=str(policy_version),
+            if self._asleep:
+                await tm.resume_memory_occupation(io.ResumeMemoryOccupationReqInput(tags=["weights"]))
+            if isinstance(weights, Path):
+                request = io.UpdateWeightFromDiskReqInput(
+                    model_path=str(weights), flush_cache=False, weight_version=str(policy_version)
                 )
-                _done("update_weights_from_tensor", await tm.update_weights_from_tensor(request, None))
-            if self._has_sessions:
-                _done("end_weight_update", await tm.end_weight_update(io.EndWeightUpdateReqInput()))
-            if self._retracts:
+                _done("update_weights_from_disk", (await tm.update_weights_from_disk(request))[:2])
+            else:
+                await self._take_buckets(policy_version, weights)
+            if self._asleep:
+                # flushed before it slept, and nothing was computed since
+                await tm.resume_memory_occupation(io.ResumeMemoryOccupationReqInput(tags=["kv_cache"]))
+            elif self._retracts:
                 # no deadline: it would wait for those who wait for us
                 await self._flush(timeout_s=None)
             self.policy_version = policy_version
 
-    @asynccontextmanager
-    async def _paused(self) -> AsyncIterator[None]:
-        """Nothing is computed, and nothing of what was will be used, while the block runs."""
+    async def _take_buckets(self, policy_version: int, buckets: Sequence[Sequence[str]]) -> None:
+        tm, io = self._tm, self._io
+        if self._has_sessions:
+            _done("begin_weight_update", await tm.begin_weight_update(io.BeginWeightUpdateReqInput()))
+        for payloads in buckets:
+            request = io.UpdateWeightsFromTensorReqInput(
+                serialized_named_tensors=list(payloads),
+                load_format="flattened_bucket",
+                flush_cache=False,
+                weight_version=str(policy_version),
+            )
+            _done("update_weights_from_tensor", await tm.update_weights_from_tensor(request))
+        if self._has_sessions:
+            _done("end_weight_update", await tm.end_weight_update(io.EndWeightUpdateReqInput()))
+
+    async def _fall_asleep(self) -> None:
+        if self._asleep:
+            return
+        self._open.clear()
+        for deadline in self._deadlines:
+            deadline.reschedule(None)
         if self._retracts:
             await self._tm.pause_generation(self._io.PauseGenerationReqInput(mode="retract"))
+        elif self._calls:
+            raise EngineError(f"{len(self._calls)} requests are under way, which this SGLang can't retract")
+        # releasing what is in use would take the scheduler down
+        await self._flush(timeout_s=None if self._retracts else self._config.request_timeout_s)
+        await self._tm.release_memory_occupation(self._io.ReleaseMemoryOccupationReqInput(tags=["kv_cache", "weights"]))
+        self._asleep = True
+
+    @asynccontextmanager
+    async def _paused(self) -> AsyncIterator[None]:
+        """Nothing is computed, and nothing of what was will be used, while the block runs; awake afterwards."""
+        if self._retracts:
+            if not self._asleep:
+                await self._tm.pause_generation(self._io.PauseGenerationReqInput(mode="retract"))
             yield
             await self._tm.continue_generation(self._io.ContinueGenerationReqInput(torch_empty_cache=False))
         else:
@@ -166,48 +256,72 @@ class SGLangEngine:
             while self._calls:
                 self._tm.abort_request(abort_all=True)
                 await asyncio.wait(self._calls, timeout=_ABORT_S)
-            await self._flush(timeout_s=self._config.request_timeout_s)
+            if not self._asleep:
+                await self._flush(timeout_s=self._config.request_timeout_s)
             yield
-            self._open.set()
+        self._asleep = False
+        for deadline in self._deadlines:
+            if not deadline.expired():
+                deadline.reschedule(self._loop.time() + self._config.request_timeout_s)
+        self._open.set()
 
     async def _flush(self, timeout_s: float | None) -> None:
         flushed = await self._tm.flush_cache(timeout_s=timeout_s)
         _done("flush_cache", (flushed.success, flushed.message))
 
-    async def load(self) -> EngineLoad:
-        self._check_alive()
-        now = (await self._tm.get_loads())[0]
+    def load(self) -> EngineLoad:
+        """As the scheduler has written it down last; sums of what was answered."""
+        now = self._tm.load_snapshot_reader.read(0)
+        if now is None:
+            return EngineLoad(running=0, waiting=0, used_tokens=0, max_tokens=0)
+        # from 0.5.21
+        prefilled = getattr(now, "total_prefill_uncached_tokens", 0)
+        decoding = getattr(now, "decode_moments", None) or [0.0] * 6
         return EngineLoad(
             running=now.num_running_reqs,
             waiting=now.num_waiting_reqs,
             used_tokens=now.num_used_tokens,
             max_tokens=now.max_total_num_tokens,
+            prefill_tokens=prefilled,
+            cached_tokens=self._cached_tokens,
+            recomputed_tokens=min(self._prefixes.recomputed, prefilled),
+            decoded_tokens=self._decoded_tokens,
+            prefill_s=getattr(now, "total_prefill_busy_us", 0) / 1e6,
+            decode_s=decoding[2] / 1e6,
         )
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._calls) and not self._updating.locked() and not self._asleep
+
+    @property
+    def progress(self) -> float:
+        """When it answered last, or told what it had sampled."""
+        return self._tm.last_receive_tstamp
+
+    async def failed(self) -> None:
+        await self._failed.wait()
 
     async def _unless_it_fails(self, work: Coroutine[Any, Any, T], among: set[asyncio.Task[Any]]) -> T:
         """The result of `work`, a member of `among` while it lasts; EngineError as soon as the engine has failed."""
         task = self._loop.create_task(work)
         among.add(task)
         try:
-            if self._failure is not None:
+            if self.failure is not None:
                 task.cancel()
             return await task
         except asyncio.CancelledError:
             caller = asyncio.current_task()
-            if self._failure is None or (caller is not None and caller.cancelling()):
+            if self.failure is None or (caller is not None and caller.cancelling()):
                 raise
-            raise EngineError(self._failure) from None
+            raise EngineError(self.failure) from None
         finally:
             among.discard(task)
 
-    def _check_alive(self) -> None:
-        if self._failure is not None:
-            raise EngineError(self._failure)
-
-    def _fail(self, failure: str) -> None:
-        """Resolve everything that waits, now and later, with EngineError."""
-        if self._failure is None:
-            self._failure = failure
+    def fail(self, why: str) -> None:
+        if self.failure is None:
+            self.failure = why
+            self._failed.set()
             # those who wait to be sent find out by themselves
             self._open.set()
             for task in (*self._calls, *self._updates):
@@ -219,14 +333,14 @@ class SGLangEngine:
         child.join(1)
         code = child.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-        self._fail(f"sglang's {child.name} (pid {child.pid}) {how}; what it said of it is on stderr")
+        self.fail(f"sglang's {child.name} (pid {child.pid}) {how}; what it said of it is on stderr")
 
     def _reading_ended(self, reading: asyncio.Task[None]) -> None:
         error = None if reading.cancelled() else reading.exception()
-        self._fail(f"sglang's answers could not be read: {error!r}" if error else "sglang was closed")
+        self.fail(f"sglang's answers could not be read: {error!r}" if error else "sglang was closed")
 
     async def _close(self) -> None:
-        self._fail("sglang was closed")
+        self.fail("sglang was closed")
         for fd in self._pidfds:
             self._loop.remove_reader(fd)
             os.close(fd)
@@ -254,17 +368,6 @@ def _spans(about: dict[str, Any], start: int, end: int, version: int) -> list[Ve
     return [VersionSpan(int(s["version"]), start + s["start"], start + s["end"]) for s in said if s["end"] > s["start"]]
 
 
-def _merged(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
-    """Neighbours of one version are one span."""
-    merged: list[VersionSpan] = []
-    for span in spans:
-        if merged and merged[-1].policy_version == span.policy_version:
-            merged[-1] = VersionSpan(span.policy_version, merged[-1].start, span.end)
-        else:
-            merged.append(span)
-    return tuple(merged)
-
-
 def _done(what: str, flag: tuple[bool, str]) -> None:
     success, message = flag
     if not success:
@@ -273,23 +376,54 @@ def _done(what: str, flag: tuple[bool, str]) -> None:
 
 @asynccontextmanager
 async def sglang_engine(
-    config: EngineConfig, model_path: Path, *, max_tokens: int, gpu: int = 0
+    config: EngineConfig, model_path: Path, *, max_tokens: int, slots: int | None = None, gpu: int = 0
 ) -> AsyncIterator[SGLangEngine]:
-    """An engine for as long as the `async with` body runs. Starting it blocks the loop: do it before agents play.
+    """One engine for as long as the `async with` body runs. Starting it takes ten seconds and more, off the loop.
 
     Args:
         model_path: a model folder in Hugging Face form. Its weights are policy version 0.
         max_tokens: longest prompt plus response [tokens].
-        gpu: which GPU, where there are any; without one SGLang runs on the CPU, in fp32.
+        slots: requests computed at once; `engine.slots` where not given.
+        gpu: the first of its GPUs, where there are any; without one SGLang runs on the CPU, in fp32.
 
     Raises:
         UsageError: a model folder or a setting that can't be used, or no SGLang.
         EngineError: SGLang did not start.
     """
     check_model_folder(model_path, max_tokens)
-    async with sglang_process(config, model_path, max_tokens=max_tokens, gpu=gpu) as (process, children):
+    async with sglang_process(config, model_path, max_tokens=max_tokens, slots=slots or config.slots, gpu=gpu) as (
+        process,
+        children,
+    ):
         engine = SGLangEngine(process, children, config, max_tokens=max_tokens)
         try:
             yield engine
         finally:
             await engine._close()
+
+
+@asynccontextmanager
+async def sglang_fleet(
+    config: EngineConfig,
+    model_path: Path,
+    *,
+    max_tokens: int,
+    source: WeightSource | None,
+    count: int = 1,
+    first_gpu: int = 0,
+    log: Callable[[str], None] = lambda text: None,
+) -> AsyncIterator[Fleet]:
+    """`count` engines that share `engine.slots`, on the GPUs from `first_gpu` on, `engine.tensor_parallel` each.
+
+    Args, Raises:
+        As `sglang_engine` and `fleet`.
+    """
+
+    def make(number: int) -> AbstractAsyncContextManager[SGLangEngine]:
+        gpu = first_gpu + number * config.tensor_parallel
+        return sglang_engine(config, model_path, max_tokens=max_tokens, slots=-(-config.slots // count), gpu=gpu)
+
+    # over rebuilds, too: engines come and go
+    with sigquit_does_nothing():
+        async with fleet(make, count, source=source, config=config, log=log) as engines:
+            yield engines

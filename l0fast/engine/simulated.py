@@ -1,68 +1,50 @@
-"""An engine without a model, for tests and benchmarks: scripted or random ids, and a clock that costs no time.
+"""An engine without a model, for tests, benchmarks and predictions: scripted or random ids, and time that is only counted.
 
-    response     what `script` says, or: length drawn around `mean_response_tokens`, ids uniform, a stop id last
-    time         queue for a slot, then new prompt tokens / prefill rate + response tokens / decode rate, on `clock`
+    response     what `script` says, or: a length drawn from `response_tokens`, ids uniform, a stop id last
+    time         what a `Replica` says, SGLang's scheduler as arithmetic (simulated_replica.py), on `clock`
+    replicas     several of them, side by side; placement.py says which one a turn goes to
     log-probs    -2 u
 
-Every draw is a function of (engine seed, request seed, prompt, position) alone: neither timing, nor who else asks, nor
-the policy version changes what is said.
+Every draw is a function of (engine seed, request seed, end of the prompt, position) alone: neither timing, nor who else
+asks, nor the policy version changes what is said. No token costs a turn of the loop; a request costs some 100 us of the
+host's CPU, and as much again where its prompt has thousands of ids, which have to be compared.
 """
 
 import asyncio
-import heapq
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from l0fast.engine.base import EngineLoad, Sampled, Sampling
 from l0fast.engine.check import check_request
+from l0fast.engine.clock import Clock, CompressedClock, SimulatedClock, Timer
+from l0fast.engine.distributions import Distribution, exponential
+from l0fast.engine.placement import Placement
 from l0fast.engine.sampling import uniforms
+from l0fast.engine.simulated_replica import Replica, Request, Speed
+
+__all__ = ["Clock", "CompressedClock", "Script", "SimulatedClock", "SimulatedEngine", "Speed"]
 
 Script = Callable[[Sequence[int], Sampling, str], Sequence[int]]
 """(prompt_ids, sampling, conversation) -> response ids; cut after the first stop id and at `max_new_tokens`."""
 
 
-_SETTLE_TURNS = 10
-"""Loop turns that what was woken has to go to sleep again, before time moves on."""
+_POOL = 1 << 13
+"""Random numbers that responses are slices of."""
+_TAIL = 64
+"""Last ids of a prompt that stand for it in a draw."""
 
 
-class SimulatedClock:
-    """Event time: sleepers wake in the order of their times, and nobody waits for real.
+@dataclass(slots=True, eq=False)
+class _Served:
+    """A replica and what waits for it."""
 
-    Time moves when nobody went to sleep or woke for `_SETTLE_TURNS` turns of the loop; work that takes more turns than
-    that starts late on this clock.
-    """
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-        """[s]"""
-        self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
-        self._order = itertools.count()
-        self._quiet_turns = 0
-
-    async def sleep(self, duration_s: float) -> None:
-        """Return when the clock has moved on by `duration_s` [s]."""
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        if not self._sleepers:
-            loop.call_soon(self._tick)
-        heapq.heappush(self._sleepers, (self.now_s + duration_s, next(self._order), future))
-        self._quiet_turns = 0
-        await future
-
-    def _tick(self) -> None:
-        self._quiet_turns += 1
-        if self._quiet_turns > _SETTLE_TURNS:
-            self._quiet_turns = 0
-            at_s, _, future = heapq.heappop(self._sleepers)
-            if not future.done():
-                self.now_s = at_s
-                future.set_result(None)
-        if self._sleepers:
-            asyncio.get_running_loop().call_soon(self._tick)
+    replica: Replica
+    futures: dict[Request, asyncio.Future[None]] = field(default_factory=dict)
+    timer: Timer | None = None
+    timer_s: float = 0.0
 
 
 class SimulatedEngine:
@@ -74,97 +56,217 @@ class SimulatedEngine:
         vocab_size: int,
         max_tokens: int,
         slots: int = 128,
+        kv_tokens: int | None = None,
+        replicas: int = 1,
+        speed: Speed | None = None,
+        update_s: float = 0.0,
+        forgets: bool = True,
         seed: int = 0,
         script: Script | None = None,
         mean_response_tokens: float = 32.0,
-        prefill_tokens_per_s: float = 20_000.0,
-        decode_tokens_per_s: float = 100.0,
-        clock: SimulatedClock | None = None,
+        response_tokens: Distribution | None = None,
+        clock: Clock | None = None,
     ):
         """
         Args:
             max_tokens: longest prompt plus response [tokens].
-            slots: requests served at once, and conversations whose prefix is remembered.
-            mean_response_tokens: of responses that no script gives [tokens].
-            prefill_tokens_per_s, decode_tokens_per_s: of one request.
-            clock: shared with whatever else is simulated; None makes one.
+            slots: requests that run at once, in each replica.
+            kv_tokens: KV entries of each replica; None for as many as full slots can take.
+            replicas: engines that work side by side.
+            speed: of each replica; None for `Speed()`.
+            update_s: time new weights take [s].
+            forgets: `forget` frees KV entries at once; SGLang's wait to be evicted.
+            mean_response_tokens: of responses that no script gives and `response_tokens` does not say [tokens].
+            response_tokens: their lengths (distributions.py).
+            clock: shared with whatever else is simulated; None makes a `SimulatedClock`.
         """
-        self.clock = clock or SimulatedClock()
+        kv_tokens = slots * max_tokens if kv_tokens is None else kv_tokens
+        if kv_tokens < max_tokens:
+            raise ValueError(
+                f"kv_tokens = {kv_tokens} can't hold one conversation of max_tokens = {max_tokens}: give more"
+            )
+        self.clock: Clock = clock or SimulatedClock()
         self.policy_version = 0
-        self._vocab_size, self._max_tokens, self._slots = vocab_size, max_tokens, slots
-        self._seed, self._script, self._mean_response_tokens = seed, script, mean_response_tokens
-        self._prefill_tokens_per_s, self._decode_tokens_per_s = prefill_tokens_per_s, decode_tokens_per_s
-        self._free = asyncio.Semaphore(slots)
-        self._running = self._waiting = 0
-        self._prefixes: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self._vocab_size, self._max_tokens = vocab_size, max_tokens
+        self._seed, self._script, self._update_s = seed, script, update_s
+        self._response_tokens = response_tokens or exponential(mean_response_tokens)
+        self._all = [
+            _Served(Replica(speed or Speed(), slots=slots, kv_tokens=kv_tokens, forgets=forgets))
+            for _ in range(replicas)
+        ]
+        # slices of these cost nothing, thousands of draws a turn would be most of what this engine costs
+        u = uniforms(np.array([seed % 2**64], np.uint64), np.arange(_POOL + max_tokens))
+        self._ids: tuple[int, ...] = tuple((u * vocab_size).astype(int).tolist()) if script is None else ()
+        self._logprobs: tuple[float, ...] = tuple((-2 * u).tolist())
+        self._placement = Placement(replicas, slots)
+        for i in range(replicas):
+            self._placement.up(i)
+        self._known: OrderedDict[str, tuple[tuple[int, ...], tuple[int, ...]]] = OrderedDict()
+        """By conversation, (prompt, response) that its KV entries stand for or once stood for."""
+        self._num_known = 4 * slots * replicas
+        """Of conversations that nobody forgets, the last so many stay known."""
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str) -> Sampled:
-        prompt = np.asarray(prompt_ids, np.int64)
-        check_request(prompt, sampling, vocab_size=self._vocab_size, max_tokens=self._max_tokens)
-        self._waiting += 1
-        try:
-            await self._free.acquire()
-        finally:
-            self._waiting -= 1
-        self._running += 1
-        try:
-            return await self._serve(prompt, sampling, conversation)
-        finally:
-            self._running -= 1
-            self._free.release()
+        prompt = prompt_ids if isinstance(prompt_ids, tuple) else tuple(prompt_ids)
+        matched = self._matched(conversation, prompt)
+        self._check(prompt, matched, sampling)
+        response, stopped, place = self._respond(prompt, sampling, conversation)
+        request = Request(
+            conversation=conversation,
+            prompt_tokens=len(prompt),
+            response_tokens=max(1, len(response)),
+            max_new_tokens=sampling.max_new_tokens,
+            matched_tokens=matched,
+        )
+        await self._serve(request)
+        self._know(conversation, prompt, response[:-1])
+        spans = request.version_spans if len(request.versions) > 1 else ()
+        return Sampled(
+            response_ids=response,
+            sampler_logprobs=self._logprobs[place : place + len(response)],
+            finish_reason="stop" if stopped else "length",
+            policy_version=request.versions[0][0],
+            version_spans=spans,
+            cached_tokens=request.cached_tokens,
+        )
 
     async def update_weights(self, policy_version: int) -> None:
+        """In-flight requests keep what they sampled and go on under the new weights, computed again."""
         self.policy_version = policy_version
-        self._prefixes.clear()
+        now_s = self.clock.now_s
+        for served in self._all:
+            served.replica.update_weights(policy_version, now_s, pause_s=self._update_s)
+            self._deliver(served)
+        if self._update_s:
+            await self.clock.sleep(self._update_s)
+
+    def forget(self, conversation: str) -> None:
+        self._known.pop(conversation, None)
+        self._placement.forget(conversation)
+        for served in self._all:
+            # it may have moved
+            served.replica.forget(conversation)
 
     async def load(self) -> EngineLoad:
-        return EngineLoad(
-            running=self._running,
-            waiting=self._waiting,
-            used_tokens=sum(len(prefix) for prefix in self._prefixes.values()),
-            max_tokens=self._slots * self._max_tokens,
-        )
+        """Summed over the replicas."""
+        loads = []
+        for served in self._all:
+            served.replica.advance(self.clock.now_s)
+            self._deliver(served)
+            loads.append(served.replica.load())
+        return EngineLoad(**{f.name: sum(getattr(load, f.name) for load in loads) for f in fields(EngineLoad)})
 
-    async def _serve(self, prompt: np.ndarray, sampling: Sampling, conversation: str) -> Sampled:
-        policy_version = self.policy_version
-        cached = _common_prefix(self._prefixes.get(conversation, ()), prompt)
-        key = blake2b(prompt.tobytes(), digest_size=8, key=(self._seed % 2**64).to_bytes(8, "little")).digest()
-        seeds = np.array([int.from_bytes(key, "little") ^ (sampling.seed % 2**64)], np.uint64)
+    def stall(self, duration_s: float) -> None:
+        """Let nothing get any further for so long; returns at once."""
+        for served in self._all:
+            served.replica.stall(duration_s, self.clock.now_s)
+            self._deliver(served)
+
+    def slot_s(self) -> float:
+        """Slots in use, summed over time and replicas; over slots x replicas x `clock.now_s`, how busy it was [slots x s]."""
+        for served in self._all:
+            served.replica.advance(self.clock.now_s)
+            self._deliver(served)
+        return sum(served.replica.slot_s for served in self._all)
+
+    async def _serve(self, request: Request) -> None:
+        place = self._placement.place(request.conversation)
+        assert place is not None, "all replicas are up"
+        served = self._all[place]
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        served.futures[request] = future
+        try:
+            self.clock.touch()
+            served.replica.submit(request, self.clock.now_s)
+            self._deliver(served)
+            await future
+        except asyncio.CancelledError:
+            if served.futures.pop(request, None) is not None:
+                served.replica.cancel(request, self.clock.now_s)
+                self._deliver(served)
+            raise
+        finally:
+            self._placement.done(place)
+
+    def _deliver(self, served: _Served) -> bool:
+        """Wake who is done, and be called again at the replica's next event. Returns whether anybody was woken."""
+        replica = served.replica
+        woken = bool(replica.finished)
+        for request in replica.finished:
+            # nobody waits for one that was done at the moment it was cancelled
+            future = served.futures.pop(request, None)
+            if future is not None and not future.done():
+                future.set_result(None)
+        replica.finished.clear()
+        at_s = replica.next_event_s
+        if served.timer is not None:
+            # firing early costs a look, and is rarer than moving the timer with every request
+            if served.timer_s <= at_s < float("inf"):
+                return woken
+            served.timer.cancel()
+            served.timer = None
+        if at_s < float("inf"):
+            served.timer, served.timer_s = self.clock.call_at(at_s, lambda: self._wake(served)), at_s
+        return woken
+
+    def _wake(self, served: _Served) -> bool:
+        served.timer = None
+        served.replica.advance(self.clock.now_s)
+        return self._deliver(served)
+
+    def _matched(self, conversation: str, prompt: tuple[int, ...]) -> int:
+        """Leading ids that were computed before."""
+        known, response = self._known.get(conversation, ((), ()))
+        # comparing slices is as fast as it gets: ids that were handed on are the same objects
+        n = len(known)
+        if prompt[:n] != known:
+            return _common(prompt, known)
+        return n + (len(response) if prompt[n : n + len(response)] == response else _common(prompt[n:], response))
+
+    def _know(self, conversation: str, prompt: tuple[int, ...], response: tuple[int, ...]) -> None:
+        self._known[conversation] = (prompt, response)
+        self._known.move_to_end(conversation)
+        if len(self._known) > self._num_known:
+            self._placement.forget(self._known.popitem(last=False)[0])
+
+    def _check(self, prompt: tuple[int, ...], matched: int, sampling: Sampling) -> None:
+        fits = matched < len(prompt) and len(prompt) + sampling.max_new_tokens <= self._max_tokens
+        # what is known was checked before, and an array of a long prompt costs more than all the rest
+        new = prompt[matched:]
+        ids = np.array((min(new), max(new)) if fits else prompt, np.int64)
+        check_request(ids, sampling, vocab_size=self._vocab_size, max_tokens=self._max_tokens)
+
+    def _respond(
+        self, prompt: tuple[int, ...], sampling: Sampling, conversation: str
+    ) -> tuple[tuple[int, ...], bool, int]:
+        """(ids, whether the last one is a stop id, place of its log-probs in the pool)"""
+        # numbers hash the same in every process; mixed, since the bits of a tuple's hash are not all alike
+        key = _mix(hash((self._seed, sampling.seed, len(prompt), prompt[-_TAIL:])))
         if self._script is None:
-            response = self._draw(seeds, sampling)
+            response = self._draw((key >> 40) / 2**24, key % _POOL, sampling)
         else:
-            response = [int(i) for i in self._script(prompt.tolist(), sampling, conversation)]
-        stop_at = next((i for i, token in enumerate(response) if token in sampling.stop_token_ids), None)
-        response = response[: sampling.max_new_tokens if stop_at is None else stop_at + 1][: sampling.max_new_tokens]
-        stopped = response and response[-1] in sampling.stop_token_ids
-        await self.clock.sleep(
-            (len(prompt) - cached) / self._prefill_tokens_per_s + len(response) / self._decode_tokens_per_s
-        )
-        if policy_version == self.policy_version:
-            self._prefixes[conversation] = (*prompt.tolist(), *response[:-1])
-            self._prefixes.move_to_end(conversation)
-            if len(self._prefixes) > self._slots:
-                self._prefixes.popitem(last=False)
-        return Sampled(
-            response_ids=tuple(response),
-            sampler_logprobs=tuple((-2 * uniforms(seeds, np.arange(len(response)) - 1_000_000)).tolist()),
-            finish_reason="stop" if stopped else "length",
-            policy_version=policy_version,
-            cached_tokens=cached,
-        )
+            response = tuple(self._script(prompt, sampling, conversation))[: sampling.max_new_tokens]
+        for stop in sampling.stop_token_ids:
+            if stop in response:
+                response = response[: response.index(stop) + 1]
+        return response, bool(response) and response[-1] in sampling.stop_token_ids, (key >> 20) % _POOL
 
-    def _draw(self, seeds: np.ndarray, sampling: Sampling) -> list[int]:
-        # exponential lengths: most answers are short, some run into the limit
-        u = float(uniforms(seeds, np.array([-1]))[0])
-        length = 1 + int(-self._mean_response_tokens * np.log1p(-u))
-        ids = (uniforms(seeds, np.arange(min(length, sampling.max_new_tokens))) * self._vocab_size).astype(int).tolist()
+    def _draw(self, u: float, at: int, sampling: Sampling) -> tuple[int, ...]:
+        length = 1 + int(self._response_tokens(u))
+        response = self._ids[at : at + min(length, sampling.max_new_tokens)]
         if length <= sampling.max_new_tokens and sampling.stop_token_ids:
-            ids[-1] = sampling.stop_token_ids[0]
-        return ids
+            response = (*response[:-1], sampling.stop_token_ids[0])
+        return response
 
 
-def _common_prefix(previous: tuple[int, ...], prompt: np.ndarray) -> int:
-    """Leading ids that are equal; the last of a prompt is always computed."""
-    n = min(len(previous), len(prompt) - 1)
-    differs = np.flatnonzero(prompt[:n] != np.array(previous[:n], np.int64))
-    return int(differs[0]) if len(differs) else n
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """Leading ids that are equal."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _mix(z: int) -> int:
+    """SplitMix64's finaliser, for one number (engine/sampling.py has it for arrays)."""
+    z %= 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)

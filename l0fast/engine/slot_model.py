@@ -5,15 +5,20 @@
     prefill   n rows of up to T new tokens: write their keys, gather the rows, attend under a causal mask
     decode    n rows of one token:          write, attend over the slab in place (or over gathered rows, when few run)
 
-The module's own forward runs unchanged; its attention is ours (`AttentionInterface.register`), which finds the slab
-through a keyword argument that the layers pass on. An attention implementation unknown to transformers' mask interface
-gets no mask made for it, so ours is built once a pass and not once a layer. Query heads that share a KV head are folded
-into the query axis: nothing is repeated. Decode is bound by reading the slab: n * K * length * D * 8 bytes a layer.
+A model of the Llama family runs as a FusedDecoder. Of any other the module's own forward runs; its attention is ours
+(`AttentionInterface.register`), which finds the slab through a keyword argument that the layers pass on. An attention
+implementation unknown to transformers' mask interface gets no mask made for it, so ours is built once a pass and not
+once a layer. Query heads that share a KV head are folded into the query axis: nothing is repeated. Decode is bound by
+the number of operations while few rows run, then by reading the slab: n * K * length * D * 8 bytes a layer.
+
+On a CPU all is fp32. On CUDA weights and slab are bf16 and the logits fp32, from an fp32 copy of the head: logits rounded
+to bf16 would move a log-prob by a hundredth.
 
 Shape letters, this file only: S slots, n rows of this pass (r: and those between them), T new tokens, L longest length, M max_len, H query heads,
-K key-value heads, G = H / K, D head dimension, V vocabulary.
+K key-value heads, G = H / K, D head dimension, E hidden size, V vocabulary.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +29,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from l0fast.engine.fused_decoder import FusedDecoder, can_be_fused
 from l0fast.engine.sampling import uniforms
 
 _PREFILL_COLUMNS = 1024
@@ -35,28 +41,35 @@ Ints = NDArray[np.int64]
 
 
 class SlotModel:
-    """One causal language model in fp32 and its KV slab."""
+    """One causal language model and its KV slab, on one device."""
 
-    def __init__(self, model_path: Path, *, num_slots: int, max_len: int):
+    def __init__(self, model_path: Path, *, num_slots: int, max_len: int, device: str = "cpu"):
         disable_progress_bar()
+        self.device = torch.device(device)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=torch.float32, attn_implementation=_ATTENTION, local_files_only=True
+            model_path, dtype=dtype, attn_implementation=_ATTENTION, local_files_only=True
         )
-        self.model.eval().requires_grad_(False)
+        torch.nn.Module.to(self.model.eval().requires_grad_(False), self.device)
         config = self.model.config
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        window = getattr(config, "sliding_window", None) or max_len
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or window < max_len:
             raise ValueError(f"{model_path} has sliding-window layers, which this engine does not have")
         self.vocab_size: int = config.vocab_size
         self.max_len = max_len
         head = self.model.get_output_embeddings()
         assert isinstance(head, torch.nn.Linear)
         self._head = head
+        self._head_weight_VE = head.weight.float()
+        base = self.model.base_model
+        self._fused = FusedDecoder(base, max_len=max_len) if can_be_fused(base) else None
         self.groups: int = config.num_attention_heads // config.num_key_value_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (num_slots, config.num_key_value_heads, max_len + 1, head_dim)
-        # zeros, since a masked NaN is still a NaN; their pages take no memory before they are written
-        self.keys_SKMD = [torch.zeros(shape) for _ in range(config.num_hidden_layers)]
-        self.values_SKMD = [torch.zeros(shape) for _ in range(config.num_hidden_layers)]
+        _check_memory(2 * config.num_hidden_layers * math.prod(shape) * dtype.itemsize, self.device, shape)
+        # zeros, since a masked NaN is still a NaN; on a CPU their pages take no memory before they are written
+        slabs = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2 * config.num_hidden_layers)]
+        self.keys_SKMD, self.values_SKMD = slabs[::2], slabs[1::2]
 
     def copy_prefix(self, source: int, slot: int, length: int) -> None:
         """Make the first `length` columns of `slot` those of `source`."""
@@ -70,30 +83,38 @@ class SlotModel:
         ids_nT = np.zeros((len(ids), lengths_n.max()), np.int64)
         for row, row_ids in zip(ids_nT, ids, strict=True):
             row[: len(row_ids)] = row_ids
-        hidden_nH = torch.empty(0)
+        hidden_nE = torch.empty(0)
         for first in range(0, ids_nT.shape[1], _PREFILL_COLUMNS):
             rows = np.flatnonzero(lengths_n > first)
             last_n = np.minimum(lengths_n[rows] - first, _PREFILL_COLUMNS) - 1
             piece_nT = ids_nT[rows, first : first + last_n.max() + 1]
             slab_pass = _Prefill(self, slots_n[rows], starts_n[rows] + first, last_n + 1, piece_nT.shape[1])
-            hidden_nTH = self._forward(piece_nT, slab_pass)
-            hidden_nTH = hidden_nTH[torch.arange(len(rows)), torch.from_numpy(last_n)]
+            hidden_nTE = self._forward(piece_nT, slab_pass)
+            last_nE = hidden_nTE[torch.arange(len(rows), device=self.device), self._put(last_n)]
             if first == 0:
-                hidden_nH = hidden_nTH
+                hidden_nE = last_nE
             else:
-                hidden_nH[torch.from_numpy(rows)] = hidden_nTH
-        return self._head(hidden_nH)
+                hidden_nE[self._put(rows)] = last_nE
+        return self._logits(hidden_nE)
 
     @torch.inference_mode()
     def decode(self, slots_n: Ints, ids_n: NDArray[np.int32], positions_n: Ints) -> Tensor:
         """Compute one id a row, at column `positions_n`; slots ascend. Returns the logits after it, [n, V]."""
         assert (np.diff(slots_n) > 0).all()
-        hidden_n1H = self._forward(ids_n[:, None].astype(np.int64), _Decode(self, slots_n, positions_n))
-        return self._head(hidden_n1H[:, 0])
+        hidden_n1E = self._forward(ids_n[:, None].astype(np.int64), _Decode(self, slots_n, positions_n))
+        return self._logits(hidden_n1E[:, 0])
+
+    def _logits(self, hidden_nE: Tensor) -> Tensor:
+        return F.linear(hidden_nE.float(), self._head_weight_VE, self._head.bias)
+
+    def _put(self, indices: Ints) -> Tensor:
+        return torch.from_numpy(indices).to(self.device)
 
     def _forward(self, ids_nT: Ints, slab_pass: "_Prefill | _Decode") -> Tensor:
+        if self._fused is not None:
+            return self._fused(self._put(ids_nT), slab_pass.positions_nT, slab_pass)
         return self.model.base_model(
-            input_ids=torch.from_numpy(ids_nT),
+            input_ids=self._put(ids_nT),
             position_ids=slab_pass.positions_nT,
             use_cache=False,
             slab_pass=slab_pass,
@@ -101,17 +122,17 @@ class SlotModel:
 
     @torch.inference_mode()
     def check(self) -> None:
-        """Compare a few tokens with the model's own attention. Raises ValueError for an architecture that differs."""
+        """Compare a few tokens with transformers' own forward. Raises ValueError for an architecture that differs."""
         ids = (np.arange(1, min(12, self.max_len) + 1) % self.vocab_size).astype(np.int32)
         split = len(ids) // 2
         row = np.zeros(1, np.int64)
         logits = [self.prefill(row, row, [ids[:split]])]
         logits += [self.decode(row, ids[i : i + 1], row + i) for i in range(split, len(ids))]
         self.model.set_attn_implementation("eager")
-        expected = self.model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0]
+        expected = self.model(input_ids=self._put(ids.astype(np.int64))[None], use_cache=False).logits[0].float()
         self.model.set_attn_implementation(_ATTENTION)
         error = (torch.cat(logits) - expected[split - 1 :]).abs().max() / expected.abs().max().clamp(min=1)
-        if not error < 1e-3:
+        if not error < (1e-3 if self.model.dtype == torch.float32 else 5e-2):
             name = type(self.model).__name__
             raise ValueError(f"{name} gives other logits here than in transformers (by {error:.2g}): not supported")
 
@@ -120,6 +141,8 @@ class SlotModel:
         """Copy new values into every parameter."""
         for name, parameter in self.parameters().items():
             parameter.copy_(tensors[name])
+        # fp32 weights are their own copy
+        self._head_weight_VE = self._head.weight.float()
 
     def parameters(self) -> dict[str, Tensor]:
         """By their names in the model folder; tied ones once."""
@@ -135,39 +158,40 @@ def sample(
     """
     greedy_n = temperatures_n == 0
     scale_n = np.where(greedy_n, np.float32(1), temperatures_n)
+    device = logits_nV.device
     if (scale_n != 1).any():
-        logits_nV = logits_nV / torch.from_numpy(scale_n)[:, None]
+        logits_nV = logits_nV / torch.from_numpy(scale_n).to(device)[:, None]
     probs_nV = logits_nV.softmax(-1)
     cdf_nV = probs_nV.cumsum(-1)
     # u <= 1 - 2**-24, so in fp32 too the target lies below the total, and an id of probability 0 is never the one found
-    target_n1 = torch.from_numpy(uniforms(seeds_n, positions_n))[:, None] * cdf_nV[:, -1:]
+    target_n1 = torch.from_numpy(uniforms(seeds_n, positions_n)).to(device)[:, None] * cdf_nV[:, -1:]
     # only a row of NaN finds nothing; the clamp lets it reach the check below
     ids_n1 = torch.searchsorted(cdf_nV, target_n1, right=True).clamp_(max=cdf_nV.shape[-1] - 1)
     if greedy_n.any():
-        rows = torch.from_numpy(np.flatnonzero(greedy_n))
+        rows = torch.from_numpy(np.flatnonzero(greedy_n)).to(device)
         ids_n1[rows] = logits_nV[rows].argmax(-1, keepdim=True)
-    logprobs_n = probs_nV.gather(-1, ids_n1).log_()[:, 0].numpy()
+    logprobs_n = probs_nV.gather(-1, ids_n1).log_()[:, 0].cpu().numpy()
     if not np.isfinite(logprobs_n).all():
         raise FloatingPointError("the model's logits are not finite: did training diverge?")
-    return ids_n1[:, 0].numpy(), logprobs_n
+    return ids_n1[:, 0].cpu().numpy(), logprobs_n
 
 
 class _Prefill:
     def __init__(self, model: SlotModel, slots_n: Ints, starts_n: Ints, lengths_n: Ints, num_columns: int):
-        positions_nT = torch.from_numpy(starts_n)[:, None] + torch.arange(num_columns)
-        self.model, self.slots_n = model, torch.from_numpy(slots_n)
-        self.positions_nT = positions_nT
+        positions_nT = model._put(starts_n)[:, None] + torch.arange(num_columns, device=model.device)
         # padding behind a row's last id is overwritten before anybody attends to it; it must only stay in the row
-        self.columns_nT = positions_nT.clamp(max=model.max_len)
+        positions_nT.clamp_(max=model.max_len)
+        self.model, self.slots_n = model, model._put(slots_n)
+        self.positions_nT = positions_nT
         self.length = int((starts_n + lengths_n).max())
-        mask_nTL = _causal(positions_nT[:, :, None], self.length)
+        mask_nTL = _causal(positions_nT[:, :, None], self.length, model.model.dtype)
         n, T, L = mask_nTL.shape
         self.mask = mask_nTL[:, None].expand(n, model.groups, T, L).reshape(n, 1, model.groups * T, L)
 
     def __call__(self, layer: int, query_nHTD: Tensor, key_nKTD: Tensor, value_nKTD: Tensor, scaling: float) -> Tensor:
         keys_SKMD, values_SKMD = self.model.keys_SKMD[layer], self.model.values_SKMD[layer]
-        keys_SKMD[self.slots_n[:, None], :, self.columns_nT] = key_nKTD.transpose(1, 2)
-        values_SKMD[self.slots_n[:, None], :, self.columns_nT] = value_nKTD.transpose(1, 2)
+        keys_SKMD[self.slots_n[:, None], :, self.positions_nT] = key_nKTD.transpose(1, 2)
+        values_SKMD[self.slots_n[:, None], :, self.positions_nT] = value_nKTD.transpose(1, 2)
         n, H, T, D = query_nHTD.shape
         K = key_nKTD.shape[1]
         out = F.scaled_dot_product_attention(
@@ -182,8 +206,8 @@ class _Prefill:
 
 class _Decode:
     def __init__(self, model: SlotModel, slots_n: Ints, positions_n: Ints):
-        self.model, self.slots_n = model, torch.from_numpy(slots_n)
-        self.columns_n = torch.from_numpy(positions_n)
+        self.model, self.slots_n = model, model._put(slots_n)
+        self.columns_n = model._put(positions_n)
         self.positions_nT = self.columns_n[:, None]
         self.length = int(positions_n.max()) + 1
         first, end = int(slots_n[0]), int(slots_n[-1]) + 1
@@ -193,9 +217,9 @@ class _Decode:
         self.rows_n = None
         if self.block is not None and end - first > len(slots_n):
             self.rows_n = self.slots_n - first
-            columns_r = torch.zeros(end - first, dtype=torch.int64)
+            columns_r = torch.zeros(end - first, dtype=torch.int64, device=model.device)
             columns_r[self.rows_n] = self.columns_n
-        mask_rL = _causal(columns_r[:, None], self.length)
+        mask_rL = _causal(columns_r[:, None], self.length, model.model.dtype)
         r, K, G = len(mask_rL), model.keys_SKMD[0].shape[1], model.groups
         self.mask = mask_rL[:, None, None].expand(r, K, G, self.length).reshape(r * K, G, self.length)
 
@@ -221,9 +245,18 @@ class _Decode:
         return slab_SKMD[:, :, : self.length].index_select(0, self.slots_n).flatten(0, 1)
 
 
-def _causal(positions: Tensor, length: int) -> Tensor:
+def _causal(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """0 where a column is at or before the position, -inf after it. The last axis of `positions` is 1, of the result L."""
-    return torch.zeros(()).where(torch.arange(length) <= positions, float("-inf"))
+    past = torch.arange(length, device=positions.device) <= positions
+    return torch.zeros((), dtype=dtype, device=positions.device).where(past, float("-inf"))
+
+
+def _check_memory(slab_bytes: int, device: torch.device, shape_SKMD: tuple[int, ...]) -> None:
+    if device.type == "cuda" and slab_bytes > (free := torch.cuda.mem_get_info(device)[0]):
+        raise ValueError(
+            f"keys and values of {shape_SKMD[0]} slots of {shape_SKMD[2] - 1} tokens take {slab_bytes / 1e9:.1f} GB, but the "
+            f"GPU has {free / 1e9:.1f} GB left: lower --engine.slots or --agent.context-tokens, or take engine.kind sglang"
+        )
 
 
 def _slot_attention(

@@ -1,7 +1,8 @@
-"""The engine where there is no GPU: a transformers model in a child process, driven from the event loop.
+"""The engine where there is no SGLang: a transformers model in a child process, driven from the event loop.
 
     agents --generate()--> TransformersEngine --socketpair--> worker.py: slots.py decides, slot_model.py computes
-    learner --SharedWeights (memfd)-------------------------> update_weights(): copied, every cached prefix forgotten
+    learner --SharedWeights (memfd)-------------------------> update_weights(): copied, every cached prefix forgotten;
+                                                             what runs goes on from its ids under the new weights
 
 This side checks, sends and waits; it imports no torch and never blocks the loop. Log-probs are fp32. A caller that is
 cancelled, or misses its deadline, takes its request out of the batch.
@@ -10,34 +11,16 @@ cancelled, or misses its deadline, takes its request out of the batch.
 import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
 
 from l0fast.config import EngineConfig
-from l0fast.engine.base import EngineLoad, Sampled, Sampling
+from l0fast.engine.base import EngineLoad, Sampled, Sampling, VersionSpan
 from l0fast.engine.check import check_request
 from l0fast.errors import EngineError, UsageError
 from l0fast.ipc import SharedWeights, Worker, spawn_worker
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """Sums since the engine started."""
-
-    prefill_tokens: int
-    """Prompt tokens that were computed."""
-    cached_tokens: int
-    """Prompt tokens whose keys and values were there."""
-    decoded_tokens: int
-    """Tokens computed one at a time; a response's first comes with its prefill and its last is never computed."""
-    busy_s: float
-    """Time spent computing [s]."""
-    cpu_s: float
-    """CPU time of the child, all threads, its start included [s]."""
 
 
 class TransformersEngine:
@@ -73,11 +56,12 @@ class TransformersEngine:
             sampler_logprobs=tuple(np.frombuffer(payload[half:], np.float32).tolist()),
             finish_reason=header["finish_reason"],
             policy_version=header["policy_version"],
+            version_spans=tuple(VersionSpan(*span) for span in header["version_spans"]),
             cached_tokens=header["cached_tokens"],
         )
 
     async def update_weights(self, policy_version: int) -> None:
-        """As in the protocol. Waits for the requests that run; those not yet admitted start on the new weights.
+        """As in the protocol. Waits for nobody: requests in flight go on under the new weights, and say so in their spans.
 
         Raises:
             ValueError: the engine was made without shared weights.
@@ -91,16 +75,13 @@ class TransformersEngine:
             "update_weights", timeout_s=self._config.request_timeout_s, policy_version=policy_version
         )
 
+    def forget(self, conversation: str) -> None:
+        """As in the protocol: its slot is the next to be taken."""
+        self._worker.notify("forget", conversation=conversation)
+
     async def load(self) -> EngineLoad:
-        load = await self._load()
+        load, _ = await self._worker.call("load", timeout_s=self._config.request_timeout_s)
         return EngineLoad(**{name: load[name] for name in EngineLoad.__slots__})
-
-    async def stats(self) -> EngineStats:
-        load = await self._load()
-        return EngineStats(**{name: load[name] for name in EngineStats.__slots__})
-
-    async def _load(self) -> dict[str, Any]:
-        return (await self._worker.call("load", timeout_s=self._config.request_timeout_s))[0]
 
 
 @asynccontextmanager
@@ -115,7 +96,7 @@ async def transformers_engine(
     """An engine for as long as the `async with` body runs.
 
     Args:
-        config: slots, threads and deadlines.
+        config: slots, threads, device and deadlines.
         model_path: a model folder in Hugging Face form. Its weights are policy version 0.
         max_tokens: longest prompt plus response [tokens].
         weights: where the learner publishes; None for an engine that never changes.
@@ -133,6 +114,7 @@ async def transformers_engine(
             "slots": config.slots,
             "max_len": max_tokens,
             "threads": config.threads,
+            "device": config.device,
             "weights": None if weights is None else weights.handle(),
         },
         name="the engine",

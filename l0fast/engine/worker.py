@@ -1,19 +1,22 @@
 """The transformers engine's child process: continuous batching over slots. `python -m l0fast.engine.worker` by the driver.
 
     forever:  take what the driver sent          (block only when there is nothing to do)
-              apply new weights                  when nothing runs; until then nothing new is admitted
+              apply new weights                  forget every prefix, compute anew what the running slots hold
               admit waiting requests to slots    own slot first, then first come first served; prefill in waves (slots.py)
               one decode step for all that run   sample; those that are done are answered and leave their slot idle
 
-An update of weights waits for the requests that run, and whatever was not admitted yet starts on the new weights: every
-response is of one version, and every prefix of the old one is forgotten. Per-token work is vectorised over slots (numpy);
-Python touches a request twice, when it comes and when it goes.
+New weights wait for nobody: a request that runs goes on under them from its prompt and what it has sampled, as if it were
+sent again, and its answer says which version sampled what. Where nothing runs (strictly on-policy) an update is a copy of
+the weights. Per-token work is vectorised over slots (numpy); Python touches a request when it comes, when weights come
+and when it goes.
 """
 
 import os
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,17 +59,22 @@ class Scheduler:
         self.policy_version = 0
         self.waiting: deque[Request] = deque()
         self.updates: deque[Message] = deque()
-        self.stats = {"prefill_tokens": 0, "cached_tokens": 0, "decoded_tokens": 0, "busy_s": 0.0}
-
-        # what a running slot's request asked for, by slot
+        self.sums: dict[str, Any] = dict.fromkeys(
+            ("prefill_tokens", "cached_tokens", "recomputed_tokens", "decoded_tokens", "prefill_s", "decode_s"), 0
+        )
+        """As in EngineLoad."""
         self.held_back = 0
         """Tokens decoded while somebody waited to be admitted."""
+
+        # what a running slot's request asked for and has, by slot
         self.requests: list[Request | None] = [None] * num_slots
         self.prefix = np.zeros(num_slots, np.int64)
         self.end = np.zeros(num_slots, np.int64)
         self.temperature = np.zeros(num_slots, np.float32)
         self.seed = np.zeros(num_slots, np.uint64)
         self.logprobs = np.zeros((num_slots, model.max_len), np.float32)
+        self.versions: list[list[tuple[int, int]]] = [[] for _ in range(num_slots)]
+        """(policy_version, first position it sampled), one for each that its request has seen."""
         self.stop_set = np.zeros(num_slots, np.int64)
         self.stop_sets: dict[tuple[int, ...], int] = {}
         self.stops_at = np.zeros((0, model.vocab_size), np.bool_)
@@ -93,6 +101,8 @@ class Scheduler:
                 )
             case "abort":
                 self._abort(header["request"])
+            case "forget":
+                self.book.forget(header["conversation"])
             case "update_weights":
                 self.updates.append(message)
             case "load":
@@ -100,43 +110,40 @@ class Scheduler:
                     message,
                     running=int(self.book.running.sum()),
                     waiting=len(self.waiting),
-                    used_tokens=int(self.book.cached.sum()),
+                    used_tokens=self.book.used_tokens,
                     max_tokens=self.book.tokens.size,
-                    **self.stats,
-                    cpu_s=time.process_time(),
+                    **self.sums,
                 )
             case other:
                 raise AssertionError(f"unknown op {other!r}")
 
     def step(self) -> None:
         """Bring everything that runs one token further, after admitting what can run."""
-        started = time.perf_counter()
         if self.updates:
-            if not self.book.running.any():
-                self._update_weights()
-        elif self.waiting and not self.book.running.all():
+            self._update_weights()
+        if self.waiting and not self.book.running.all():
             if worth_a_prefill(len(self.waiting), int(self.book.running.sum()), self.held_back):
                 self._admit()
                 self.held_back = 0
             else:
                 self.held_back += 1
         self._decode()
-        self.stats["busy_s"] += time.perf_counter() - started
 
     def _decode(self) -> None:
         slots = np.flatnonzero(self.book.running)
         if not len(slots):
             return
-        positions = self.book.cached[slots]
-        logits = self.model.decode(slots, self.book.tokens[slots, positions], positions)
-        self.book.cached[slots] += 1
-        self._take(slots, logits)
-        self.stats["decoded_tokens"] += len(slots)
+        with self._timed("decode_s"):
+            positions = self.book.cached[slots]
+            logits = self.model.decode(slots, self.book.tokens[slots, positions], positions)
+            self.book.cached[slots] += 1
+            self._take(slots, logits)
 
     def _take(self, slots: NDArray[np.int64], logits: torch.Tensor) -> None:
         """Sample the next token of each slot; answer the requests that it ends."""
         at = self.book.cached[slots]
         ids, logprobs = sample(logits, temperatures_n=self.temperature[slots], seeds_n=self.seed[slots], positions_n=at)
+        self.sums["decoded_tokens"] += len(slots)
         self.book.tokens[slots, at] = ids
         self.logprobs[slots, at] = logprobs
         stopped = self.stops_at[self.stop_set[slots], ids]
@@ -147,13 +154,17 @@ class Scheduler:
     def _finish(self, slot: int, finish_reason: str) -> None:
         request = self.requests[slot]
         assert request is not None
-        response = slice(len(request.prompt), int(self.book.cached[slot]) + 1)
+        start, end = len(request.prompt), int(self.book.cached[slot]) + 1
+        response = slice(start, end)
+        versions = [version for version, _ in self.versions[slot]]
+        cuts = [first - start for _, first in self.versions[slot]] + [end - start]
         ids, logprobs = self.book.tokens[slot, response], self.logprobs[slot, response]
         self.channel.reply(
             request.reply_to,
             ids.tobytes() + logprobs.tobytes(),
             finish_reason=finish_reason,
-            policy_version=self.policy_version,
+            policy_version=versions[0],
+            version_spans=list(zip(versions, cuts[:-1], cuts[1:], strict=True)) if len(versions) > 1 else [],
             cached_tokens=int(self.prefix[slot]),
         )
         self._leave(slot)
@@ -180,11 +191,10 @@ class Scheduler:
             placed.append(placement)
         self.waiting = queue
         self.book.close_round()
-        logits_of: dict[int, torch.Tensor] = {}
-        for wave in range(1 + max(p.wave for p in placed)):
-            self._prefill([p for p in placed if p.wave == wave], logits_of)
-        slots = np.array([p.slot for p in placed])
-        self._take(slots, torch.stack([logits_of[slot] for slot in slots.tolist()]))
+        with self._timed("prefill_s"):
+            logits_of = self._prefill(placed)
+            slots = np.array([p.slot for p in placed])
+            self._take(slots, torch.stack([logits_of[slot] for slot in slots.tolist()]))
 
     def _enter(self, request: Request, placement: Placement) -> None:
         slot = placement.slot
@@ -193,22 +203,33 @@ class Scheduler:
         self.end[slot] = len(request.prompt) + request.max_new_tokens
         self.temperature[slot] = request.temperature
         self.seed[slot] = request.seed
+        self.versions[slot] = [(self.policy_version, len(request.prompt))]
         if request.stop_token_ids not in self.stop_sets:
             self.stop_sets[request.stop_token_ids] = len(self.stops_at)
             self.stops_at = np.vstack([self.stops_at, np.zeros(self.model.vocab_size, np.bool_)])
             self.stops_at[-1, list(request.stop_token_ids)] = True
         self.stop_set[slot] = self.stop_sets[request.stop_token_ids]
-        self.stats["prefill_tokens"] += len(request.prompt) - placement.prefix
-        self.stats["cached_tokens"] += placement.prefix
+        self.sums["cached_tokens"] += placement.prefix
 
-    def _prefill(self, wave: list[Placement], logits_of: dict[int, torch.Tensor]) -> None:
-        for p in wave:
-            if p.source != p.slot:
-                self.model.copy_prefix(p.source, p.slot, p.prefix)
-            if p.twin:
-                logits_of[p.slot] = logits_of[p.source]
+    def _prefill(self, placed: list[Placement]) -> dict[int, torch.Tensor]:
+        """Compute what was placed in a round, wave by wave. Returns the logits after each row's last id, by slot."""
+        logits_of: dict[int, torch.Tensor] = {}
+        for number in range(1 + max(p.wave for p in placed)):
+            wave = [p for p in placed if p.wave == number]
+            for p in wave:
+                if p.source != p.slot:
+                    self.model.copy_prefix(p.source, p.slot, p.prefix)
+                if p.twin:
+                    logits_of[p.slot] = logits_of[p.source]
+            self._compute(wave, logits_of)
+        return logits_of
+
+    def _compute(self, wave: list[Placement], logits_of: dict[int, torch.Tensor]) -> None:
         # alike lengths together, so that little is padding
-        todo = sorted((int(self.book.cached[p.slot]) - p.prefix, p.slot, p.prefix) for p in wave if not p.twin)
+        todo = sorted((int(self.book.cached[p.slot]) - p.prefix, p.slot, p.prefix) for p in wave)
+        todo = [row for row in todo if row[0]]
+        self.sums["prefill_tokens"] += sum(length for length, _, _ in todo)
+        self.sums["recomputed_tokens"] += sum(p.recomputed for p in wave)
         while todo:
             size = 1
             while size < len(todo) and _batch_well(todo[0][0], todo[size][0], size + 1):
@@ -220,19 +241,40 @@ class Scheduler:
             logits_of.update(zip(slots.tolist(), logits, strict=True))
 
     def _update_weights(self) -> None:
+        accepted = []
         while self.updates:
             message = self.updates.popleft()
             version = message.header["policy_version"]
             assert self.weights is not None
-            assert self.shared is not None
-            if (published := self.weights.policy_version) != version:
+            if (published := self.weights.policy_version) == version:
+                accepted.append(message)
+            else:
                 error = ValueError(f"asked for version {version}, but the learner has published {published}")
                 self.channel.fail(message, error)
-                continue
-            self.model.load(self.shared)
-            self.book.flush()
-            self.policy_version = version
+        if accepted:
+            self._take_weights()
+        for message in accepted:
             self.channel.reply(message)
+
+    def _take_weights(self) -> None:
+        assert self.weights is not None
+        assert self.shared is not None
+        self.model.load(self.shared)
+        self.policy_version = self.weights.policy_version
+        placed = self.book.flush()
+        self.book.close_round()
+        for p in placed:
+            # the next id is the first that these weights sample
+            self.versions[p.slot].append((self.policy_version, int(self.book.cached[p.slot]) + 1))
+        if placed:
+            with self._timed("prefill_s"):
+                self._prefill(placed)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.sums[what] += time.perf_counter() - started
 
 
 def worth_a_prefill(waiting: int, running: int, held_back: int) -> bool:
@@ -248,9 +290,20 @@ def _batch_well(shortest: int, longest: int, rows: int) -> bool:
     return longest <= 2 * shortest + 16 and rows * longest <= _PREFILL_TOKENS
 
 
+def pick_device(wanted: str) -> str:
+    """ "cpu" or "cuda" for what engine.device says."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "engine.device = 'cuda', but torch finds no GPU that it can use: set --engine.device cpu or auto"
+        )
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
 def _build(channel: Channel, args: dict[str, Any]) -> Scheduler:
     torch.set_num_threads(args["threads"] or len(os.sched_getaffinity(0)))
-    model = SlotModel(Path(args["model_path"]), num_slots=args["slots"], max_len=args["max_len"])
+    model = SlotModel(
+        Path(args["model_path"]), num_slots=args["slots"], max_len=args["max_len"], device=pick_device(args["device"])
+    )
     model.check()
     weights = None if args["weights"] is None else SharedWeights.attach(args["weights"])
     if weights is not None and (odd := {s.name for s in weights.specs} ^ set(model.parameters())):

@@ -1,9 +1,9 @@
 """How sure a figure is: intervals over questions, pass@k, and whether two runs differ by more than noise. Pure.
 
-    mean over questions of each question's mean over samples; its spread over questions gives the interval, because
-    questions, not samples, are what a benchmark has few of:  mean +- 1.96 std / sqrt(questions)
-    pass@k = mean over questions of 1 - C(n - c, k) / C(n, k)      Chen et al., arXiv 2107.03374, equation 1
-    A against B: paired bootstrap over the questions both answered    Efron and Tibshirani 1993; Koehn, EMNLP 2004
+mean over questions of each question's mean over samples; its spread over questions gives the interval, because
+questions, not samples, are what a benchmark has few of:  mean +- 1.96 std / sqrt(questions)
+pass@k = mean over questions of 1 - C(n - c, k) / C(n, k)      Chen et al., arXiv 2107.03374, equation 1
+A against B: paired bootstrap over the questions both answered    Efron and Tibshirani 1993; Koehn, EMNLP 2004
 """
 
 import math

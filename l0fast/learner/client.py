@@ -10,6 +10,8 @@
 
 Who waits for whom: the caller for its answer, one at a time; the ranks for each other, inside collectives. So when one
 of them dies or is stuck all are: the one to blame is looked for, its last words are the error, and all ranks are ended.
+A rank that works says what it is at layer by layer (progress.py), so that one that is stuck is noticed within
+`learner.stall_timeout_s` however long a pass takes.
 Nothing is trained while the caller generates, unless it sends groups as they finish.
 """
 
@@ -49,8 +51,8 @@ Advantages = list[list[np.ndarray]]
 
 BUCKET_BYTES = 512 << 20
 """Of weights on their way to an engine on the same GPU [bytes]."""
-WORK = ("accumulate", "values", "fit", "finish_step")
-"""Requests whose deadline starts anew with every pack."""
+PROFILE = "torch_rank_{}.json"
+"""Of one step of a rank, in the run's folder."""
 BLAME_S = 2.0
 """Time that other ranks get to fail too, once one has: the first to say so may only have lost the one that died [s]."""
 
@@ -81,6 +83,16 @@ class LearnerClient:
         self._policy_version = 0
         self._lock = asyncio.Lock()
         self._failure: str | None = None
+
+    @property
+    def policy_version(self) -> int:
+        """Of the weights the ranks hold."""
+        return self._policy_version
+
+    def state(self) -> str:
+        """What each rank said last that it is at, and whether it can run."""
+        said = [(w.name, w.sign.doing or "waits for a request", w.held) for w in self._workers]
+        return self._failure or "; ".join(f"{name}: {', '.join(filter(None, words))}" for name, *words in said)
 
     async def values(self, groups: Sequence[Group]) -> Values:
         """What the critic, as the last step left it, expects of each turn; for `batch_advantages` and `accumulate`.
@@ -162,7 +174,7 @@ class LearnerClient:
     async def buckets(self, bucket_bytes: int = BUCKET_BYTES) -> AsyncIterator[list[str]]:
         """The weights as the last step left them, bucket by bucket: of each rank's, what an engine on its GPU can read.
 
-        What `SGLangEngine.update_weights` takes. The ranks keep all of it, in bf16, until they are asked again.
+        What `SGLangEngine.update_weights` takes. The ranks keep all of it, in bf16, until they are asked again or `free_memory`.
         """
         async with self._lock:
             first = True
@@ -172,6 +184,11 @@ class LearnerClient:
                 if buckets[0] is None:
                     return
                 yield buckets
+
+    async def free_memory(self, *, empty_cache: bool) -> None:
+        """The ranks let go of the buckets; with `empty_cache` also of what their allocators keep for the next step."""
+        async with self._lock:
+            await self._ask("free_memory", empty_cache=empty_cache)
 
     async def save(self, path: Path) -> None:
         """Write the policy as a model folder in Hugging Face form. Raises LearnerError."""
@@ -246,8 +263,8 @@ class LearnerClient:
         """All ranks at once; their answers in order, payload included. After a failure there are no ranks to ask any more."""
         if self._failure is not None:
             raise LearnerError(self._failure)
-        learner = self._config.learner
-        timeout_s = learner.stall_timeout_s if op in WORK else learner.io_timeout_s
+        # until the first sign of progress; what takes longer says so
+        timeout_s = self._config.learner.stall_timeout_s
         calls = [asyncio.create_task(worker.call(op, timeout_s=timeout_s, **fields)) for worker in self._workers]
         try:
             done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
@@ -265,7 +282,7 @@ class LearnerClient:
             await asyncio.gather(*calls, return_exceptions=True)
 
     def _blame(self, calls: Sequence[asyncio.Task[Any]]) -> BaseException:
-        """Who died, or else who failed, or else all who are silent."""
+        """Who died, or else who failed, or else who is stuck."""
         ended = [
             (w, error)
             for w, call in zip(self._workers, calls, strict=True)
@@ -273,9 +290,19 @@ class LearnerClient:
         ]
         dead = [error for worker, error in ended if worker.dead]
         answered = [error for _, error in ended if not isinstance(error.__cause__, TimeoutError)]
-        if dead or answered or len(ended) == 1:
-            return [*dead, *answered, *(error for _, error in ended)][0]
-        return LearnerError("\n".join(str(error) for _, error in ended))
+        if dead or answered:
+            return [*dead, *answered][0]
+        # of those who have not answered, who is stopped, or else who came least far: the others wait for it
+        silent = [w for w, call in zip(self._workers, calls, strict=True) if not call.done() or call.exception()]
+        fewest = min(worker.sign.given for worker in silent)
+        stuck = [w for w in silent if w.held] or [w for w in silent if w.sign.given == fewest]
+        others = f"; {len(silent) - len(stuck)} more wait for it" if len(stuck) < len(silent) else ""
+        how = (
+            f"{' and '.join(worker.name for worker in stuck)} made no progress{others} (a machine on which a layer takes "
+            f"longer than {self._config.learner.stall_timeout_s:g} s needs a higher --learner.stall-timeout-s):"
+        )
+        ended.sort(key=lambda one: one[0] not in stuck)
+        return LearnerError("\n".join([how, *(str(error) for _, error in ended)]))
 
 
 def batch_advantages(
@@ -308,6 +335,13 @@ def batch_packs(
     packs = pack_rows(rows, learner.pack_tokens, share_prefixes=True, num_ranks=num_ranks)
     token_limit = rollout.max_turns * config.agent.max_new_tokens
     return packs, loss_denominator(packs, groups, learner.loss_mean, token_limit)
+
+
+def _profile(config: RunConfig, log_dir: Path | None, rank: int) -> dict[str, Any] | None:
+    """Which step a rank writes a profile of, and where, if any."""
+    if not config.trace.torch_step or log_dir is None:
+        return None
+    return {"path": str(log_dir / PROFILE.format(rank)), "step": config.trace.torch_step}
 
 
 @asynccontextmanager
@@ -346,6 +380,7 @@ async def learner(
                     "listen_fd": rendezvous.fileno(),
                     "weights": weights and weights.handle(),
                     "packs_fd": packs.fd,
+                    "profile": _profile(config, log_dir, number),
                 },
                 name=f"learner rank {number}" if world > 1 else "learner",
                 error=LearnerError,

@@ -168,8 +168,16 @@ SHAPES = {
     "Qwen2.5-7B": ModelShape(
         vocab=152064, hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, head_dim=128, tied=False, qkv_bias=True
     ),
+    "Qwen2.5-32B": ModelShape(
+        vocab=152064, hidden=5120, intermediate=27648, layers=64, heads=40, kv_heads=8, head_dim=128, tied=False, qkv_bias=True
+    ),
 }  # fmt: skip
 """Shapes that can be planned for without the model being there."""
+
+
+def known_shape(name: str) -> ModelShape | None:
+    """Of a model by the last part of its name, an -Instruct aside: "Qwen/Qwen2.5-7B-Instruct"."""
+    return SHAPES.get(name.rpartition("/")[2].removesuffix("-Instruct"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,13 +102,11 @@ class CriticModel:
             # as AdamW itself would make it at its first step: a checkpoint from before that is like any other
             moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32), **moments}
+        self._progress = policy.progress
+        if self._copy is not None:
+            self._progress.watch(self._copy, "critic")
         self._held: list[tuple[Pack, Tensor]] = []
         self._sums = dict.fromkeys(_SUMS, 0.0)
-
-    @property
-    def own_roots(self) -> list[nn.Module]:
-        """Models that packs go through, beside the policy's."""
-        return [] if self._copy is None else [self._copy]
 
     @torch.no_grad()
     def values(self, pack: Pack) -> Tensor:
@@ -120,7 +118,7 @@ class CriticModel:
 
     def values_of(self, packs: Sequence[Pack], num_packs: int) -> np.ndarray:
         """[sum of R] float32: `values` of this rank's packs, end to end; `num_packs` is the most that any rank has."""
-        values = [self.values(pack) for pack in _filled(packs, num_packs)]
+        values = [self.values(pack) for pack in self._progress.packs(_filled(packs, num_packs))]
         return np.concatenate([np.empty(0, np.float32), *(v.cpu().numpy() for v in values[: len(packs)])])
 
     def accumulate(self, packs: Sequence[Pack], num_packs: int | None = None) -> None:
@@ -130,7 +128,7 @@ class CriticModel:
             packs: this rank's, with the returns in place of the advantages.
             num_packs: the most that any rank has.
         """
-        for pack in _filled(packs, num_packs or len(packs)):
+        for pack in self._progress.packs(_filled(packs, num_packs or len(packs))):
             if self._config.minibatches > 1:
                 self._held.append((copy.deepcopy(pack), self.values(pack)))
             else:
@@ -147,7 +145,7 @@ class CriticModel:
         parts = [part for part in np.array_split(np.arange(len(self._held)), self._config.minibatches) if len(part)]
         norms = []
         for part in parts or [()]:
-            for pack, old_values in (self._held[i] for i in part):
+            for pack, old_values in self._progress.packs([self._held[i] for i in part]):
                 self._forward_backward(pack, old_values)
             norms.append(self._optimize(denominator / max(1, len(parts))))
         sums = dict(zip(_SUMS, self._summed([self._sums[name] for name in _SUMS]), strict=True))
@@ -186,6 +184,7 @@ class CriticModel:
     @torch.no_grad()
     def _optimize(self, denominator: float) -> float:
         """Scale, clip, step. Returns the gradient norm."""
+        self._progress.optimizer_step(" of the critic")
         for p in self.head.parameters():
             if p.grad is not None and self._place.mesh is not None:
                 # FSDP does so for the backbone, and averages; the head is in no shard

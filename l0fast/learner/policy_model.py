@@ -37,6 +37,7 @@ from l0fast.learner.algorithms import MAX_LOG_RATIO, gspo_coefficients
 from l0fast.learner.attention import PackLayout
 from l0fast.learner.loading import Place, load_model, local_part, whole
 from l0fast.learner.packing import Pack, dummy_pack
+from l0fast.learner.progress import Progress
 from l0fast.learner.tally import Tally
 from l0fast_kernels.policy_head import HeadStats, policy_head, token_logprobs
 
@@ -125,6 +126,10 @@ class PolicyModel:
             # as AdamW itself would make it at its first step: a checkpoint from before that is like any other
             moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+        self.progress = Progress()
+        self.progress.watch(self.root, "policy")
+        if self.reference is not None:
+            self.progress.watch(self.reference, "reference")
         self._held: list[_Held] = []
         self._tally = Tally()
 
@@ -147,7 +152,7 @@ class PolicyModel:
         """
         filled = [*packs, *[dummy_pack()] * ((num_packs or len(packs)) - len(packs))]
         self._tally.count(packs)
-        for pack in filled:
+        for pack in self.progress.packs(filled):
             if self.config.minibatches > 1:
                 with self._tally.clock("old_logprobs_s"):
                     self._held.append(_Held(_copy(pack), self.logprobs(pack)))
@@ -171,7 +176,7 @@ class PolicyModel:
         parts = [part for part in np.array_split(np.arange(len(self._held)), self.config.minibatches) if len(part)]
         norms, skipped = [], []
         for part in parts or [()]:
-            for held in (self._held[i] for i in part):
+            for held in self.progress.packs([self._held[i] for i in part]):
                 self._forward_backward(*held)
             norm, complaint = self._optimize(denominator, max(1, len(parts)))
             norms.append(norm)
@@ -179,6 +184,7 @@ class PolicyModel:
         lr = learning_rate(self.step_index, self.num_steps, self.config)
         self.step_index += 1
         tally = self._tally.reduced(self.place)
+        self.progress.step_taken()
         self._held, self._tally = [], Tally()
         return {
             **tally.metrics(denominator),
@@ -198,6 +204,7 @@ class PolicyModel:
     @torch.no_grad()
     def _optimize(self, denominator: float | None, num_parts: int) -> tuple[float, str | None]:
         """Scale, clip, step. The gradient norm [of the mean], and why the step was not taken."""
+        self.progress.optimizer_step()
         with self._tally.clock("optimizer_s"):
             grads = [local_part(p.grad) for p in self.trained.values() if p.grad is not None]
             squares = torch.stack(torch._foreach_norm(grads)).double().square().sum().item() if grads else 0.0
@@ -316,6 +323,7 @@ class PolicyModel:
         for name, parameter in parameters.items():
             if lora.is_adapter(name):
                 continue
+            self.progress.say(f"weights out, {name}")
             if (adapters := lora.adapters_of(name)) is None:
                 yield name, whole(parameter, dtype)
             else:
@@ -357,6 +365,7 @@ class PolicyModel:
         for name, weight in self.weights():
             if self.place.rank == 0:
                 weights[name] = weight.cpu()
+        self.progress.say("writing a model folder", self.config.io_timeout_s)
         if self.place.rank == 0:
             path.mkdir(parents=True, exist_ok=True)
             with torch.device("meta"):

@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from l0fast.learner.critic import CriticModel
     from l0fast.learner.packing import Pack
     from l0fast.learner.policy_model import PolicyModel
+    from l0fast.learner.profile import StepProfile
 
 
 def main() -> None:
     channel, args = Channel.open()
+    channel.progress("importing torch")
     # idle OpenMP threads sleep: by default they spin, which starves engine and sandboxes on a small box.
     # libgomp reads this once, when torch loads it
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -56,6 +58,7 @@ def main() -> None:
     torch.manual_seed(args["seed"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with process_group(device, rank, world, args["port"], args["listen_fd"], config.io_timeout_s):
+        channel.progress("loading the model")
         policy = PolicyModel(
             Path(args["model_path"]),
             config,
@@ -69,9 +72,7 @@ def main() -> None:
         publishes = args["weights"] is not None
         weights = SharedWeights.attach(args["weights"]) if publishes and rank == 0 else None
         checkpoints = Checkpoints(policy, args["keep_checkpoints"], critic)
-        for root in (policy.root, *(critic.own_roots if critic else ())):
-            # a pass over a pack is a sign of progress
-            root.register_forward_hook(lambda *_: channel.progress())
+        policy.progress.report_to(channel.progress, config.stall_timeout_s, config.slow_timeout_s)
         ours = Rank(policy, critic, checkpoints, weights, SharedBytes(args["packs_fd"]), publishes=publishes)
         ours.publish(0)
         channel.ready(
@@ -80,12 +81,12 @@ def main() -> None:
             threads=torch.get_num_threads(),
         )
         try:
-            serve(channel, ours)
+            serve(channel, ours if args["profile"] is None else ours.profiled(**args["profile"]))
         finally:
             checkpoints.close()
 
 
-def serve(channel: Channel, rank: "Rank") -> None:
+def serve(channel: Channel, rank: "Rank | StepProfile") -> None:
     """Answer requests until the driver closes the channel."""
     while True:
         try:
@@ -175,21 +176,36 @@ class Rank:
                 return {"metrics": metrics}
             case "export":
                 return {"bucket": self.export(header["bucket_bytes"], header["first"])}
+            case "free_memory":
+                self.free_memory(empty_cache=header["empty_cache"])
+                return {}
             case "save":
                 policy.save(Path(header["path"]))
                 return {}
             case "save_checkpoint":
+                self._takes_io_time("saving a checkpoint")
                 self._checkpoints.save(Path(header["path"]), header["driver_state"], header["policy_version"])
                 return {}
             case "wait_checkpoint":
+                self._takes_io_time("writing a checkpoint")
                 self._checkpoints.wait()
                 return {}
             case "load_checkpoint":
+                self._takes_io_time("reading a checkpoint")
                 policy_version = self._checkpoints.load(Path(header["path"]))
                 self.publish(policy_version)
                 return {"policy_version": policy_version}
             case op:
                 raise ValueError(f"the learner does not know {op!r}")
+
+    def profiled(self, path: str, step: int) -> "StepProfile":
+        """The same, with the profile of one step in a file."""
+        from l0fast.learner.profile import StepProfile
+
+        return StepProfile(self.answer, Path(path), step, lambda: self._takes_io_time("writing its profile"))
+
+    def _takes_io_time(self, doing: str) -> None:
+        self._policy.progress.say(doing, self._policy.config.io_timeout_s)
 
     def _ours(self, header: dict[str, Any]) -> tuple[list["Pack"], int]:
         """Our packs, where they lie in shared memory, and the most that any rank has."""
@@ -212,10 +228,20 @@ class Rank:
         self._exported.append(memory)
         return payload
 
+    def free_memory(self, *, empty_cache: bool) -> None:
+        import torch
+
+        self._buckets, self._exported = iter(()), []
+        if empty_cache and torch.cuda.is_available():
+            torch.cuda.ipc_collect()
+            torch.cuda.empty_cache()
+
     def publish(self, policy_version: int) -> None:
-        """The tensors first, then the version that names them."""
+        """The tensors first, then the version that names them; none while they are written."""
         if not self._publishes:
             return
+        if self._weights is not None:
+            self._weights.policy_version = -1
         self._policy.publish(None if self._weights is None else self._weights.tensors())
         if self._weights is not None:
             self._weights.policy_version = policy_version

@@ -1,7 +1,8 @@
 """What a person sees while a run goes on: a table that is redrawn on a terminal, one plain line a step elsewhere.
 
     phase("warm start loaded")              lines with the time since the start, before the first step
-    step({...})                             a row: how good, how fast, where the time went, how long still
+    step({...})                             a row: how good, how fast, how long still; and where the time went
+    advice("tools hold it up: ...")         what would make a step shorter, until there is other advice
     evaluation("before", {...})             held-out accuracy
     close(summary)                          the outcome, and how to read a trajectory
 
@@ -10,6 +11,7 @@ Nothing here has a thread or a timer: it draws when it is told something, about 
 
 import shlex
 import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -30,7 +32,7 @@ _COLUMNS = {
     "episodes/s": "episodes\n/s",
     "tokens/s": "tokens\n/s",
     "time [s]": "time\n[s]",
-    "gen/exec/learn/other %": "gen/exec/\nlearn/other %",
+    "time in %": "time\nin %",
     "lag [ms]": "lag\n[ms]",
     "ETA": "ETA",
 }
@@ -60,6 +62,8 @@ class Live:
         self._start = now()
         self._rows: deque[list[str]] = deque(maxlen=rows)
         self._held_out = ""
+        self._notes: list[str] = []
+        self._advice = ""
         self._steps_s: deque[float] = deque(maxlen=10)
         self._live: RichLive | None = None
 
@@ -80,8 +84,16 @@ class Live:
             self._held_out = f"{metrics['eval/sampled']:.3f}"
         left_s = (self._num_steps - metrics["step"]) * sum(self._steps_s) / len(self._steps_s)
         row = _row(metrics, self._num_steps, self._held_out or "-", left_s)
-        line = "  ".join(f"{name} {value}" for name, value in zip(_COLUMNS, row, strict=True) if value != "-")
+        named = dict(zip(_COLUMNS, row, strict=True))
+        shares = shares_of(metrics)
+        if shares:
+            # a line has room for all of them
+            named["time in %"] = ", ".join(shares)
+        line = "  ".join(f"{name} {value}" for name, value in named.items() if value != "-")
         self._log(line)
+        self._notes = [f"time in %: {', '.join(shares)}"] if shares else []
+        if "loop/blocked_by" in metrics:
+            self._notes.append(f"the loop was held {metrics['loop/blocked_s']:.2f} s by {metrics['loop/blocked_by']}")
         if not self._console.is_terminal:
             self._print(line)
             return
@@ -90,6 +102,18 @@ class Live:
             self._live = RichLive(console=self._console, auto_refresh=False)
             self._live.start()
         self._live.update(self._table(), refresh=True)
+
+    def advice(self, text: str) -> None:
+        """What would make a step shorter; shown below the table, or said where it is new. Empty: nothing would."""
+        if text == self._advice:
+            return
+        self._advice = text
+        if self._live is not None:
+            self._live.update(self._table(), refresh=True)
+            if text:
+                self._log(text)
+        elif text:
+            self._say(text)
 
     def evaluation(self, name: str, metrics: Metrics) -> None:
         """Held-out questions were asked: `name` is "before", "after" or "step 10"."""
@@ -129,7 +153,11 @@ class Live:
         table = Text("\n" + "\n".join(rows[:2]), "bold", no_wrap=True, overflow="crop")
         for row in rows[2:-1]:
             table.append("\n" + row, "not bold dim")
-        return table.append("\n" + rows[-1], "not bold")
+        table.append("\n" + rows[-1], "not bold")
+        for note in (*self._notes, *filter(None, [self._advice])):
+            for line in textwrap.wrap(note, self._console.width):
+                table.append("\n" + line, "not bold dim")
+        return table
 
 
 def _row(metrics: Metrics, num_steps: int, held_out: str, left_s: float) -> list[str]:
@@ -137,11 +165,6 @@ def _row(metrics: Metrics, num_steps: int, held_out: str, left_s: float) -> list
         value = metrics.get(key)
         return "-" if value is None else format(value, form)
 
-    step_s = metrics.get("time/step_s")
-    shares = "-"
-    if step_s:
-        known = [100 * metrics.get(f"time/{part}_s", 0.0) / step_s for part in ("generate", "execute", "learn")]
-        shares = "/".join(f"{share:.0f}" for share in [*known, max(0.0, 100 - sum(known))])
     return [
         f"{metrics['step']}/{num_steps}",
         show("rollout/exact_match", ".3f"),
@@ -150,10 +173,16 @@ def _row(metrics: Metrics, num_steps: int, held_out: str, left_s: float) -> list
         show("rollout/episodes_per_s", ".1f"),
         show("rollout/tokens_per_s", ",.0f"),
         show("time/step_s", ".1f"),
-        shares,
+        next(iter(shares_of(metrics)), "-"),
         show("loop/lag_p99_ms", ".1f"),
         duration(left_s),
     ]
+
+
+def shares_of(metrics: Metrics) -> list[str]:
+    """["decode 41", "learn 30", ...]: what the time of a step went into [%], largest first, if it is a percent."""
+    shares = {key.removeprefix("share/"): 100 * value for key, value in metrics.items() if key.startswith("share/")}
+    return [f"{cause} {share:.0f}" for cause, share in sorted(shares.items(), key=lambda s: -s[1]) if share >= 1]
 
 
 def duration(seconds: float) -> str:

@@ -35,14 +35,20 @@ OUTCOMES = {
     "no_answer": ("no answer", PURPLE),
     "failed": ("failed (sandbox, engine, deadline)", GREY),
 }
-TIME_PARTS = {
-    "generate": ("generate", BLUE),
-    "execute": ("execute", ORANGE),
+SHARES = {
+    "decode": ("decode", BLUE),
+    "prefill": ("prefill", "#4A9BD0"),
+    "recompute": ("prefill again", "#8CC4E8"),
+    "tail": ("stragglers", "#B9DDF2"),
+    "tools": ("tools", YELLOW),
+    "sandbox": ("sandbox", ORANGE),
     "learn": ("learn", GREEN),
     "sync": ("sync weights", PURPLE),
-    "evaluate": ("evaluate", SKY),
+    "evaluate": ("evaluate", "#DDDDDD"),
+    "stall": ("loop stalled", VERMILION),
     "other": ("other", GREY),
 }
+"""Cause in the metrics (step_shares.py): what it is called, and its colour; all the engine's time is blue."""
 
 STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
@@ -101,7 +107,7 @@ def draw(run_dir: Path) -> list[Path]:
     with matplotlib.rc_context(STYLE):
         if curve_points(rows, summary):
             drawn.append(_save(learning_curve(rows, summary), folder / "learning_curve.png"))
-        if any("time/step_s" in row for row in rows):
+        if any(_has_shares(row) for row in rows):
             drawn.append(_save(step_time(rows), folder / "step_time.png"))
         if steps := sorted((run_dir / "trajectories").glob("step_*.jsonl")):
             trajectories = read_trajectories(steps[-1])
@@ -186,14 +192,16 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 def step_time(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if "time/step_s" in row]
+    rows = [row for row in rows if _has_shares(row)]
     steps = [row["step"] for row in rows]
     fig, ax = plt.subplots(figsize=(8.4, 3.2), layout="constrained")
     bottom = [0.0] * len(rows)
     total = sum(row["time/step_s"] for row in rows)
-    for part, (label, colour) in TIME_PARTS.items():
-        heights = [row.get(f"time/{part}_s", 0.0) for row in rows]
-        if not any(heights):
+    for cause, (label, colour) in SHARES.items():
+        heights = [row["time/step_s"] * row[f"share/{cause}"] for row in rows]
+        # thinner than a line
+        if sum(heights) < 0.005 * total:
+            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
             continue
         ax.bar(steps, heights, 1.0, bottom, color=colour, label=f"{label} ({sum(heights) / total:.0%})", lw=0)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
@@ -203,6 +211,10 @@ def step_time(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     handles, names = ax.get_legend_handles_labels()
     ax.legend(handles[::-1], names[::-1], loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
+
+
+def _has_shares(row: Mapping[str, Any]) -> bool:
+    return "time/step_s" in row and f"share/{next(iter(SHARES))}" in row
 
 
 def timeline(trajectories: Sequence[SavedTrajectory], title: str) -> "Figure":

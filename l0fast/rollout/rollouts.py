@@ -5,29 +5,38 @@
 Who waits for whom:
     _produce   for room to admit a task        freed when the learner is done with a group, or a group is dropped
     learner    for a step's worth of groups    fed by _group
-    _group     for its episodes only: `room` bounds what is finished and not taken, so handing over never waits
+    _group     for its episodes only: the room bounds what is finished and not taken, so handing over never waits
 What a failure does:
     a failed trajectory   is kept on its group without a vote, and its place is played again with another seed
     a place that fails
     max_refills + 1 times ends the run with the last cause: the world is broken, not an episode
     anything else         is a bug: every task is cancelled and the run ends with it
 
-One semaphore bounds the pipeline from admission to consumption. The learner gives room back only after the engine has
-its new weights (`Groups.done`), so with max_open_groups == groups_per_step every token is sampled from the current
-policy.
+What may begin, what a step learns from and when the engine gets new weights is decided by the schedule (modes.py), which is
+also the budget: groups open from their admission until the learner has consumed them. A driver goes round like this, in
+every mode, and in two of them groups are played all the while:
 
-A step learns from the next groups in the order of admission, not from those that finished first: that would select short
-episodes. So which groups a step gets depends on nothing but their numbers and outcomes, and one number, `position`, says
-how far the run is: what is admitted from there on plays all that was under way when a run was killed once more.
+    async with rollouts(play, tasks, schedule=Schedule("carry_over", ...), sync=engine.update_weights, ...) as groups:
+        while ...:
+            batch = await groups.take()                 # or stream(): the same groups, as they finish
+            await learner.step(batch, ..., version)
+            await groups.learned(version)               # the engine takes the new weights, if now is the time
+            groups.done()                               # gives the batch's room back
+
+With mode "on_policy" which groups a step gets depends on nothing but their numbers and outcomes, and one number,
+`schedule.position`, says how far the run is; in the others the numbers in `schedule.consumed` are done with besides. What is
+admitted from there on plays all that was under way when a run was killed once more.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+import heapq
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from l0fast.errors import WorldError
+from l0fast.rollout.modes import Schedule
 from l0fast.rollout.sampling import DynamicSampling
 from l0fast.types import Group, Task, Trajectory
 
@@ -35,61 +44,110 @@ T = TypeVar("T")
 
 PlayEpisode = Callable[[Task, int, int, int], Awaitable[Trajectory]]
 """(task, group number, index in the group, attempt) -> trajectory with its rewards."""
+Numbered = tuple[int, Task]
 
 
 @dataclass(slots=True)
 class Groups:
-    """Finished groups, and the place in their order that the learner has come to."""
+    """Finished groups, and the books about them."""
 
-    room: asyncio.Semaphore
+    schedule: Schedule
     sampling: DynamicSampling
-    position: int = 0
-    """Number of the first group that no step has learned from or dropped."""
+    sync: Callable[[int], Awaitable[None]]
     dropped: list[Group] = field(default_factory=list)
-    """Groups dropped in the last step that was taken, or the one that is being taken."""
-    _finished: dict[int, Group] = field(default_factory=dict)
+    """Groups without a signal that no step learns from, dropped since the step before the last one taken had its groups."""
+    too_stale: list[Group] = field(default_factory=list)
+    """Groups sampled by weights older than the schedule allows, which only an engine that keeps to old ones makes."""
+    _dropped: list[Group] = field(default_factory=list)
+    _finished: list[tuple[int, Group]] = field(default_factory=list)
+    """A heap by number."""
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    _room: asyncio.Event = field(default_factory=asyncio.Event)
+    _num_playing: int = 0
+    _tasks_left: bool = True
+    _made: int = 0
+    """The newest weights there are."""
 
-    async def take(self, num_groups: int) -> list[Group]:
+    async def take(self) -> list[Group]:
         """A step's worth of groups, in the order of their admission. Their room stays taken until `done`."""
-        async with aclosing(self.stream(num_groups)) as batches:
+        async with aclosing(self.stream()) as batches:
             groups = [group async for batch in batches for group in batch]
         return sorted(groups, key=lambda group: group.number)
 
-    async def stream(self, num_groups: int) -> AsyncGenerator[list[Group]]:
-        """The groups that `take` would return, as they finish: at once all that have since the last time."""
-        first, following = self.position, self.position + num_groups
-        self.dropped = []
-        awaited = set(range(first, following))
-        while awaited:
-            self._arrived.clear()
-            kept: list[Group] = []
-            for number in sorted(awaited & self._finished.keys()):
-                group = self._finished.pop(number)
-                awaited.remove(number)
-                if self.sampling.keep(group, first):
-                    kept.append(group)
-                else:
-                    self.dropped.append(group)
-                    self.room.release()
-                    awaited.add(following)
-                    following += 1
-            if kept:
-                yield kept
-            elif awaited.isdisjoint(self._finished):
-                await self._arrived.wait()
-        self.dropped.sort(key=lambda group: group.number)
-        self.position = following
+    async def stream(self) -> AsyncGenerator[list[Group]]:
+        """The groups that `take` would return, as they finish: at once all that the step may have.
 
-    def finished(self, group: Group) -> None:
-        """Hand over a group."""
-        self._finished[group.number] = group
+        Where the tasks come to an end, the last step has fewer groups, or none.
+
+        Raises:
+            WorldError: the engine goes on with weights older than it was given.
+        """
+        schedule, too_stale = self.schedule, []
+        while not schedule.full:
+            self._arrived.clear()
+            taken = []
+            # dues rise with the numbers: where the first one has to wait, so have all
+            while self._finished and schedule.may_take(self._finished[0][0]):
+                number, group = heapq.heappop(self._finished)
+                if schedule.step - group.oldest_version <= schedule.mode.staleness:
+                    schedule.take(number)
+                    taken.append(group)
+                else:
+                    schedule.drop(number)
+                    too_stale.append(group)
+                    self._room.set()
+                    self._give_up_on(too_stale)
+            if taken:
+                yield taken
+            elif not schedule.full:
+                if not self._tasks_left and not self._num_playing and not self._finished:
+                    break
+                await self._arrived.wait()
+        schedule.close()
+        self.dropped, self._dropped = sorted(self._dropped, key=lambda group: group.number), []
+        self.too_stale = too_stale
+        if schedule.mode.sync == "taken":
+            await self._sync()
+        self._room.set()
+
+    async def learned(self, version: int) -> None:
+        """The learner has made these weights of what was taken. Returns when the engine has them, if it is to have them now."""
+        self._made = version
+        if self.schedule.mode.sync == "learned":
+            await self._sync()
+
+    def done(self) -> None:
+        """Nothing else is to come before what is admitted next: give back the room of what was learned from."""
+        self.schedule.learned()
+        self._room.set()
+
+    async def _sync(self) -> None:
+        if self._made > self.schedule.version:
+            await self.sync(self._made)
+            self.schedule.synced(self._made)
+
+    def _finish(self, group: Group) -> None:
+        if self.sampling.keep(group, self.schedule.position):
+            heapq.heappush(self._finished, (group.number, group))
+        else:
+            self.schedule.drop(group.number)
+            self._dropped.append(group)
+            self._room.set()
         self._arrived.set()
 
-    def done(self, num_groups: int) -> None:
-        """The learner has consumed these, and the engine has the weights it made of them: admit as many."""
-        for _ in range(num_groups):
-            self.room.release()
+    def _give_up_on(self, too_stale: Sequence[Group]) -> None:
+        if len(too_stale) > self.schedule.groups_per_step:
+            oldest, schedule = min(group.oldest_version for group in too_stale), self.schedule
+            raise WorldError(
+                f"more than a step's worth of groups ({len(too_stale)}) hold tokens of policy version {oldest}, too old for "
+                f"step {schedule.step + 1} by a staleness bound of {schedule.mode.staleness}, though the engine took "
+                f"version {schedule.version}: it, or a replica of it, goes on with old weights; look into its log"
+            )
+
+
+def in_order(admitted: Sequence[Numbered]) -> Sequence[Numbered]:
+    """Begin groups as they are admitted."""
+    return admitted
 
 
 @asynccontextmanager
@@ -97,26 +155,27 @@ async def rollouts(
     play: PlayEpisode,
     tasks: Iterable[Task],
     *,
+    schedule: Schedule,
+    sync: Callable[[int], Awaitable[None]],
     group_size: int,
-    max_open_groups: int,
     max_refills: int,
     sampling: DynamicSampling,
-    position: int = 0,
+    begin: Callable[[Sequence[Numbered]], Sequence[Numbered]] = in_order,
 ) -> AsyncIterator[Groups]:
     """Produce groups for as long as the `async with` body runs.
 
     Args:
         play: plays one episode; a failed one is returned, not raised.
-        tasks: endless; taken lazily, one a group.
+        tasks: taken lazily, one a group; the first is that of number `schedule.position`.
+        sync: has the engine take the weights of a version; returns when they are in use.
         group_size: episodes a group [episodes].
-        max_open_groups: groups admitted and not yet learned from [groups].
         max_refills: times a place is played again after a failure.
-        position: `Groups.position` of the run that this one goes on with: the number of the first of `tasks`.
+        begin: the order in which groups admitted at once begin. Which are admitted is not its business.
 
     Raises:
         ExceptionGroup: a bug, or a WorldError that did not go away. By then every episode was cancelled and awaited.
     """
-    groups = Groups(room=asyncio.Semaphore(max_open_groups), sampling=sampling, position=position)
+    groups = Groups(schedule=schedule, sampling=sampling, sync=sync, _made=schedule.version)
 
     async def _place(task: Task, number: int, index: int, failures: list[Trajectory]) -> Trajectory:
         for attempt in range(max_refills + 1):
@@ -129,22 +188,48 @@ async def rollouts(
             f"{failures[-1].cause}"
         )
 
-    async def _group(task: Task, number: int) -> None:
+    async def _group(task: Task, number: int, version: int) -> None:
         failures: list[Trajectory] = []
         async with asyncio.TaskGroup() as tg:
             places = [
                 tg.create_task(_place(task, number, i, failures), name=f"episode {task.id}/{i}")
                 for i in range(group_size)
             ]
-        groups.finished(
-            Group(task=task, trajectories=tuple(p.result() for p in places), failures=tuple(failures), number=number)
+        groups._num_playing -= 1
+        groups._finish(
+            Group(
+                task=task,
+                trajectories=tuple(place.result() for place in places),
+                failures=tuple(failures),
+                number=number,
+                policy_version=version,
+            )
         )
 
     async def _produce() -> None:
+        consumed = schedule.consumed
+        numbered = (pair for pair in enumerate(tasks, schedule.position) if pair[0] not in consumed)
         async with asyncio.TaskGroup() as tg:
-            for number, task in enumerate(tasks, position):
-                await groups.room.acquire()
-                tg.create_task(_group(task, number), name=f"group {task.id}")
+            while groups._tasks_left:
+                groups._room.clear()
+                versions: dict[int, int] = {}
+                admitted: list[Numbered] = []
+                while schedule.may_admit():
+                    number, task = next(numbered, (None, None))
+                    if number is None or task is None:
+                        groups._tasks_left = False
+                        groups._arrived.set()
+                        break
+                    versions[number] = schedule.admit(number)
+                    admitted.append((number, task))
+                    groups._num_playing += 1
+                    # a step's worth of episodes may begin at once: let the loop turn in between
+                    await asyncio.sleep(0)
+                for number, task in begin(admitted):
+                    tg.create_task(_group(task, number, versions[number]), name=f"group {task.id}")
+                    await asyncio.sleep(0)
+                if groups._tasks_left:
+                    await groups._room.wait()
 
     async with asyncio.TaskGroup() as tg:
         producer = tg.create_task(_produce(), name="produce groups")

@@ -7,11 +7,16 @@
 a time, so one future is all that ever waits, and every way to lose a session resolves it with SandboxError.
 A session is not trusted: what it sends is bounded (128 KiB a frame, one frame per answer), typed, and only ever its
 own words.
+
+A cell takes tens of microseconds on either side of the socket, so this path is kept short: no timer a cell, but one that
+is left to go off and then looks when the cell that runs now is due.
 """
 
 import asyncio
 import enum
+import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,6 +44,9 @@ class FrameParser:
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         """The frames that `data` completes. Raises ProtocolError; the parser is of no use after that."""
         buffer = self._buffer
+        if not buffer and len(data) >= 4 and len(data) - 4 == (size := _length.unpack_from(data)[0]) <= self._max_frame:
+            # nearly always: just one, and all of it
+            return [_decode(data[4:])]
         buffer += data
         frames = []
         start = 0
@@ -138,19 +146,18 @@ class SessionState:
 
     def received(self, frame: dict[str, Any]) -> Event:
         """The frame's meaning. Raises ProtocolError where it may not come now, or isn't well formed."""
-        match self.state, frame:
-            case State.STARTING, {"op": "ready"}:
-                self.state = State.IDLE
-                return Ready()
-            case State.RUNNING, {"op": "call", "id": id_, "name": str(name), "args": list(args), "kw": dict(kw)} if (
-                _is_count(id_)
-            ):
-                self._call_id += 1
-                if id_ != self._call_id:
-                    raise ProtocolError(f"the session made call {id_} where call {self._call_id} was next")
-                self.state = State.CALLING
-                return Call(id_, name, args, kw)
-            case State.RUNNING, {"op": "done", "n": n, "err": err, "dropped": dropped} if (
+        if self.state is State.RUNNING:
+            event = self._while_running(frame)
+        else:
+            event = self._otherwise(frame)
+        if event is None:
+            op = frame.get("op")
+            raise ProtocolError(f"the session sent {str(op)[:40]!r} while {self.state.value}, or sent it malformed")
+        return event
+
+    def _while_running(self, frame: dict[str, Any]) -> Event | None:
+        match frame:
+            case {"op": "done", "n": n, "err": err, "dropped": dropped} if (
                 _is_count(n) and n == self.cell and _is_count(dropped)
             ):
                 match err:
@@ -160,11 +167,23 @@ class SessionState:
                     case {"name": str(name), "value": str(value), "traceback": str(traceback)}:
                         self.state = State.IDLE
                         return Done((name, value, traceback), dropped)
+            case {"op": "call", "id": id_, "name": str(name), "args": list(args), "kw": dict(kw)} if _is_count(id_):
+                self._call_id += 1
+                if id_ != self._call_id:
+                    raise ProtocolError(f"the session made call {id_} where call {self._call_id} was next")
+                self.state = State.CALLING
+                return Call(id_, name, args, kw)
+        return None
+
+    def _otherwise(self, frame: dict[str, Any]) -> Event | None:
+        match self.state, frame:
+            case State.STARTING, {"op": "ready"}:
+                self.state = State.IDLE
+                return Ready()
             case State.COLLECTING, {"op": "files", "files": list(files)} if all(map(_is_file, files)):
                 self.state = State.IDLE
                 return Files([(name, size) for name, size in files])
-        op = frame.get("op")
-        raise ProtocolError(f"the session sent {str(op)[:40]!r} while {self.state.value}, or sent it malformed")
+        return None
 
 
 def _is_file(value: object) -> bool:
@@ -181,9 +200,13 @@ def _is_count(value: object) -> bool:
 
 
 class Channel(asyncio.Protocol):
-    """One session's frames. `ask` sends and waits for the one event that may follow."""
+    """One session's frames. What is sent is answered by the one event that may follow, or the session is lost."""
 
     def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._due = self._goes_off = math.inf
+        self._late: Callable[[], str] = str
+        self._timer: asyncio.TimerHandle | None = None
         self._parser = FrameParser()
         self._machine = SessionState()
         self._transport: asyncio.Transport | None = None
@@ -198,14 +221,40 @@ class Channel(asyncio.Protocol):
         return self._ask({"op": "open", "seed": seed, "tools": tools})
 
     def execute(self, code: str, timeout_s: float) -> "asyncio.Future[Event]":
-        self.check()
+        if self._lost is not None:
+            raise self._lost
         n = self._machine.start_cell()
-        return self._ask({"op": "exec", "n": n, "code": code, "timeout": timeout_s})
+        return self._send(encode({"op": "exec", "n": n, "code": code, "timeout": timeout_s}))
 
     def collect(self, max_files: int, max_bytes: int) -> "asyncio.Future[Event]":
         self.check()
         self._machine.start_collecting()
         return self._ask({"op": "collect", "max_files": max_files, "max_bytes": max_bytes})
+
+    def lose_at(self, due: float, late: Callable[[], str]) -> None:
+        """Lose the session for a cell, or for files, that it is still at when the loop's clock says `due`.
+
+        Until the next `lose_at`. While the host runs a tool for it nothing is lost.
+        """
+        self._due, self._late = due, late
+        if self._timer is None or due < self._goes_off:
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._goes_off = self._due
+        self._timer = self._loop.call_at(self._due, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self.state in (State.IDLE, State.LOST):
+            return
+        if self._loop.time() < self._due:
+            # it was set for a cell that has ended
+            self._set_timer()
+        elif self.state is not State.CALLING:
+            self.lose(SandboxError(f"the session was ended: {self._late()}"))
 
     def answer(self, id: int, *, value: Any = None, error: tuple[str, str] | None = None) -> "asyncio.Future[Event]":
         self.check()
@@ -228,16 +277,19 @@ class Channel(asyncio.Protocol):
                 self._next.exception()
             if self._transport is not None:
                 self._transport.abort()
+            if self._timer is not None:
+                self._timer.cancel()
 
     def _ask(self, message: dict[str, Any]) -> "asyncio.Future[Event]":
         return self._send(encode(message))
 
     def _send(self, data: bytes) -> "asyncio.Future[Event]":
-        self.check()
+        if self._lost is not None:
+            raise self._lost
         assert self._transport is not None
-        self._next = asyncio.get_running_loop().create_future()
+        self._next = future = self._loop.create_future()
         self._transport.write(data)
-        return self._next
+        return future
 
     def check(self) -> None:
         """Raise what the session was lost to, if it was."""

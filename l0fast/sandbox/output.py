@@ -33,13 +33,14 @@ class OutputFile:
         """
         if self.fd < 0:
             raise SandboxError("the session has been closed")
-        size = os.fstat(self.fd).st_size
-        if size == 0:
+        # most often this is all, and asking for its size is spared
+        data = os.pread(self.fd, limit_bytes + 1, 0)
+        if not data:
             return ""
-        half = limit_bytes // 2
-        if size <= limit_bytes and not dropped_bytes:
-            text = os.pread(self.fd, size, 0).decode("utf-8", "replace")
+        if len(data) <= limit_bytes and not dropped_bytes:
+            text = data.decode("utf-8", "replace")
         else:
+            half, size = limit_bytes // 2, os.fstat(self.fd).st_size
             head = os.pread(self.fd, min(half, size), 0)
             tail = os.pread(self.fd, min(half, size - len(head)), max(len(head), size - half))
             missing = size - len(head) - len(tail) + dropped_bytes

@@ -12,6 +12,7 @@ import ast
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from types import MappingProxyType
 
 from l0fast.errors import SandboxError
@@ -62,6 +63,10 @@ class SandboxPool:
     @property
     def shards(self) -> list[Shard]:
         return list(self._shards.values())
+
+    def load(self) -> dict[str, int]:
+        """Sessions that have not ended, by shard: {"shard 0": 31}."""
+        return {f"shard {slot}": shard.load for slot, shard in self._shards.items()}
 
     async def start(self) -> None:
         """Start all shards. Raises SandboxError where one can't be, with nothing left behind."""
@@ -179,14 +184,20 @@ class SandboxPool:
 
 
 def _check(spec: ToolSpec) -> None:
-    owner, _, name = spec.name.rpartition(".")
+    _check_signature(spec.name, spec.signature)
+
+
+@lru_cache(1024)
+def _check_signature(full_name: str, signature: str) -> None:
+    # every episode of a run has the same few tools
+    owner, _, name = full_name.rpartition(".")
     if not (name.isidentifier() and (not owner or owner.isidentifier())):
-        raise ValueError(f"tool name {spec.name!r} is no Python name: use a name, or owner.name")
+        raise ValueError(f"tool name {full_name!r} is no Python name: use a name, or owner.name")
     try:
-        (function,) = ast.parse(f"def {name}{spec.signature}: pass").body
+        (function,) = ast.parse(f"def {name}{signature}: pass").body
         if not isinstance(function, ast.FunctionDef) or len(function.body) > 1:
             raise SyntaxError("more than a signature")
     except (SyntaxError, ValueError) as e:
         raise ValueError(
-            f"tool {spec.name!r} has the signature {spec.signature!r}, which is no Python: write (name: type) -> type"
+            f"tool {full_name!r} has the signature {signature!r}, which is no Python: write (name: type) -> type"
         ) from e

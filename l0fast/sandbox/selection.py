@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 
 from l0fast.config import SandboxConfig
 from l0fast.errors import SandboxError, UsageError
-from l0fast.sandbox.base import Sandbox
 from l0fast.sandbox.guest.seccomp import TABLES
 from l0fast.sandbox.local import LocalBackend
 from l0fast.sandbox.pool import SandboxPool
@@ -22,7 +21,7 @@ CORES_PER_SHARD = 2
 @asynccontextmanager
 async def open_sandbox(
     config: SandboxConfig, *, max_sessions: int, log: Callable[[str], None]
-) -> AsyncIterator[Sandbox]:
+) -> AsyncIterator[SandboxPool]:
     """A pool with places for `max_sessions`; leaving the block ends it all.
 
     "auto" takes docker, else bwrap, else process where seccomp and Landlock are both active. One line through `log` says

@@ -33,6 +33,7 @@ class PoolSession:
     ):
         self.lease = lease
         self._channel = lease.channel
+        self._loop = asyncio.get_running_loop()
         self._tools = {spec.name: spec for spec in tools.values()}
         self._end = end
         self._output_bytes = output_bytes
@@ -49,24 +50,26 @@ class PoolSession:
             timeout_s = self._timeout_s
         if not timeout_s > 0:
             raise ValueError(f"timeout_s = {timeout_s} leaves a cell no time: give a positive number of seconds")
-        if self._channel.state in (State.RUNNING, State.CALLING):
+        channel = self._channel
+        if channel.state in (State.RUNNING, State.CALLING):
             raise RuntimeError("a session runs one cell at a time: await the last execute() before the next")
-        loop = asyncio.get_running_loop()
         began = time.perf_counter()
-        soft = loop.time() + timeout_s
-        limit = asyncio.timeout_at(soft + self._grace_s)
+        soft = self._loop.time() + timeout_s
+        hard = soft + self._grace_s
+        limit = None
         try:
-            async with limit:
-                event = await self._channel.execute(code, timeout_s)
-                calls = 0
-                while isinstance(event, Call):
-                    calls += 1
-                    event = await self._answer(event, calls, soft)
-                # an answer with something forbidden right behind it is no answer
-                self._channel.check()
+            answer = channel.execute(code, timeout_s)
+            channel.lose_at(hard, lambda: self._late(timeout_s))
+            event = await answer
+            if isinstance(event, Call):
+                # what a tool does with its time is not the channel's to end
+                async with asyncio.timeout_at(hard) as limit:
+                    event = await self._answer_all(event, soft)
+            # an answer with something forbidden right behind it is no answer
+            channel.check()
         except BaseException as e:
-            late = f"its cell did not stop within {self._grace_s:g} s of its {timeout_s:g} s"
-            self._give_up(e, limit.expired(), late, left="in the middle of a cell")
+            expired = limit is not None and limit.expired()
+            self._give_up(e, expired, self._late(timeout_s), left="in the middle of a cell")
             raise
         assert isinstance(event, Done)
         error = CellError(name=event.error[0], value=event.error[1], traceback=event.error[2]) if event.error else None
@@ -75,17 +78,17 @@ class PoolSession:
 
     async def collect(self, *, max_files: int = 64, max_bytes: int = 4 << 20) -> dict[str, bytes]:
         """What the agent has left in its folder. See `Session.collect`."""
-        limit = asyncio.timeout(self._grace_s)
+        late = f"it did not tell its files within {self._grace_s:g} s"
         try:
-            async with limit:
-                event = await self._channel.collect(max_files, max_bytes)
-                self._channel.check()
-                assert isinstance(event, Files)
-                if len(event.files) > max_files or sum(size for _, size in event.files) > max_bytes:
-                    raise ProtocolError("the session told more files than it was asked for")
+            answer = self._channel.collect(max_files, max_bytes)
+            self._channel.lose_at(self._loop.time() + self._grace_s, lambda: late)
+            event = await answer
+            self._channel.check()
+            assert isinstance(event, Files)
+            if len(event.files) > max_files or sum(size for _, size in event.files) > max_bytes:
+                raise ProtocolError("the session told more files than it was asked for")
         except BaseException as e:
-            late = f"it did not tell its files within {self._grace_s:g} s"
-            self._give_up(e, limit.expired(), late, left="while it told its files")
+            self._give_up(e, False, late, left="while it told its files")
             raise
         data = self.lease.output.take_bytes(max_bytes)
         files, start = {}, 0
@@ -93,6 +96,9 @@ class PoolSession:
             files[name] = data[start : start + size]
             start += size
         return files
+
+    def _late(self, timeout_s: float) -> str:
+        return f"its cell did not stop within {self._grace_s:g} s of its {timeout_s:g} s"
 
     def _give_up(self, e: BaseException, expired: bool, late: str, *, left: str) -> None:
         """End the session for what came in between. Raises SandboxError where that was its own deadline."""
@@ -107,6 +113,13 @@ class PoolSession:
         self._end()
         if timed_out:
             raise error from e
+
+    async def _answer_all(self, event: Event, soft: float) -> Event:
+        calls = 0
+        while isinstance(event, Call):
+            calls += 1
+            event = await self._answer(event, calls, soft)
+        return event
 
     async def _answer(self, call: Call, calls: int, soft: float) -> Event:
         spec = self._tools.get(call.name)

@@ -17,7 +17,7 @@ import inspect
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from l0fast.child_pool import ChildPool
@@ -26,7 +26,7 @@ from l0fast.errors import UsageError, WorldError
 from l0fast.sandbox.base import Sandbox
 from l0fast.tasks.expressions import any_equal, start_child
 from l0fast.tasks.rewards import exact_match, f1, has_answer, matches, numeric, turn_rewards
-from l0fast.types import Task, Trajectory
+from l0fast.types import Task, Trajectory, TrajectoryStatus
 
 Judge = Callable[[Task, str], Awaitable[float]]
 """Whether a model calls this answer to this task correct, 0 or 1. Raises WorldError where no judgement was to be had."""
@@ -57,6 +57,16 @@ class Scorer:
     judge: Judge | None
     custom: tuple[tuple[float, CustomReward], ...] = ()
     _math: ChildPool = field(repr=False)
+
+    async def scored(self, trajectory: Trajectory) -> Trajectory:
+        """With its rewards; where nobody could say what it is worth, a failed one."""
+        if trajectory.status.failed:
+            return trajectory
+        try:
+            score = await self.score(trajectory)
+        except WorldError as e:
+            return replace(trajectory, status=TrajectoryStatus.FAILED_JUDGE, cause=str(e))
+        return replace(trajectory, rewards=score.rewards, exact_match=score.correct)
 
     async def score(self, trajectory: Trajectory) -> Score:
         """Raises WorldError where nobody could say; UsageError for a reward of the user's own that gives no numbers."""

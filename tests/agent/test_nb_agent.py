@@ -1,39 +1,56 @@
 """NBAgent in a real sandbox, with an engine that says what the test tells it to."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 
 import pytest
 
 from l0fast.agent.chat import Chat
 from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.config import AgentConfig, SandboxConfig
-from l0fast.engine.base import EngineLoad, Sampled, Sampling
+from l0fast.engine.base import EngineLoad, Sampled, Sampling, VersionSpan
 from l0fast.errors import EngineError, SandboxError, ToolError
 from l0fast.learner.segments import segments_of
+from l0fast.observer import NullObserver, Observer
 from l0fast.sandbox import open_sandbox
 from l0fast.sandbox.base import ToolSpec
 from l0fast.types import Task, Trajectory, TrajectoryStatus
 
+STALL = "..."
+NOBODY = NullObserver()
 TASK = Task(id="t", question="What is the capital of Norway?", answers=("Oslo",))
 
 
 class Scripted:
-    """An Engine that reads its responses from a list; the last one is repeated."""
+    """An Engine that reads its responses from a list; the last one is repeated. At STALL it answers no more."""
 
-    def __init__(self, chat: Chat, responses: Sequence[str | Exception]):
-        self.chat, self.responses, self.prompts = chat, list(responses), []
+    def __init__(self, chat: Chat, responses: Sequence[str | Exception], spans: tuple[VersionSpan, ...] = ()):
+        self.chat, self.responses, self.spans, self.prompts = chat, list(responses), spans, []
+        self.forgotten: list[str] = []
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str) -> Sampled:
         self.prompts.append(self.chat.decode(prompt_ids))
         response = self.responses.pop(0) if len(self.responses) > 1 else self.responses[0]
         if isinstance(response, Exception):
             raise response
+        if response == STALL:
+            await asyncio.Event().wait()
         ids = tuple(self.chat.response(response))[: sampling.max_new_tokens]
-        return Sampled(response_ids=ids, sampler_logprobs=(-0.5,) * len(ids), finish_reason="stop", policy_version=3)
+        return Sampled(
+            response_ids=ids,
+            sampler_logprobs=(-0.5,) * len(ids),
+            finish_reason="stop",
+            policy_version=3,
+            version_spans=self.spans,
+        )
 
     async def update_weights(self, policy_version: int) -> None:
         raise NotImplementedError
+
+    def forget(self, conversation: str) -> None:
+        self.forgotten.append(conversation)
 
     async def load(self) -> EngineLoad:
         raise NotImplementedError
@@ -56,11 +73,15 @@ def play(
     chat: Chat,
     *responses: str | Exception,
     timeout_s=30.0,
+    turn_timeout_s=None,
     max_turns=4,
+    tools=(SEARCH,),
+    spans=(),
+    observer: Observer = NOBODY,
     wrap: Callable = lambda sandbox: sandbox,
     **config,
 ):
-    engine = Scripted(chat, responses)
+    engine = Scripted(chat, responses, spans)
 
     async def main() -> Trajectory:
         async with open_sandbox(SandboxConfig(kind="auto"), max_sessions=2, log=lambda line: None) as sandbox:
@@ -68,9 +89,10 @@ def play(
                 chat=chat,
                 engine=engine,
                 sandbox=wrap(sandbox),
-                tools=(SEARCH,),
+                tools=tools,
                 config=AgentConfig(**{"context_tokens": 2000, "max_new_tokens": 200} | config),
-                limits=EpisodeLimits(max_turns=max_turns, timeout_s=timeout_s),
+                limits=EpisodeLimits(max_turns=max_turns, timeout_s=timeout_s, turn_timeout_s=turn_timeout_s),
+                observer=observer,
             )
             return await agent.run_episode(TASK, index=0, temperature=1.0, seed=5)
 
@@ -176,7 +198,7 @@ def test_a_lost_session_is_recorded_not_raised(chat: Chat):
 def test_the_deadline_ends_an_episode_that_waits(chat: Chat):
     trajectory, _ = play(chat, say("while True: pass"), timeout_s=0.4, cell_timeout_s=20)
     assert trajectory.status is TrajectoryStatus.FAILED_DEADLINE
-    assert "0.4 s" in (trajectory.cause or "")
+    assert trajectory.cause == "not over within 0.4 s, running its cell in turn 1"
 
 
 def test_a_bug_is_not_data(chat: Chat):
@@ -194,3 +216,87 @@ def test_a_session_that_can_not_start_is_recorded(chat: Chat):
     trajectory, _ = play(chat, say("1"), wrap=lambda sandbox: Broken())
     assert trajectory.status is TrajectoryStatus.FAILED_SANDBOX
     assert trajectory.cause == "no room"
+
+
+# --- deadlines, each with its own words -------------------------------------------------------------------------------
+
+
+async def never(query: str) -> list[str]:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+class NoRoom:
+    """A sandbox whose sessions never come."""
+
+    kind = "full"
+
+    @asynccontextmanager
+    async def session(self, tools, *, seed, files) -> AsyncIterator[None]:
+        await asyncio.Event().wait()
+        yield
+
+
+@pytest.mark.parametrize(("stalled", "doing"), [
+    ({"responses": (say("1"), STALL)}, "turn 2 not over within 0.2 s, waiting for its response"),
+    ({"responses": (say("1"),), "wrap": lambda sandbox: NoRoom()}, "turn 1 not over within 0.2 s, waiting for a session"),
+    (
+        {"responses": (say("search('x')"),), "tools": (replace(SEARCH, call=never),)},
+        "turn 1 not over within 0.2 s, waiting for search()",
+    ),
+    ({"responses": (say("while True: pass"),)}, "turn 1 not over within 0.2 s, running its cell"),
+])  # fmt: skip
+def test_the_deadline_of_a_turn_says_what_was_waited_for(chat: Chat, stalled: dict, doing: str):
+    responses = stalled.pop("responses")
+    trajectory, engine = play(chat, *responses, turn_timeout_s=0.2, **stalled)
+    assert trajectory.status is TrajectoryStatus.FAILED_DEADLINE
+    assert trajectory.cause == doing
+    assert len(trajectory.turns) == len(responses) - 1
+    assert engine.forgotten == ["t/0/5"]
+
+
+def test_each_turn_has_its_own_time(chat: Chat):
+    slow = "import time\ntime.sleep(0.12)"
+    trajectory, _ = play(chat, say(slow), turn_timeout_s=0.4, max_turns=4)
+    assert trajectory.status is TrajectoryStatus.TRUNCATED_TURNS
+    assert sum(turn.execute_s for turn in trajectory.turns) > 0.4
+
+
+def test_who_sampled_what_stands_on_the_turn(chat: Chat):
+    spans = (VersionSpan(3, 0, 4), VersionSpan(4, 4, 9))
+    trajectory, _ = play(chat, say("submit_final_answer(1)"), spans=spans)
+    assert trajectory.turns[0].version_spans == ((3, 0, 4), (4, 4, 9))
+    assert trajectory.turns[0].oldest_version == 3
+
+
+@pytest.mark.parametrize("last", [say("submit_final_answer(1)"), EngineError("it died"), KeyError("a bug")])
+def test_however_an_episode_ends_the_engine_forgets_it_and_its_observer_is_told(chat: Chat, last: str | Exception):
+    told = []
+
+    class Episode:
+        @contextmanager
+        def span(self, name: str) -> Iterator[None]:
+            told.append(name)
+            yield
+            told.append(f"/{name}")
+
+        def end(self, **facts) -> None:
+            told.append(facts)
+
+    class Told(NullObserver):
+        def episode(self, name: str) -> Episode:
+            told.append(name)
+            return Episode()
+
+    try:
+        _, engine = play(chat, say("search('x')"), last, observer=Told())
+        assert engine.forgotten == ["t/0/5"]
+    except KeyError:
+        pass
+    turn = ["generate", "/generate", "lease", "/lease", "execute", "tool", "/tool", "/execute"]
+    assert told[: 1 + len(turn)] == ["t/0/5", *turn]
+    if isinstance(last, str):
+        assert told[9:] == ["generate", "/generate", "execute", "/execute", {"status": "completed", "turns": 2}]
+    else:
+        status = "failed_engine" if isinstance(last, EngineError) else "cancelled"
+        assert told[9:] == ["generate", {"status": status, "turns": 1}]

@@ -1,39 +1,40 @@
-"""The real SGLang, on the CPU where there is no GPU: it says what transformers says, over updates, deaths and restarts.
+"""The real SGLang, on the CPU where there is no GPU: it says what transformers says, over updates, sleep and aborts.
 
 Needs sglang; without its GPU packages the stand-ins in sglang_cpu/ are enough. L0FAST_TEST_SGLANG=1 makes a missing one a
 failure instead of a skip.
 """
 
 import asyncio
-import importlib.util
 import os
-import random
 import signal
-import subprocess
-import sys
 import tempfile
-import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
-from l0fast.config import EngineConfig
 from l0fast.engine.base import Sampled, Sampling
 from l0fast.engine.buckets import serialize_bucket
 from l0fast.engine.sglang import SGLangEngine, sglang_engine
 from l0fast.errors import EngineError, UsageError
+from tests.engine.real_sglang import (
+    CONFIG,
+    MARKS,
+    MAX_TOKENS,
+    PROMPT,
+    children,
+    error,
+    prompts,
+    sampling,
+    skip_without_sglang,
+    stand_ins,
+    until_running,
+)
 from tests.engine.tiny import VOCAB, full_logprobs, tiny_model
 
-if importlib.util.find_spec("sglang") is None and not os.environ.get("L0FAST_TEST_SGLANG"):
-    pytest.skip("sglang is not installed", allow_module_level=True)
-
-# its imports warn
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
-CONFIG = EngineConfig(slots=64, threads=1, start_timeout_s=300)
-MAX_TOKENS = 400
-PROMPT = [1, 2, 3, 4]
+skip_without_sglang()
+pytestmark = MARKS
 
 
 class Running:
@@ -58,64 +59,31 @@ class Running:
 
     async def update(self, model: torch.nn.Module) -> int:
         self.policy_version += 1
-        await self.engine.update_weights(self.policy_version, buckets(model))
+        named = [(name, p.data) for name, p in model.named_parameters()]
+        buckets = [serialize_bucket(part) for part in (named[:5], named[5:])]
+        await self.engine.update_weights(self.policy_version, [[payload] for payload, _ in buckets])
         return self.policy_version
-
-
-async def buckets(model: torch.nn.Module):
-    named = [(name, p.data) for name, p in model.named_parameters()]
-    memory = []
-    for part in (named[:5], named[5:]):
-        payload, flat = serialize_bucket(part)
-        memory.append(flat)
-        yield payload
 
 
 @pytest.fixture(scope="module")
 def running(folder):
-    stand_ins = str(Path(__file__).parent / "sglang_cpu")
-    if not torch.cuda.is_available():
-        sys.path.insert(0, stand_ins)
-    with asyncio.Runner() as runner:
+    with stand_ins(), asyncio.Runner() as runner:
         running = Running(runner, folder)
         running.start()
         try:
             yield running
         finally:
             running.close()
-            if stand_ins in sys.path:
-                sys.path.remove(stand_ins)
 
 
 @pytest.fixture
 def engine(running, model) -> SGLangEngine:
-    """With the weights of the folder, whatever a test before did."""
+    """With the weights of the folder, and alive, whatever a test before did."""
+    if running.engine.failure is not None:
+        running.close()
+        running.start()
     running.run(running.update(model))
     return running.engine
-
-
-def sampling(max_new_tokens=12, *, stop=(), temperature=1.0) -> Sampling:
-    return Sampling(max_new_tokens=max_new_tokens, stop_token_ids=stop, temperature=temperature)
-
-
-def error(model, prompt: list[int], sampled: Sampled, start: int = 0, end: int | None = None, temperature=1.0) -> float:
-    """Largest difference to the log-probs of transformers."""
-    ids = torch.tensor(sampled.response_ids)
-    rows = full_logprobs(model, [*prompt, *sampled.response_ids], temperature)[len(prompt) - 1 : -1]
-    theirs = rows.gather(1, ids[:, None])[:, 0]
-    return (theirs - torch.tensor(sampled.sampler_logprobs)).abs()[start:end].max().item()
-
-
-async def until_running(engine: SGLangEngine, n: int) -> None:
-    async with asyncio.timeout(30):
-        # the scheduler is another process: there is nothing to wait for but its word
-        while (await engine.load()).running != n:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
-def prompts(n: int) -> list[list[int]]:
-    rng = random.Random(n)
-    return [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 60))] for _ in range(n)]
 
 
 async def all_of(engine: SGLangEngine, prompts: list[list[int]], sampling: Sampling) -> list[Sampled]:
@@ -255,56 +223,6 @@ def test_sigterm_stays_ours(running, engine):
     running.run(main())
 
 
-def test_refused_weights_end_the_engine_with_the_reason(running, engine):
-    # it may say so, or die of it
-    reason = "could not take the weights of version 1000|ended with exit status"
-
-    async def broken():
-        yield serialize_bucket([("model.norm.weight", torch.ones(7))])[0]
-
-    async def main():
-        with pytest.raises(EngineError, match=reason):
-            await engine.update_weights(1000, broken())
-        with pytest.raises(EngineError, match=reason):
-            await engine.generate(PROMPT, sampling(), conversation="after")
-
-    try:
-        running.run(main())
-    finally:
-        running.close()
-        running.start()
-
-
-def test_a_killed_scheduler_fails_all_requests_at_once_and_a_new_engine_takes_over(running, engine, model, folder):
-    ours = subprocess.Popen(["sleep", "600"])
-    try:
-        pids = engine._engine.get_all_child_pids()
-
-        async def main():
-            playing = [asyncio.create_task(engine.generate(p, sampling(300), conversation="x")) for p in prompts(8)]
-            await until_running(engine, 8)
-            os.kill(pids[0], signal.SIGKILL)
-            began = time.monotonic()
-            results = await asyncio.gather(*playing, return_exceptions=True)
-            assert time.monotonic() - began < 10
-            assert all(isinstance(r, EngineError) and "was killed by SIGKILL" in str(r) for r in results)
-            with pytest.raises(EngineError, match="was killed by SIGKILL"):
-                await engine.load()
-
-        running.run(main())
-        ports = engine._engine.port_args
-        running.close()
-        assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-        assert not Path(ports.tokenizer_ipc_name.removeprefix("ipc://")).exists()
-        assert ours.poll() is None, "a child that is not SGLang's was ended with it"
-        running.start()
-        sampled = running.run(running.engine.generate(PROMPT, sampling(), conversation="again"))
-        assert error(model, PROMPT, sampled) <= 1e-5
-    finally:
-        ours.kill()
-        ours.wait()
-
-
 def test_a_model_that_can_not_be_loaded_is_an_engine_error_and_leaves_nothing(running, engine, folder, monkeypatch):
     """In this process, which SGLang would end with it."""
     # short names, for they are those of sockets, too
@@ -337,5 +255,92 @@ def test_a_setting_that_is_not_json_is_refused(running, folder):
     running.run(main())
 
 
-def children() -> set[int]:
-    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+def test_weights_from_a_folder_are_sampled_from(running, engine, tmp_path):
+    other = tiny_model(1)
+    other.save_pretrained(tmp_path)
+
+    async def main():
+        running.policy_version += 1
+        task = asyncio.create_task(engine.generate(PROMPT, sampling(300), conversation="x"))
+        await until_running(engine, 1)
+        await engine.update_weights(running.policy_version, tmp_path)
+        return await task
+
+    sampled = running.run(main())
+    assert sampled.version_spans[-1].policy_version == running.policy_version
+    assert error(other, PROMPT, sampled, sampled.version_spans[-1].start) <= 1e-5
+
+
+def test_it_sleeps_and_wakes_twenty_times_with_requests_under_way(running, engine, model):
+    # the second one is what it has now
+    models, asked = [tiny_model(1), model], prompts(20)
+
+    async def main():
+        playing = []
+        for cycle, prompt in enumerate(asked):
+            prefilled = engine.load().prefill_tokens
+            playing.append(asyncio.create_task(engine.generate(prompt, sampling(200), conversation="awake")))
+            async with asyncio.timeout(30):
+                # what was retracted is computed anew, or this prompt is
+                while engine.load().prefill_tokens == prefilled:  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+            await engine.sleep()
+            # asked of one that sleeps: it waits
+            playing.append(asyncio.create_task(engine.generate(prompt, sampling(10), conversation="asleep")))
+            await asyncio.sleep(0.02)
+            assert not playing[-1].done()
+            await running.update(models[cycle % 2])
+        return [await task for task in playing]
+
+    first = running.policy_version + 1
+    answers, cut = running.run(main()), 0
+    for i, sampled in enumerate(answers):
+        cycle, asleep = divmod(i, 2)
+        assert len(sampled.response_ids) == (10 if asleep else 200)
+        spans = sampled.version_spans
+        cut += len(spans) > 1
+        # never older than when it was asked
+        assert spans[0].policy_version >= first + cycle - (not asleep)
+        for span in spans:
+            by = models[(span.policy_version - first) % 2]
+            assert error(by, asked[cycle], sampled, span.start, span.end) <= 1e-5
+    assert cut, "no response was cut"
+
+
+def test_the_account_says_what_was_computed_and_what_was_found(running, engine, model):
+    async def main():
+        before = engine.load()
+        first = await engine.generate(PROMPT, sampling(100), conversation="account")
+        prompt = [*PROMPT, *first.response_ids, 5, 6]
+        second = await engine.generate(prompt, sampling(10), conversation="account")
+        # new weights: nothing is found, and what had been computed is so again
+        await running.update(model)
+        longer = [*prompt, *second.response_ids]
+        await engine.generate(longer, sampling(10), conversation="account")
+        async with asyncio.timeout(30):
+            # written down after it is said
+            while engine.load().prefill_tokens - before.prefill_tokens < len(PROMPT) + 2 + len(longer):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        return before, engine.load(), second.cached_tokens, len(prompt), len(longer)
+
+    before, after, cached, prompt, longer = running.run(main())
+    assert after.decoded_tokens - before.decoded_tokens == 120
+    assert after.cached_tokens - before.cached_tokens == cached
+    assert after.prefill_tokens - before.prefill_tokens == len(PROMPT) + (prompt - cached) + longer
+    assert after.recomputed_tokens - before.recomputed_tokens == (prompt - 3 - cached) + longer - 1
+    assert after.prefill_s > before.prefill_s
+    assert after.decode_s > before.decode_s
+
+
+def test_refused_weights_end_the_engine_with_the_reason(running, engine):
+    # it may say so, or die of it
+    reason = "could not take the weights of version 1000|ended with exit status"
+    payload, _memory = serialize_bucket([("model.norm.weight", torch.ones(7))])
+
+    async def main():
+        with pytest.raises(EngineError, match=reason):
+            await engine.update_weights(1000, [[payload]])
+        with pytest.raises(EngineError, match=reason):
+            await engine.generate(PROMPT, sampling(), conversation="after")
+
+    running.run(main())

@@ -1,12 +1,14 @@
 """The simulated engine: reproducible ids, the protocol's rules, and time that is only counted."""
 
 import asyncio
+import statistics
 import time
 
 import pytest
 
-from l0fast.engine.base import Engine, Sampling
-from l0fast.engine.simulated import SimulatedClock, SimulatedEngine
+from l0fast.engine.base import Engine, Sampling, VersionSpan
+from l0fast.engine.distributions import lognormal, recorded
+from l0fast.engine.simulated import CompressedClock, SimulatedClock, SimulatedEngine, Speed
 
 
 def engine(**changes) -> SimulatedEngine:
@@ -60,13 +62,12 @@ def test_a_script_is_followed_to_its_first_stop_and_to_the_limit():
 
 def test_time_is_counted_in_slots_and_tokens_and_nobody_waits():
     clock = SimulatedClock()
-    simulated = engine(
-        slots=2, clock=clock, script=lambda *_: [1] * 10, prefill_tokens_per_s=1000, decode_tokens_per_s=1
-    )
+    speed = Speed(prefill_tokens_per_s=1000, step_s=1)
+    simulated = engine(slots=2, clock=clock, script=lambda *_: [1] * 10, speed=speed)
     started = time.monotonic()
     ask_all(simulated, [([1] * 100, sampling(i)) for i in range(6)])
-    # three rounds of two: 0.1 s of prompt and 10 s of response each
-    assert clock.now_s == pytest.approx(30.3)
+    # three rounds of two: 0.2 s for two prompts and the first id of each, 9 steps for the others
+    assert clock.now_s == pytest.approx(3 * (0.2 + 9))
     assert time.monotonic() - started < 5
 
 
@@ -119,6 +120,92 @@ def test_cancelling_frees_the_slot():
     before, after = asyncio.run(main())
     assert (before.running, before.waiting) == (1, 2)
     assert (after.running, after.waiting) == (0, 0)
+
+
+def test_weights_may_come_while_it_samples():
+    async def main():
+        clock = SimulatedClock()
+        simulated = engine(clock=clock, script=lambda *_: [1] * 10, speed=Speed(step_s=1.0), update_s=3.0)
+        running = asyncio.create_task(simulated.generate([1] * 20, sampling(), conversation="a"))
+        await clock.sleep(4.5)
+        await simulated.update_weights(2)
+        return await running, clock.now_s
+
+    sampled, now_s = asyncio.run(main())
+    assert sampled.version_spans == (VersionSpan(0, 0, 5), VersionSpan(2, 5, 10))
+    assert sampled.policy_version == 0
+    assert sampled.response_ids == (1,) * 10
+    assert now_s == pytest.approx(4.5 + 3 + 4, abs=0.1)
+
+
+def test_replicas_work_side_by_side_and_a_conversation_stays_where_it_was():
+    async def main(replicas: int):
+        clock = SimulatedClock()
+        simulated = engine(clock=clock, slots=1, replicas=replicas, script=lambda *_: [1] * 11, speed=Speed(step_s=1.0))
+
+        async def talk(i: int):
+            one = await simulated.generate([1] * 20, sampling(), conversation=str(i))
+            two = await simulated.generate([1] * 20 + [*one.response_ids, 2], sampling(), conversation=str(i))
+            return two.cached_tokens
+
+        cached = await asyncio.gather(*(talk(i) for i in range(4)))
+        return clock.now_s, cached, simulated.slot_s(), await simulated.load()
+
+    one_s, cached, slot_s, load = asyncio.run(main(1))
+    four_s, cached_4, slot_s_4, load_4 = asyncio.run(main(4))
+    assert one_s == pytest.approx(4 * four_s, rel=0.05)
+    assert cached == cached_4 == [30] * 4
+    assert slot_s == pytest.approx(slot_s_4, rel=0.05)
+    assert load_4.max_tokens == 4 * load.max_tokens
+    assert load.decoded_tokens == load_4.decoded_tokens == 8 * 11
+
+
+def test_what_is_forgotten_takes_no_room_unless_it_is_kept_as_sglang_does():
+    async def main(forgets: bool):
+        simulated = engine(forgets=forgets)
+        await simulated.generate([1] * 20, sampling(), conversation="a")
+        simulated.forget("a")
+        simulated.forget("nobody")
+        return (await simulated.load()).used_tokens
+
+    assert asyncio.run(main(True)) == 0
+    assert asyncio.run(main(False)) >= 20
+
+
+def test_lengths_follow_the_distribution_they_are_given():
+    def lengths(distribution) -> list[int]:
+        simulated = engine(response_tokens=distribution, max_tokens=10_000, vocab_size=10**6)
+        jobs = [([1], sampling(i, max_new_tokens=5000)) for i in range(1000)]
+        return [len(s.response_ids) for s in ask_all(simulated, jobs)]
+
+    drawn = lengths(lognormal(300, 0.5))
+    assert statistics.median(drawn) == pytest.approx(300, rel=0.1)
+    assert sorted(drawn)[900] == pytest.approx(300 * 1.9, rel=0.15)
+    assert set(lengths(recorded([5, 50, 500]))) == {6, 51, 501}
+
+
+def test_on_the_loops_own_clock_time_passes_so_many_times_as_fast():
+    async def main():
+        loop = asyncio.get_running_loop()
+        clock = CompressedClock(1000)
+        simulated = engine(clock=clock, script=lambda *_: [1] * 20, speed=Speed(step_s=1.0))
+        began = loop.time()
+        await simulated.generate([1], sampling(), conversation="a")
+        took = loop.time() - began
+        began_s = clock.now_s
+        await clock.sleep(10.0)
+        return took, clock.now_s - began_s
+
+    took, slept_s = asyncio.run(main())
+    assert 0.019 < took
+    assert slept_s >= 10
+    with pytest.raises(ValueError, match="time_compression = 0"):
+        CompressedClock(0)
+
+
+def test_a_cache_that_holds_no_conversation_is_refused():
+    with pytest.raises(ValueError, match="kv_tokens = 399"):
+        engine(kv_tokens=399)
 
 
 def test_what_a_real_engine_refuses_is_refused():

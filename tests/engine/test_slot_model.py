@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from l0fast.engine import slot_model
 from l0fast.engine.sampling import uniforms
@@ -19,14 +30,49 @@ SIZES = {
     "vocab_size": VOCAB,
     "initializer_range": 0.25,
 }
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+
+
+def biased() -> torch.nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, head_dim=16))
+
+
+def stirred(make, seed: int):
+    """Biases and norms start as if they weren't there."""
+    torch.manual_seed(seed)
+    model = make()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=0.0 if "bias" in name else 1.0)
+    return model
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES))]
+    ("make", "fused"),
+    [
+        (lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), True),
+        (biased, True),
+        (lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)), True),
+        (lambda: Olmo2ForCausalLM(Olmo2Config(**SIZES)), False),
+        (lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=DYNAMIC)), False),
+    ],
 )
-def test_the_usual_architectures_pass_the_check(make, tmp_path):
-    make().save_pretrained(tmp_path)
-    SlotModel(tmp_path, num_slots=2, max_len=32).check()
+def test_the_usual_architectures_pass_the_check(make, fused, tmp_path):
+    stirred(make, seed=0).save_pretrained(tmp_path)
+    ours = SlotModel(tmp_path, num_slots=2, max_len=32)
+    assert (ours._fused is not None) == fused
+    ours.check()
+
+
+def test_new_weights_reach_the_joined_ones(tmp_path):
+    """Biases too."""
+    old, new = (stirred(biased, seed) for seed in (0, 1))
+    old.save_pretrained(tmp_path)
+    ours = SlotModel(tmp_path, num_slots=1, max_len=24)
+    ours.load({name: parameter.detach() for name, parameter in new.named_parameters()})
+    row = np.arange(20, dtype=np.int32)
+    got = ours.prefill(np.zeros(1, np.int64), np.zeros(1, np.int64), [row])
+    torch.testing.assert_close(got[0].log_softmax(-1), full_logprobs(new, row.tolist())[-1], atol=1e-5, rtol=0)
 
 
 def test_an_architecture_that_does_more_to_its_logits_is_refused(tmp_path):
@@ -42,6 +88,13 @@ def test_sliding_windows_are_refused(tmp_path):
     ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="sliding-window"):
         SlotModel(tmp_path, num_slots=2, max_len=32)
+
+
+def test_a_window_over_all_layers_is_refused_where_it_is_narrower_than_the_context(tmp_path):
+    MistralForCausalLM(MistralConfig(**SIZES, sliding_window=24)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="sliding-window"):
+        SlotModel(tmp_path, num_slots=2, max_len=25)
+    SlotModel(tmp_path, num_slots=2, max_len=24).check()
 
 
 @pytest.mark.parametrize("columns", [3, 1024])

@@ -34,7 +34,7 @@ class Slab:
             assert self.rows[slot][:i] == [tuple(ids[: j + 1]) for j in range(i)], "attends to another prompt's entries"
             self.rows[slot][i] = tuple(ids[: i + 1])
 
-    def run_round(self, book: SlotBook, placed):
+    def run_round(self, book: SlotBook, placed, *, prompts: bool = True):
         for wave in range(1 + max((p.wave for p in placed), default=0)):
             for p in placed:
                 if p.wave == wave and p.source != p.slot:
@@ -42,7 +42,7 @@ class Slab:
             for p in placed:
                 if p.wave == wave:
                     ids = book.tokens[p.slot, : book.cached[p.slot]].tolist()
-                    assert p.prefix < len(ids) or p.twin
+                    assert p.prefix < len(ids) or p.twin or not prompts
                     if p.twin:
                         assert ids == book.tokens[p.source, : book.cached[p.source]].tolist()
                     self.compute(p.slot, p.prefix, ids)
@@ -55,7 +55,10 @@ arrivals = st.lists(
 
 @settings(max_examples=100)
 @given(
-    rounds=st.lists(st.tuples(arrivals, st.sets(st.integers(0, SLOTS - 1)), st.booleans()), max_size=8),
+    rounds=st.lists(
+        st.tuples(arrivals, st.sets(st.integers(0, SLOTS - 1)), st.booleans(), st.sets(st.sampled_from("abcdefg"))),
+        max_size=8,
+    ),
     wave_tokens=st.integers(0, 3),
 )
 def test_every_slot_holds_the_entries_of_its_own_prompt(rounds, wave_tokens):
@@ -65,7 +68,7 @@ def test_every_slot_holds_the_entries_of_its_own_prompt(rounds, wave_tokens):
 
 def play(rounds):
     book, slab = SlotBook(SLOTS, MAX_LEN), Slab()
-    for requests, released, flush in rounds:
+    for requests, released, flush, forgotten in rounds:
         placed = []
         for ids, conversation in requests:
             free = not book.running.all()
@@ -79,8 +82,17 @@ def play(rounds):
         for slot in released:
             if book.running[slot]:
                 book.release(slot)
-        if flush and not book.running.any():
-            book.flush()
+        if flush:
+            placed = book.flush()
+            assert {p.slot for p in placed} == set(np.flatnonzero(book.running))
+            slab = Slab()
+            book.close_round()
+            slab.run_round(book, placed, prompts=False)
+        for conversation in forgotten:
+            book.forget(conversation)
+            assert not book.holds(conversation)
+        idle = book.cached[~book.running]
+        assert book.used_tokens <= book.cached.sum() <= book.used_tokens + idle.sum()
 
 
 def test_the_next_turn_finds_its_own_slot():
@@ -136,3 +148,49 @@ def test_after_a_flush_nothing_is_shared():
     book.release(first.slot)
     book.flush()
     assert place_one(book, prompt(1, 2, 3), "a").prefix == 0
+
+
+def test_a_forgotten_conversations_slot_goes_first():
+    book = SlotBook(3, MAX_LEN)
+    slots = {c: place_one(book, prompt(i, i), c).slot for i, c in enumerate("abc")}
+    book.forget("c")
+    for conversation in "abc":
+        book.release(slots[conversation])
+    assert book.used_tokens == 4
+    book.forget("b")
+    book.forget("nobody")
+    assert book.used_tokens == 2
+    assert [place_one(book, prompt(9), c).slot for c in "xyz"] == [slots["b"], slots["c"], slots["a"]]
+
+
+def test_what_a_forgotten_conversation_left_is_a_prefix_for_others_until_it_is_taken():
+    book = SlotBook(2, MAX_LEN)
+    book.release(place_one(book, prompt(1, 2, 3), "a").slot)
+    book.release(place_one(book, prompt(4), "b").slot)
+    book.forget("b")
+    book.forget("a")
+    assert place_one(book, prompt(1, 2, 4), "c").prefix == 2
+
+
+def test_tokens_that_new_weights_or_an_eviction_cost_are_told_from_new_ones():
+    book = SlotBook(1, MAX_LEN)
+    book.release(place_one(book, prompt(1, 2, 3), "a").slot)
+    assert place_one(book, prompt(1, 2, 3, 4, 5), "a").recomputed == 0
+    (kept,) = book.flush()
+    assert (kept.prefix, kept.recomputed) == (0, 5)
+    book.close_round()
+    book.release(kept.slot)
+    assert book.flush() == []
+    # four of the five still stand
+    again = place_one(book, prompt(1, 2, 3, 4, 6, 7), "a")
+    assert (again.prefix, again.recomputed) == (0, 4)
+    book.release(again.slot)
+    other = place_one(book, prompt(1, 8), "b")
+    assert (other.prefix, other.recomputed) == (1, 0)
+    book.release(other.slot)
+    # taken by b in between
+    back = place_one(book, prompt(1, 2, 3, 4, 6, 7, 8), "a")
+    assert (back.prefix, back.recomputed) == (1, 5)
+    book.release(back.slot)
+    book.forget("b")
+    assert place_one(book, prompt(9), "b").recomputed == 0

@@ -13,6 +13,7 @@ import torch
 from l0fast.config import EngineConfig
 from l0fast.engine.base import Sampling
 from l0fast.engine.transformers import transformers_engine
+from l0fast.engine.worker import pick_device
 from l0fast.errors import EngineError, UsageError
 from tests.engine.tiny import MAX_TOKENS, SLOTS, VOCAB, full_logprobs, tiny_model
 
@@ -71,9 +72,9 @@ def test_the_next_turn_computes_only_what_is_new(running, model):
     first = ids(2, 60)
     one = running.run(running.engine.generate(first, sampling(20), conversation="turns"))
     second = [*first, *one.response_ids, *ids(3, 9)]
-    before = running.run(running.engine.stats())
+    before = running.run(running.engine.load())
     two = running.run(running.engine.generate(second, sampling(20), conversation="turns"))
-    after = running.run(running.engine.stats())
+    after = running.run(running.engine.load())
     # the last id sampled was never fed to the model
     assert two.cached_tokens == len(first) + len(one.response_ids) - 1
     assert after.prefill_tokens - before.prefill_tokens == 10
@@ -93,13 +94,13 @@ def test_equal_prompts_that_come_together_are_computed_once(running, model):
     prompt = ids(600, 50)
 
     async def main():
-        before = await running.engine.stats()
+        before = await running.engine.load()
         async with asyncio.TaskGroup() as tg:
             tasks = [
                 tg.create_task(running.engine.generate(prompt, sampling(10, seed=s), conversation=f"group {s}"))
                 for s in range(16)
             ]
-        return [t.result() for t in tasks], (await running.engine.stats()).prefill_tokens - before.prefill_tokens
+        return [t.result() for t in tasks], (await running.engine.load()).prefill_tokens - before.prefill_tokens
 
     samples, prefilled = running.run(main())
     # the first round has at least one of them; where the engine was quicker than we, the others recompute a last position
@@ -155,7 +156,7 @@ def test_new_weights_are_used_and_old_prefixes_forgotten(running, model):
     assert again.response_ids == old.response_ids
 
 
-def test_an_update_waits_for_those_that_run_and_comes_before_those_that_wait(running, model):
+def test_requests_in_flight_go_on_under_new_weights_and_say_so(running, model):
     other = tiny_model(2)
     version = running.weights.policy_version
     parameters = dict(other.named_parameters())
@@ -163,8 +164,8 @@ def test_an_update_waits_for_those_that_run_and_comes_before_those_that_wait(run
     async def main():
         async with asyncio.TaskGroup() as tg:
             jobs = [
-                tg.create_task(running.engine.generate(ids(i, 20), sampling(60, seed=i), conversation=f"mid {i}"))
-                for i in range(3 * SLOTS)
+                tg.create_task(running.engine.generate(ids(i, 20), sampling(100, seed=i), conversation=f"mid {i}"))
+                for i in range(2 * SLOTS)
             ]
             while (await running.engine.load()).running < SLOTS:
                 pass
@@ -178,12 +179,44 @@ def test_an_update_waits_for_those_that_run_and_comes_before_those_that_wait(run
         results = running.run(main())
     finally:
         running.publish(model, version + 2)
-    versions = [r.policy_version - version for r in results]
-    assert sorted(versions) == versions
-    assert versions.count(0) >= SLOTS
-    assert versions.count(1) >= SLOTS
+    mixed = [r for r in results if r.version_spans]
+    assert len(mixed) == SLOTS
+    assert sum(r.policy_version == version + 1 for r in results) == SLOTS
     for i, sampled in enumerate(results):
-        check_against(other if versions[i] else model, ids(i, 20), sampled)
+        spans = [(s.policy_version - version, s.start, s.end) for s in sampled.version_spans]
+        cut = spans[0][2] if spans else 0
+        assert spans in ([], [(0, 0, cut), (1, cut, 100)])
+        assert sampled.policy_version - version == (0 if spans else 1)
+        expected = full_logprobs(other, [*ids(i, 20), *sampled.response_ids])[19:-1]
+        if spans:
+            expected[:cut] = full_logprobs(model, [*ids(i, 20), *sampled.response_ids])[19 : 19 + cut]
+        got = torch.tensor(sampled.sampler_logprobs)
+        expected = expected.gather(-1, torch.tensor(sampled.response_ids)[:, None])[:, 0]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_a_forgotten_conversation_keeps_nothing_in_use(running):
+    async def main():
+        for i in range(SLOTS):
+            running.engine.forget(f"forget {i}")
+        before = (await running.engine.load()).used_tokens
+        sampled = await running.engine.generate(ids(70, 20), sampling(5), conversation="to forget")
+        with_it = (await running.engine.load()).used_tokens
+        running.engine.forget("to forget")
+        return sampled, before, with_it, (await running.engine.load()).used_tokens
+
+    _, before, with_it, after = running.run(main())
+    # whose slot it took may have been in use
+    assert after == with_it - 24
+    assert after <= before
+
+
+def test_a_device_that_is_not_there_is_one_sentence(folder):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=r"engine.device = 'cuda', but torch finds no GPU.*--engine.device cpu"):
+        pick_device("cuda")
+    assert pick_device("auto") == pick_device("cpu") == "cpu"
 
 
 def test_an_update_to_a_version_nobody_published_fails(running):

@@ -5,6 +5,7 @@ import gc
 import os
 import re
 import signal
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from l0fast.config import LearnerConfig, RolloutConfig, RunConfig
 from l0fast.errors import LearnerError, UsageError
-from l0fast.ipc import Message, shared_bytes, shared_weights
+from l0fast.ipc import Message, shared_bytes, shared_weights, spawn_worker
 from l0fast.learner import client as client_module
 from l0fast.learner.advantage import number_turns, values_of_turns
 from l0fast.learner.checkpoint import Checkpoints
-from l0fast.learner.client import batch_advantages, batch_packs, learner, num_ranks
+from l0fast.learner.client import LearnerClient, batch_advantages, batch_packs, learner, num_ranks
 from l0fast.learner.critic import CriticModel
 from l0fast.learner.packing import payload_bytes, write_payload
 from l0fast.learner.policy_model import PolicyModel
@@ -77,6 +78,12 @@ def copy_of(weights):
     return {name: tensor.clone() for name, tensor in weights.tensors().items()}
 
 
+def stop_inside_a_layer(worker):
+    while "layer" not in worker.sign.doing:
+        pass
+    os.kill(worker.pid, signal.SIGSTOP)
+
+
 def gone(pid):
     return not Path(f"/proc/{pid}").exists()
 
@@ -117,11 +124,18 @@ def test_it_learns_saves_goes_on_where_it_was_killed_and_says_so_where_it_is_stu
                     await client.load_checkpoint(tmp_path)
                 metrics = await take_step(client, groups, 2)
                 published.append(copy_of(weights))
-                os.kill(client.pids[0], signal.SIGSTOP)
+                stopper = asyncio.create_task(asyncio.to_thread(stop_inside_a_layer, client._workers[0]))
+                stuck = (
+                    r"learner made no progress .* needs a higher --learner.stall-timeout-s\):\n"
+                    r"learner \(pid \d+\) has been silent for too long at 'accumulate', at: (forward|backward) of the "
+                    r"(policy|reference), layer \d of 2, pack \d of \d; it is stopped, by a SIGSTOP"
+                )
                 for _ in range(2):
                     # the second time at once: there is no rank any more
-                    with pytest.raises(LearnerError, match="did not answer 'accumulate' in 2 s"):
-                        await take_step(client, groups, 3)
+                    async with asyncio.timeout(4):
+                        with pytest.raises(LearnerError, match=stuck):
+                            await take_step(client, groups, 3)
+                await stopper
             return published, metrics, client.pids
 
     published, metrics = asyncio.run(until_killed())
@@ -193,6 +207,59 @@ def two(model_path, groups):
 def test_the_rank_that_died_is_named_and_the_others_end_with_it(two):
     assert re.match(r"learner rank 1 \(pid \d+\) was killed by SIGKILL", two.error)
     assert all(map(gone, two.pids))
+
+
+RANKS = """
+    import os, signal
+    from l0fast.ipc import Channel
+
+    channel, args = Channel.open()
+    channel.ready(parameters=1, device="cpu")
+    channel.recv()
+    for layer in range(1, args["layers"] + 1):
+        channel.progress(f"layer {layer}", 0.2)
+    if args["stops"]:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    channel.recv()
+"""
+
+
+@pytest.mark.parametrize(
+    ("layers", "stops", "named"),
+    [
+        ((3, 3, 3), (False, True, False), "rank 1 made no progress; 2 more wait for it"),
+        ((3, 2, 3), (False, False, False), "rank 1 made no progress; 2 more wait for it"),
+        ((3, 3, 3), (False, False, False), "rank 0 and rank 1 and rank 2 made no progress \\("),
+    ],
+)
+def test_of_ranks_that_wait_for_each_other_the_one_that_is_stuck_is_named(tmp_path, monkeypatch, layers, stops, named):
+    """Stopped, or behind. Ranks without a model: what they say is all that counts."""
+    (tmp_path / "stuck_rank.py").write_text(textwrap.dedent(RANKS))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    async def main():
+        ranks = [
+            spawn_worker(
+                "stuck_rank",
+                args={"layers": layers[rank], "stops": stops[rank]},
+                name=f"rank {rank}",
+                error=LearnerError,
+                start_timeout_s=30,
+                close_timeout_s=0.1,
+            )
+            for rank in range(3)
+        ]
+        async with client_module._all_open(ranks) as workers:
+            with shared_bytes("packs") as packs:
+                client = LearnerClient(with_learner(stall_timeout_s=0.5), workers, packs)
+                with pytest.raises(LearnerError, match=named) as failure:
+                    await client.save(tmp_path)
+            return str(failure.value)
+
+    error = asyncio.run(main())
+    for rank in range(3):
+        assert f"rank {rank} (pid" in error
+    assert error.count("stuck_rank.py") == 3 - sum(stops), "the stacks of all that can still write them"
 
 
 def test_ranks_with_a_critic_say_and_do_what_one_process_does(two, model_path, groups):

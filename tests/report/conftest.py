@@ -9,6 +9,7 @@ import pytest
 
 from l0fast.config import RunConfig
 from l0fast.run_dir import RunDir, step_name
+from l0fast.step_shares import CAUSES
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
 NUM_STEPS = 4
@@ -67,7 +68,7 @@ def row_fixture() -> Callable[[int], dict[str, float]]:
 
 
 def row(step: int) -> dict[str, float]:
-    parts = {"generate": 1.0, "execute": 0.5, "learn": 2.0, "sync": 0.25, "other": 0.25}
+    shares = {"decode": 0.2, "prefill": 0.05, "sandbox": 0.125, "learn": 0.5, "sync": 0.0625, "other": 0.0625}
     return {
         "step": step,
         "rollout/exact_match": 0.2 + 0.1 * step,
@@ -76,7 +77,7 @@ def row(step: int) -> dict[str, float]:
         "rollout/tokens_per_s": 2250.0,
         "loop/lag_p99_ms": 1.5,
         "time/step_s": 4.0,
-        **{f"time/{name}_s": seconds for name, seconds in parts.items()},
+        **{f"share/{cause}": shares.get(cause, 0.0) for cause in CAUSES},
         "outcome/right": 0.2 + 0.1 * step,
         "outcome/one_hop_only": 0.4 - 0.1 * step,
         "outcome/no_answer": 0.4,

@@ -31,7 +31,8 @@ def test_elsewhere_a_step_is_one_line(row: Row):
         live.step(row(2))
     first, second = out.getvalue().splitlines()
     assert first.startswith("step 1/4  accuracy 0.300  reward 0.350  episodes/s 30.0  tokens/s 2,250  time [s] 4.0")
-    assert first.endswith("gen/exec/learn/other % 25/12/50/12  lag [ms] 1.5  ETA 12s")
+    assert "  time in % learn 50, decode 20, sandbox 12, sync 6, other 6, prefill 5  " in first
+    assert first.endswith("lag [ms] 1.5  ETA 12s")
     assert "held-out 0.450" in second
     assert "held-out" not in first
 
@@ -104,6 +105,33 @@ def test_on_a_terminal_a_table_is_redrawn_and_the_terminal_given_back(row: Row):
     last = text[text.rindex("accuracy") :]
     assert [step for step in range(1, 10) if f"{step}/40" in last] == [7, 8, 9]
     assert "\x1b[?25h" in last, "the cursor is shown again"
+
+
+def test_advice_is_said_when_it_is_new_and_stays_below_the_table(row: Row):
+    live, out = plain()
+    for _ in range(2):
+        live.advice("tools hold it up: raise rollout.max_open_groups")
+    live.advice("")
+    assert out.getvalue() == "tools hold it up: raise rollout.max_open_groups\n"
+
+    lines: list[str] = []
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=30, highlight=False)
+    with Live(40, console=console, log=lines.append) as live:
+        live.step(row(1) | {"loop/blocked_by": "l0fast/types.py:7 x", "loop/blocked_s": 0.31})  # pyright: ignore
+        live.advice("raise it")
+        live.step(row(2))
+        shown = live._table().plain.splitlines()
+    assert shown[-2].startswith("time in %: learn 50, decode 20")
+    assert shown[-1] == "raise it"
+    assert lines.count("raise it") == 1
+    assert not any("was held" in line for line in shown), "that was the step before"
+
+
+def test_what_held_the_loop_is_named(row: Row):
+    live = Live(4, console=Console(file=io.StringIO(), force_terminal=True, width=80))
+    live.step(row(1) | {"loop/blocked_by": "l0fast/types.py:7 x", "loop/blocked_s": 0.31})  # pyright: ignore
+    assert live._table().plain.splitlines()[-1] == "the loop was held 0.31 s by l0fast/types.py:7 x"
+    live.close({})
 
 
 def test_the_table_fits_in_eighty_columns(row: Row):

@@ -1,18 +1,17 @@
-"""Loop lag, memory of the process tree, and the step clock, without waiting for real time where it can be avoided."""
+"""Percentiles, and memory of the process tree."""
 
 import asyncio
 import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l0fast.metrics import Histogram, LoopLag, ProcessTreeMemory, StepClock
+from l0fast.metrics import Histogram, ProcessTreeMemory
 
 
 @settings(deadline=None)
@@ -33,31 +32,6 @@ def test_a_histogram_takes_any_size_of_value():
         histogram.add(value)
     assert histogram.percentile(50) <= 0.01
     assert histogram.percentile(100) == histogram.max == 1e12
-
-
-def test_loop_lag_sees_a_blocked_loop():
-    async def main() -> LoopLag:
-        lag = LoopLag()
-        watch = asyncio.create_task(lag.run())
-        await asyncio.sleep(0)
-        time.sleep(0.06)  # noqa: ASYNC251 - this is the stall
-        while not lag.whole_run.count:  # noqa: ASYNC110
-            await asyncio.sleep(0)
-        watch.cancel()
-        return lag
-
-    assert asyncio.run(main()).take_run()["loop/lag_max_ms"] >= 50
-
-
-def test_a_step_takes_its_lag_and_the_run_keeps_it():
-    lag = LoopLag()
-    for late_ms in (1.0, 1.0, 8.0):
-        lag.record(late_ms)
-    assert lag.take_step()["loop/lag_max_ms"] == 8.0
-    lag.record(2.0)
-    assert lag.take_step() == {"loop/lag_p50_ms": 2.0, "loop/lag_p99_ms": 2.0, "loop/lag_max_ms": 2.0}
-    assert lag.take_run()["loop/lag_max_ms"] == 8.0
-    assert lag.take_run()["loop/lag_p50_ms"] == pytest.approx(1.0, rel=0.02)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -132,78 +106,3 @@ def test_sampling_runs_beside_the_loop_and_ends_when_cancelled():
         assert watch.cancelled()
 
     asyncio.run(main())
-
-
-# --- step clock ------------------------------------------------------------------------------------------------------
-
-
-class Time:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_a_moment_belongs_to_the_first_part_anyone_is_in():
-    now = Time()
-    clock = StepClock(("learn", "generate", "execute"), now)
-    now.now += 1  # nobody
-    with clock.part("execute"):
-        now.now += 2
-        with clock.part("generate"):
-            now.now += 4
-            with clock.part("generate"):
-                now.now += 8
-        now.now += 16
-    assert clock.take_step() == {
-        "time/step_s": 31,
-        "time/learn_s": 0,
-        "time/generate_s": 12,
-        "time/execute_s": 18,
-        "time/other_s": 1,
-    }
-
-
-def test_a_part_that_spans_two_steps_is_shared_between_them():
-    now = Time()
-    clock = StepClock(now=now)
-    with clock.part("learn"):
-        now.now += 3
-        assert clock.take_step()["time/learn_s"] == 3
-        now.now += 5
-    now.now += 1
-    taken = clock.take_step()
-    assert (taken["time/learn_s"], taken["time/other_s"], taken["time/step_s"]) == (5, 1, 6)
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans(), st.integers(0, 50))))
-def test_parts_always_add_up_to_the_step(moves: list[tuple[str, bool, int]]):
-    now = Time()
-    clock = StepClock("abc", now)
-    open_parts: dict[str, list] = {name: [] for name in "abc"}
-    for name, enter, wait in moves:
-        if enter:
-            open_parts[name].append(clock.part(name))
-            open_parts[name][-1].__enter__()
-        elif open_parts[name]:
-            open_parts[name].pop().__exit__(None, None, None)
-        now.now += wait
-    taken = clock.take_step()
-    assert taken.pop("time/step_s") == sum(taken.values()) == sum(wait for _, _, wait in moves)
-
-
-def test_a_part_ends_with_an_error_too():
-    now = Time()
-    clock = StepClock(("a",), now)
-
-    def fail() -> None:
-        with clock.part("a"):
-            now.now += 1
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    now.now += 2
-    assert clock.take_step() == {"time/step_s": 3, "time/a_s": 1, "time/other_s": 2}

@@ -91,7 +91,9 @@ def test_the_parts_of_a_step_stack_up_to_it(run_dir: Path):
     (ax,) = fig.axes
     assert max(bar.get_y() + bar.get_height() for bar in ax.patches) == pytest.approx(4.0)
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["other (6%)", "sync weights (6%)", "learn (50%)", "execute (12%)", "generate (25%)"]
+    assert labels == [
+        "other (6%)", "sync weights (6%)", "learn (50%)", "sandbox (12%)", "prefill (5%)", "decode (20%)"
+    ]  # fmt: skip
     matplotlib.pyplot.close(fig)
 
 

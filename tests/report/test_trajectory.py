@@ -1,5 +1,6 @@
 """Reading one trajectory in the terminal."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,30 @@ def test_what_is_not_there_is_one_sentence(
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(tmp_path)]) == 2
     assert "holds no trajectories" in capsys.readouterr().err
+
+
+def test_a_list_is_one_line_a_trajectory_of_those_chosen(read):
+    lines = read("--list").splitlines()
+    assert "4 of 4" in lines[0]
+    assert len(lines) == 6
+    assert [line.split()[0] for line in lines[2:]] == ["1", "2", "3", "4"]
+    assert "right" in lines[2]
+    assert "failed_sandbox" in lines[5]
+    assert "the shard died" in lines[5]
+    worst = read("--list", "--worst").splitlines()
+    assert [line.split()[0] for line in worst[2:]] == ["3", "2", "1"]
+
+
+def test_a_task_is_found_by_its_id_or_by_words_of_its_question(read, run_dir: Path):
+    assert "4 of 4" in read("--list", "--task", "q")
+    assert "4 of 4" in read("--list", "--task", "where BERGEN")
+    assert "0 of 4" in read("--list", "--task", "Oslo")
+    assert main([str(run_dir), "--task", "Oslo"]) == 2
+
+
+def test_an_export_is_a_notebook_of_the_one_that_was_chosen(read, tmp_path: Path, run_dir: Path):
+    out = tmp_path / "book.ipynb"
+    assert "written to" in read("--step", "1", "--worst", "--notebook", str(out))
+    about = json.loads(out.read_text())["metadata"]["l0fast"]
+    assert (about["reward"], about["advantages"]) == (0.05, [0.5, 0.25])
+    assert main([str(run_dir), "--notebook", str(out)]) == 2

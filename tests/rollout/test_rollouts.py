@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l0fast.errors import WorldError
-from l0fast.rollout.rollouts import play_all, rollouts
+from l0fast.rollout.modes import Schedule
+from l0fast.rollout.rollouts import Groups, play_all, rollouts
 from l0fast.rollout.sampling import DynamicSampling
 from l0fast.types import Group, Task, Trajectory, TrajectoryStatus
 
@@ -51,26 +52,52 @@ class World:
             self.alive -= 1
 
 
-def start(world: World, *, group_size=4, max_open_groups=3, max_refills=2, drop_rate=0.0, max_drops=100):
-    sampling = DynamicSampling(drop_rate=drop_rate, max_drops=max_drops, seed=0)
+async def no_weights(version: int) -> None:
+    """An engine that has its weights at once."""
+
+
+def start(
+    play,
+    tasks=None,
+    *,
+    groups_per_step=3,
+    max_open_groups=None,
+    group_size=4,
+    max_refills=2,
+    drop_rate=0.0,
+    max_drops=100,
+    position=0,
+    seed=0,
+):
     return rollouts(
-        world.play,
-        endless(),
+        play,
+        tasks or endless(),
+        schedule=Schedule(
+            groups_per_step=groups_per_step, max_open_groups=max_open_groups or groups_per_step, position=position
+        ),
+        sync=no_weights,
         group_size=group_size,
-        max_open_groups=max_open_groups,
         max_refills=max_refills,
-        sampling=sampling,
+        sampling=DynamicSampling(drop_rate=drop_rate, max_drops=max_drops, seed=seed),
     )
+
+
+async def finish(groups: Groups) -> None:
+    """Learn from what was taken, in no time."""
+    await groups.learned(groups.schedule.step)
+    groups.done()
 
 
 def test_leaving_the_body_ends_every_episode():
     world = World()
 
     async def main():
-        async with start(world) as groups:
-            taken = await groups.take(2)
-            groups.done(2)
-            await asyncio.sleep(0)
+        async with start(world.play, groups_per_step=2) as groups:
+            taken = await groups.take()
+            await finish(groups)
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert world.alive
             return taken
 
     taken = asyncio.run(main())
@@ -82,12 +109,12 @@ def test_nothing_is_admitted_before_the_learner_is_done():
     world = World()
 
     async def main():
-        async with start(world) as groups:
-            await groups.take(3)
+        async with start(world.play, max_open_groups=9) as groups:
+            await groups.take()
             for _ in range(100):
                 await asyncio.sleep(0)
             before = world.started
-            groups.done(3)
+            await finish(groups)
             for _ in range(100):
                 await asyncio.sleep(0)
             return before
@@ -100,8 +127,8 @@ def test_a_failed_episode_is_kept_without_a_vote_and_its_place_is_played_again()
     world = World(fails=lambda task, index, attempt: index == 1 and attempt < 2)
 
     async def main():
-        async with start(world) as groups:
-            return await groups.take(1)
+        async with start(world.play, groups_per_step=1) as groups:
+            return await groups.take()
 
     (group,) = asyncio.run(main())
     assert [t.status for t in group.trajectories] == [TrajectoryStatus.COMPLETED] * 4
@@ -112,8 +139,8 @@ def test_a_place_that_keeps_failing_ends_the_run_with_the_cause():
     world = World(fails=lambda task, index, attempt: True)
 
     async def main():
-        async with start(world) as groups:
-            await groups.take(1)
+        async with start(world.play, groups_per_step=1) as groups:
+            await groups.take()
 
     with pytest.raises(BaseExceptionGroup) as caught:
         asyncio.run(main())
@@ -128,8 +155,8 @@ def test_a_bug_ends_the_run_and_leaves_nothing():
     world = World(bug=KeyError("bug"))
 
     async def main():
-        async with start(world) as groups:
-            await groups.take(1)
+        async with start(world.play, groups_per_step=1) as groups:
+            await groups.take()
 
     with pytest.raises(BaseExceptionGroup) as caught:
         asyncio.run(main())
@@ -146,15 +173,8 @@ def test_a_step_has_its_groups_in_the_order_of_admission():
         return await world.play(task, number, index, attempt)
 
     async def main():
-        async with rollouts(
-            play,
-            endless(),
-            group_size=2,
-            max_open_groups=3,
-            max_refills=0,
-            sampling=DynamicSampling(drop_rate=0.0, max_drops=0, seed=0),
-        ) as groups:
-            return [group.number for group in await groups.take(3)]
+        async with start(play, group_size=2) as groups:
+            return [group.number for group in await groups.take()]
 
     assert asyncio.run(main()) == [0, 1, 2]
 
@@ -163,39 +183,16 @@ def test_dropped_groups_make_room_for_others():
     world = World(right=lambda task, index: int(task.id[1:]) % 2 == 0 or index == 0)  # every other group all right
 
     async def main():
-        async with start(world, drop_rate=1.0) as groups:
+        async with start(world.play, drop_rate=1.0) as groups:
             kept = []
             for _ in range(5):
-                kept += await groups.take(3)
-                groups.done(3)
+                kept += await groups.take()
+                await finish(groups)
             return kept
 
     kept = asyncio.run(main())
     assert len(kept) == 15
     assert not any(group.all_equal for group in kept)
-
-
-@settings(max_examples=50)
-@given(st.integers(0, 60))
-def test_cancelling_at_any_moment_leaves_nothing(turns: int):
-    world = World()
-
-    async def main():
-        async with start(world) as groups:
-            while True:
-                await groups.take(2)
-                groups.done(2)
-
-    async def cancelled():
-        running = asyncio.create_task(main())
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        running.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await running
-
-    asyncio.run(cancelled())
-    assert world.alive == 0
 
 
 def test_play_all_keeps_the_order_and_the_limit():
@@ -240,7 +237,7 @@ def test_a_drop_rate_of_a_half_drops_about_half():
 
 
 def taken(
-    durations: Sequence[int], *, stream: bool = False, position: int = 0, max_open_groups: int = 6
+    durations: Sequence[int], *, stream: bool = False, position: int = 0, max_open_groups: int = 3
 ) -> list[tuple[list[int], list[int], int]]:
     """Three steps of 3 groups, of which every other one is all right, and most of those dropped, as far as they may be; group n takes
     `durations[n % len]` loop turns. For each step: its numbers, those dropped, the position after it."""
@@ -253,24 +250,26 @@ def taken(
         return Trajectory(task=task, index=index, status=TrajectoryStatus.COMPLETED, turns=(), exact_match=right)
 
     async def main():
-        async with rollouts(
+        async with start(
             play,
             itertools.islice(endless(), position, None),
             group_size=2,
             max_open_groups=max_open_groups,
             max_refills=0,
-            sampling=DynamicSampling(drop_rate=0.8, max_drops=3, seed=3),
+            drop_rate=0.8,
+            max_drops=3,
+            seed=3,
             position=position,
         ) as groups:
             for _ in range(3):
                 if stream:
-                    batch = [group async for groups_now in groups.stream(3) for group in groups_now]
+                    batch = [group async for groups_now in groups.stream() for group in groups_now]
                 else:
-                    batch = await groups.take(3)
+                    batch = await groups.take()
                 assert all(group.task == task(group.number) for group in batch)
                 numbers = [group.number for group in batch]
-                steps.append((numbers, [group.number for group in groups.dropped], groups.position))
-                groups.done(len(batch))
+                steps.append((numbers, [group.number for group in groups.dropped], groups.schedule.position))
+                await finish(groups)
 
     asyncio.run(main())
     return steps
@@ -314,17 +313,10 @@ def test_a_finished_group_is_streamed_while_another_is_still_played():
     async def main():
         order = []
         async with (
-            rollouts(
-                play,
-                endless(),
-                group_size=2,
-                max_open_groups=2,
-                max_refills=0,
-                sampling=DynamicSampling(drop_rate=0.0, max_drops=0, seed=0),
-            ) as groups,
+            start(play, groups_per_step=2, group_size=2) as groups,
             asyncio.timeout(10),
         ):
-            async for batch in groups.stream(2):
+            async for batch in groups.stream():
                 order += [group.number for group in batch]
                 slow.set()
         return order

@@ -1,26 +1,9 @@
-"""A web server on loopback."""
-
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-
 import pytest
-from aiohttp import web
+
+from tests import web_server
 
 
-@asynccontextmanager
-async def serving(answer: Callable[[web.Request], web.StreamResponse]) -> AsyncIterator[str]:
-    """An HTTP server for as long as the block runs; `answer` (a coroutine function) has every request."""
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", answer)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
-
-
-@pytest.fixture(name="serving")
-def _serving():
-    return serving
+@pytest.fixture
+def serving():
+    """`async with serving(answer) as url`: an HTTP server."""
+    return web_server.serving

@@ -1,0 +1,203 @@
+"""What admission by KV cache is worth: simulated, against fixed limits on the episodes in flight.
+
+    python -m bench.admission [--seconds 240] [--out FOLDER]
+
+    episodes x (gate with rollout/admission.py | nothing) x engine/simulated.py          one clock, which costs no time
+
+Always `OFFERED` episodes want to be played on one GPU. Fixed: so many of them may be in flight, as with a hand-set
+limit. kv: all of them ask, and the controller lets in whom it likes; it starts knowing nothing, and its learning counts.
+The engine is SGLang's scheduler as arithmetic, with the same prompts, lengths and latencies in every run; a finished
+episode's KV entries stay until they are evicted, as there. The best fixed limit is chosen here in hindsight, after trying all.
+
+    1-8 turns, each as likely; response lognormal, median 300; output of a cell lognormal, median 150; tool lognormal, median
+    0.8 s, p99 8.2 s; first prompt 1,200 to 2,000 tokens. Qwen2.5-7B in bf16 on an 80 GB H100: arithmetic, not measured.
+
+The last line is JSON.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import uvloop
+
+from bench.machine import machine
+from l0fast.engine.base import Engine, Sampling
+from l0fast.engine.distributions import lognormal
+from l0fast.engine.gate import gated
+from l0fast.engine.simulated import SimulatedClock, SimulatedEngine, Speed
+from l0fast.rollout.admission import Admission
+
+matplotlib.use("Agg")
+
+RESULTS = Path(__file__).parent / "results"
+OFFERED = 1024
+"""Episodes that want to be played at any time, on one GPU."""
+LIMITS = (64, 96, 128, 192, 256, 320, 512, 1024)
+MAX_NEW_TOKENS = 3072
+
+PARAMETERS = 7.6e9
+KV_BYTES = 28 * 2 * 4 * 128 * 2
+"""Of a token: 28 layers, keys and values, 4 heads of 128, bf16."""
+BYTES_PER_S = 0.7 * 3.35e12
+FLOPS = 0.5 * 989e12
+SPEED = Speed(
+    prefill_tokens_per_s=FLOPS / (2 * PARAMETERS),
+    prefill_batch_s=0.01,
+    step_s=2 * PARAMETERS / BYTES_PER_S + 0.002,
+    step_request_s=2 * PARAMETERS / FLOPS,
+    step_kv_s=KV_BYTES / BYTES_PER_S,
+)
+CAPACITIES = {f"{share:.0%} of the GPU": int((share * 80e9 - 2 * PARAMETERS) / KV_BYTES) for share in (0.85, 0.4)}
+"""KV entries beside the weights: an engine that has the GPU to itself, and one that shares it with the learner [tokens]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    limit: int | None
+    """None: the controller."""
+    tokens_per_s: float
+    episodes_per_s: float
+    computed_again: float
+    """Share of the prompt tokens computed that had been computed before."""
+    in_flight: float
+    """Mean over the time."""
+    running: float
+    """Requests the engine worked on, mean."""
+
+
+async def simulate(kv_tokens: int, limit: int | None, seconds: float) -> Result:
+    """Play for so long on the simulated clock, from the first prompt on."""
+    clock = SimulatedClock()
+    engine = SimulatedEngine(
+        vocab_size=256,
+        max_tokens=32_768,
+        slots=OFFERED,
+        kv_tokens=kv_tokens,
+        speed=SPEED,
+        response_tokens=lognormal(300, 0.7),
+        forgets=False,
+        clock=clock,
+    )
+    admission = Admission()
+    front: Engine = engine
+    if limit is None:
+        # a deadline is in real seconds, and these are simulated ones
+        front = await gated(engine, admission, timeout_s=3600.0, clock=clock)
+    output, latency = lognormal(150, 0.8), lognormal(0.8, 1.0)
+    numbers, finished, in_flight_s = itertools.count(), 0, 0.0
+
+    async def play(number: int) -> None:
+        rng = random.Random(number)
+        prompt = (number % 256,) * rng.randint(1200, 2000)
+        for turn in range(rng.randint(1, 8)):
+            sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=(0,), seed=number * 8 + turn)
+            sampled = await front.generate(prompt, sampling, conversation=str(number))
+            prompt = (*prompt, *sampled.response_ids, *(1,) * int(output(rng.random())))
+            await clock.sleep(latency(rng.random()))
+        front.forget(str(number))
+
+    async def player() -> None:
+        nonlocal finished
+        while True:
+            await play(next(numbers))
+            finished += 1
+
+    async with asyncio.TaskGroup() as tg:
+        players = [tg.create_task(player()) for _ in range(limit or OFFERED)]
+        while clock.now_s < seconds:
+            await clock.sleep(1.0)
+            in_flight_s += limit or admission.num_in_flight
+        load, slot_s, ended = await engine.load(), engine.slot_s(), finished
+        for player_task in players:
+            player_task.cancel()
+    return Result(
+        limit=limit,
+        tokens_per_s=load.decoded_tokens / clock.now_s,
+        episodes_per_s=ended / clock.now_s,
+        computed_again=load.recomputed_tokens / load.prefill_tokens,
+        in_flight=in_flight_s / clock.now_s,
+        running=slot_s / clock.now_s,
+    )
+
+
+def show(name: str, kv_tokens: int, results: list[Result]) -> None:
+    print(f"\n{name}: {kv_tokens:,} KV entries")
+    print(f"{'in flight':>14} {'mean':>6} {'running':>8} {'tokens/s':>9} {'episodes/s':>11} {'computed again':>15}")
+    for r in results:
+        limit = "kv" if r.limit is None else f"at most {r.limit}"
+        print(
+            f"{limit:>14} {r.in_flight:6.0f} {r.running:8.0f} {r.tokens_per_s:9,.0f} {r.episodes_per_s:11.2f} "
+            f"{r.computed_again:15.1%}"
+        )
+
+
+def draw(tables: dict[str, list[Result]], path: Path) -> None:
+    figure, axes = plt.subplots(1, len(tables), figsize=(10, 4), layout="constrained", squeeze=False)
+    for axis, (name, results) in zip(axes[0], tables.items(), strict=True):
+        fixed = [r for r in results if r.limit is not None]
+        kv = results[-1]
+        axis.plot([r.limit for r in fixed], [r.tokens_per_s for r in fixed], "o-", label="at most so many")
+        axis.axhline(kv.tokens_per_s, color="C1", linestyle="--")
+        axis.plot(kv.in_flight, kv.tokens_per_s, "s", color="C1", label="admission by KV cache")
+        axis.set(xscale="log", xlabel="episodes in flight", title=f"engine with {name}", ylim=(0, None))
+        axis.set_xticks([r.limit for r in fixed], [str(r.limit) for r in fixed], minor=False)
+        axis.minorticks_off()
+    axes[0][0].set_ylabel("tokens sampled a second (simulated)")
+    axes[0][0].legend(loc="lower left")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.admission", description="Admission by KV cache, simulated.")
+    parser.add_argument("--seconds", type=float, default=240.0, help="simulated time of each row [s]")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for admission.json and admission.png")
+    args = parser.parse_args(argv)
+    began, began_cpu = time.perf_counter(), time.process_time()
+    print(machine())
+    print(f"{args.seconds:g} simulated seconds a row, {OFFERED} episodes offered")
+    tables: dict[str, list[Result]] = {}
+    for name, kv_tokens in CAPACITIES.items():
+        tables[name] = [uvloop.run(simulate(kv_tokens, limit, args.seconds)) for limit in (*LIMITS, None)]
+        show(name, kv_tokens, tables[name])
+    gains = {}
+    for name, results in tables.items():
+        *fixed, kv = results
+        best = max(fixed, key=lambda r: r.tokens_per_s)
+        gains[name] = {
+            "best_fixed": best.limit,
+            "over_best_fixed": round(kv.tokens_per_s / best.tokens_per_s, 3),
+            "over_no_limit": round(kv.tokens_per_s / fixed[-1].tokens_per_s, 3),
+            "over_worst_fixed": round(kv.tokens_per_s / min(r.tokens_per_s for r in fixed), 3),
+        }
+        print(f"\nengine with {name}: kv is {gains[name]['over_no_limit']:.2f}x of no limit ({OFFERED}), and ", end="")
+        print(f"{gains[name]['over_best_fixed']:.2f}x of the best fixed one, {best.limit}")
+    result = {
+        "bench": "admission",
+        "machine": machine(),
+        "wall_s": round(time.perf_counter() - began, 1),
+        "cpu_s": round(time.process_time() - began_cpu, 1),
+        "simulated_s": args.seconds,
+        "speed": asdict(SPEED),
+        "kv_tokens": CAPACITIES,
+        "gains": gains,
+        "rows": {name: [asdict(r) for r in results] for name, results in tables.items()},
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw(tables, args.out / "admission.png")
+    (args.out / "admission.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({k: v for k, v in result.items() if k not in ("rows", "speed")}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""What `bench.throughput` plays: episodes of L0's length and shape, the same to the last token for the same names.
+
+    episode     1 to 8 turns, each as likely                                      all drawn from the conversation's name
+    response    <think> text </think><code> python </code>, lognormal, median 300 tokens
+    code        calls look_up(key) through the broker and prints what it got; the last turn submits an answer
+    look_up     answers with some 100 tokens after a latency that `key` alone decides: lognormal, median 0.8 s, p99 8.2 s
+    malformed   one response in 32 does not close its <code>: the complaint path
+
+Ours and L0's way play the same text, so both wait equally long for engine and tools.
+"""
+
+import random
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.traces import RESPONSE_TOKENS, SPREAD
+from l0fast.agent.chat import Chat
+from l0fast.config import AgentConfig
+from l0fast.engine.base import Sampling
+from l0fast.engine.distributions import lognormal
+from l0fast.sandbox.base import ToolSpec
+from l0fast.seeding import derive_seed
+from l0fast.tasks.geography import geography
+from l0fast.types import Task
+
+MODEL = Path(__file__).parent.parent / "l0fast" / "models" / "geography"
+"""Its tokenizer and chat form."""
+MAX_TURNS = 8
+GROUP_SIZE = 4
+TOOL_LATENCY_S = 0.8
+"""Median [s]."""
+TOOL_SPREAD = 1.0
+"""Sigma of the lognormal latency: one call in ten takes 2.9 s, one in a hundred 8.2 s."""
+KEYS = 1024
+"""Different calls of look_up; each has one latency, so that 1,024 of them are the distribution."""
+MALFORMED = 1 / 32
+"""Share of responses."""
+AGENT = AgentConfig(prompt="full", context_tokens=16_384 + 3_072, max_new_tokens=3_072, cell_timeout_s=120.0)
+"""L0's limits. The cell's is above the slowest tool."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What one conversation will say."""
+
+    lengths: tuple[int, ...]
+    """Of its responses [tokens]."""
+    seed: int
+    answer: str
+
+
+class Workload:
+    """Tasks, the policy that plays them (a `Script` for `SimulatedEngine`), and their tool.
+
+    Args:
+        sleep: waits on the clock that the engine runs on [s].
+    """
+
+    def __init__(self, chat: Chat, sleep: Callable[[float], Awaitable[None]], *, seed: int = 0):
+        self._chat, self._sleep, self._seed = chat, sleep, seed
+        sentences = geography().full_corpus
+        self._said = tuple(chat.encode(" ".join(sentences[:2000])))
+        self._tags = tuple(tuple(chat.encode(tag)) for tag in ("<think>", "</think>\n<code>\n", "\n</code>"))
+        self._calls = [tuple(chat.encode(_CALL.format(key=key))) for key in range(KEYS)]
+        self._submits = {answer: tuple(chat.encode(_SUBMIT.format(answer=answer))) for answer in ANSWERS}
+        # three sentences a page, as a search returns
+        self._pages = ["\n".join(sentences[3 * key : 3 * key + 3]) for key in range(KEYS)]
+        quantile = lognormal(TOOL_LATENCY_S, TOOL_SPREAD)
+        # shuffled: neighbours in `key` have nothing in common
+        self.latencies_s = [quantile((i + 0.5) / KEYS) for i in random.Random(0).sample(range(KEYS), KEYS)]
+        """Of look_up, by key [s]."""
+        self._length = lognormal(RESPONSE_TOKENS, SPREAD)
+        self._under_way: dict[str, tuple[_Plan, int]] = {}
+        self.turns = 0
+        """Responses given."""
+
+    def tasks(self) -> Iterator[Task]:
+        """Endless."""
+        number = 0
+        while True:
+            yield Task(id=f"w{number}", question=f"What do the pages say about place {number}?", answers=("yes",))
+            number += 1
+
+    @property
+    def tool(self) -> ToolSpec:
+        return ToolSpec(
+            name="look_up",
+            signature="(key: int) -> str",
+            doc="Return the page with this number.",
+            call=self._look_up,
+        )
+
+    def page(self, key: int) -> str:
+        return self._pages[key]
+
+    async def _look_up(self, key: int) -> str:
+        await self._sleep(self.latencies_s[key])
+        return self._pages[key]
+
+    def __call__(self, prompt_ids: Sequence[int], sampling: Sampling, conversation: str) -> Sequence[int]:
+        """The next response of a conversation."""
+        plan, turn = self._under_way.pop(conversation, None) or (self.plan(conversation), 0)
+        if turn + 1 < len(plan.lengths):
+            self._under_way[conversation] = plan, turn + 1
+        self.turns += 1
+        rng = random.Random(plan.seed + turn)
+        last = turn + 1 == len(plan.lengths)
+        code = self._submits[plan.answer] if last else self._calls[rng.randrange(KEYS)]
+        think, between, close = self._tags
+        if not last and rng.random() < MALFORMED:
+            close = ()
+        rest = len(think) + len(between) + len(code) + len(close) + 1
+        said = max(_MIN_THOUGHT_TOKENS, plan.lengths[turn] - rest)
+        start = rng.randrange(len(self._said) - said)
+        return think + self._said[start : start + said] + between + code + close + self._chat.stop_token_ids[:1]
+
+    def plan(self, conversation: str) -> _Plan:
+        """Its number of turns, their lengths and the answer, drawn from its name."""
+        seed = derive_seed(self._seed, conversation)
+        rng = random.Random(seed)
+        turns = rng.randint(1, MAX_TURNS)
+        # room for the tags and the code is part of it, and the longest is the limit of a response
+        lengths = tuple(min(round(self._length(rng.random())), AGENT.max_new_tokens - 100) for _ in range(turns))
+        return _Plan(lengths=lengths, seed=seed, answer=rng.choice(ANSWERS))
+
+
+ANSWERS = ("yes", "no")
+"""The first is right."""
+_MIN_THOUGHT_TOKENS = 8
+_CALL = "page = look_up({key})\nlines = page.splitlines()\nprint(len(lines), 'sentences')\nprint(page)"
+_SUBMIT = "verdict = '{answer}'\nsubmit_final_answer(verdict)"

@@ -1,0 +1,171 @@
+"""Ask NB-Agent one question, watch it work, keep the notebook.
+
+    python -m l0fast.agent "QUESTION" --endpoint URL --model NAME [--tools search=FOLDER] [--file data.csv]
+    python -m l0fast.agent "QUESTION" [--model FOLDER]                       # the model runs here
+
+What it thinks, runs and sees comes to the terminal as it comes; the whole is saved as a notebook that runs again. The key of
+an endpoint is read from OPENAI_API_KEY, or the variable that --api-key-env names.
+
+Exit codes: 0 answered, 1 not answered, 2 something to set right, 130 interrupted.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from l0fast.ask import ask
+from l0fast.engine.openai import EndpointConfig
+from l0fast.errors import L0fastError, UsageError
+from l0fast.report.notebook import save_notebook
+from l0fast.tools.registry import known_tools
+from l0fast.trajectory import plain
+from l0fast.types import Trajectory, Turn
+
+
+def main(argv: Sequence[str]) -> int:
+    args = _parser().parse_args(argv)
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    notebook = args.notebook or Path(f"agent-{time.strftime('%Y%m%d-%H%M%S')}.ipynb")
+    try:
+        if notebook.exists():
+            raise UsageError(f"{notebook} is there already, and a notebook never overwrites: name another, or move it")
+        trajectory = asyncio.run(_ask(args, console, errors))
+        save_notebook(notebook, trajectory)
+    except L0fastError as e:
+        errors.print(Text(f"l0fast: {plain(str(e))}"), soft_wrap=True)
+        return 2 if isinstance(e, UsageError) else 1
+    except KeyboardInterrupt:
+        errors.print("interrupted: nothing was saved")
+        return 130
+    return _conclude(trajectory, notebook, console)
+
+
+async def _ask(args: argparse.Namespace, console: Console, errors: Console) -> Trajectory:
+    def on_text(text: str) -> None:
+        console.print(Text(plain(text)), end="", soft_wrap=True)
+
+    def on_turn(turn: Turn) -> None:
+        shown = turn.complaint if turn.output is None else turn.output
+        console.print(Text(f"\n<output>\n{plain(shown or '').strip()}\n</output>\n", "yellow"), soft_wrap=True)
+
+    return await ask(
+        args.question,
+        model=args.model,
+        endpoint=_endpoint(args),
+        tools=args.tools,
+        files=args.file,
+        settings=_settings(args),
+        on_text=on_text,
+        on_turn=on_turn,
+        log=lambda line: errors.print(Text(line, "dim"), soft_wrap=True),
+    )
+
+
+def _conclude(trajectory: Trajectory, notebook: Path, console: Console) -> int:
+    answer = trajectory.answer
+    if answer is not None:
+        console.print(Text(f"answer: {plain(answer)}", "bold green"), soft_wrap=True)
+    else:
+        why = plain(trajectory.cause or trajectory.status.value.replace("_", " "))
+        console.print(Text(f"no answer: {why}", "bold red"), soft_wrap=True)
+    turns = f"{len(trajectory.turns)} turn{'s' * (len(trajectory.turns) != 1)}"
+    console.print(Text(f"{turns} in {trajectory.wall_s:.1f} s, written to {notebook}", "dim"), soft_wrap=True)
+    return 0 if answer is not None else 1
+
+
+def _endpoint(args: argparse.Namespace) -> EndpointConfig | None:
+    if args.endpoint is None:
+        if args.api_key_env or args.body:
+            raise UsageError("--api-key-env and --body are an endpoint's: give --endpoint URL, or leave them out")
+        return None
+    return EndpointConfig(url=args.endpoint, model=args.model, api_key_env=args.api_key_env or "", body=dict(args.body))
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say, as `ask` takes it."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    settings: dict[str, Any] = {name: given[name] for name in OWN if name in given}
+    settings["agent"] = {name: given[name] for name in AGENT if name in given}
+    if args.sandbox is not None:
+        settings["sandbox"] = {"kind": args.sandbox}
+    return settings
+
+
+OWN = ("max_turns", "timeout_s", "temperature", "seed")
+AGENT = ("prompt", "context_tokens", "max_new_tokens", "cell_timeout_s")
+
+
+def _field(word: str) -> tuple[str, Any]:
+    """NAME=JSON"""
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{word!r} is not NAME=JSON, for example top_p=0.9")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m l0fast.agent", description="Ask NB-Agent one question.")
+    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument(
+        "--model",
+        default="geography",
+        metavar="NAME",
+        help="the endpoint's name for it; without an endpoint a policy that ships, a model folder, a run or a checkpoint (default: %(default)s)",
+    )
+    parser.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible API, e.g. http://127.0.0.1:8000/v1")
+    parser.add_argument(
+        "--api-key-env", metavar="NAME", help="environment variable with its key (default: OPENAI_API_KEY)"
+    )
+    parser.add_argument(
+        "--body",
+        type=_field,
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="a further field of each request; null leaves one out",
+    )
+    parser.add_argument(
+        "--tools",
+        nargs="+",
+        default=[],
+        metavar="TOOL",
+        help=f"{', '.join(known_tools())}, each with =WHAT where it needs it, or module:function",
+    )
+    parser.add_argument(
+        "--file", action="append", default=[], metavar="FILE", help="copied to where the code runs; may be repeated"
+    )
+    parser.add_argument(
+        "--notebook", type=Path, metavar="OUT", help="where the notebook goes (default: agent-TIME.ipynb)"
+    )
+    parser.add_argument(
+        "--prompt", choices=("compact", "full"), help="full tells a general model all about the session"
+    )
+    for name, kind, text in (
+        ("context-tokens", int, "longest prompt plus response"),
+        ("max-new-tokens", int, "longest response of a turn"),
+        ("max-turns", int, "turns before it is over"),
+        ("cell-timeout-s", float, "seconds one cell may take"),
+        ("timeout-s", float, "seconds all of it may take"),
+        ("temperature", float, "0 takes the likeliest tokens"),
+        ("seed", int, "of the sampling and the session"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    parser.add_argument(
+        "--sandbox", choices=("auto", "docker", "bwrap", "process"), help="default: the strongest that works"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

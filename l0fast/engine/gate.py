@@ -1,0 +1,135 @@
+"""An engine behind a gate: requests wait outside until an `Admission` lets them in, so that its KV cache does not thrash.
+
+    generate -> ask -> (wait) -> the engine -> ran -> whoever may go now
+    forget   -> the episode's entries are free     -> whoever may go now
+
+Nothing here decides; rollout/admission.py does. Waiting counts in the deadline of a request, and cancelling takes it out of
+the line. There is no task: who comes, finishes, gives up or is forgotten looks whom that lets in, and a timer looks while
+somebody waits. What the engine says of itself is asked for by whoever finishes, at most once in `_LOOK_S`.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from l0fast.engine.base import Engine, EngineLoad, Sampled, Sampling
+from l0fast.engine.clock import Clock, CompressedClock, Timer
+from l0fast.errors import EngineError
+
+_LOOK_S = 1.0
+"""Between two looks at the engine's load, or for somebody who may go [s]."""
+
+
+class Admits(Protocol):
+    """Who may go; see rollout/admission.py, the one there is."""
+
+    @property
+    def num_waiting(self) -> int: ...
+    def ask(self, conversation: str, prompt_tokens: int, now_s: float) -> bool: ...
+    def ran(self, conversation: str, tokens: int, cached_tokens: int, now_s: float) -> None: ...
+    def withdraw(self, conversation: str, now_s: float) -> None: ...
+    def forget(self, conversation: str) -> None: ...
+    def observe(self, load: EngineLoad) -> None: ...
+    def updated_weights(self) -> None: ...
+    def admit(self, now_s: float) -> list[str]: ...
+
+
+async def gated(engine: Engine, admission: Admits, *, timeout_s: float, clock: Clock | None = None) -> "GatedEngine":
+    """An engine behind its gate, which knows by then how large the cache is."""
+    gate = GatedEngine(engine, admission, timeout_s=timeout_s, clock=clock)
+    await gate.look()
+    return gate
+
+
+class GatedEngine:
+    """The `Engine` protocol, of the engine inside."""
+
+    def __init__(self, engine: Engine, admission: Admits, *, timeout_s: float, clock: Clock | None = None):
+        """
+        Args:
+            timeout_s: a request that waits longer to be let in fails [s].
+            clock: tells the admission the time; None is the loop's.
+        """
+        self.engine = engine
+        self._admission, self._timeout_s = admission, timeout_s
+        self._clock: Clock = clock or CompressedClock()
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+        self._under_way: set[str] = set()
+        self._timer: Timer | None = None
+        self._next_look_s = 0.0
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str) -> Sampled:
+        if conversation in self._under_way:
+            # two turns of one conversation at once: only one of them is an episode's
+            return await self.engine.generate(prompt_ids, sampling, conversation=conversation)
+        self._under_way.add(conversation)
+        tokens, cached_tokens = None, 0
+        try:
+            await self._enter(conversation, len(prompt_ids))
+            sampled = await self.engine.generate(prompt_ids, sampling, conversation=conversation)
+            tokens, cached_tokens = len(prompt_ids) + len(sampled.response_ids), sampled.cached_tokens
+        finally:
+            self._under_way.remove(conversation)
+            if tokens is None:
+                self._admission.withdraw(conversation, self._clock.now_s)
+            else:
+                self._admission.ran(conversation, tokens, cached_tokens, self._clock.now_s)
+            self._let_in()
+        if self._clock.now_s >= self._next_look_s:
+            await self.look()
+        return sampled
+
+    async def update_weights(self, policy_version: int) -> None:
+        self._admission.updated_weights()
+        await self.engine.update_weights(policy_version)
+
+    def forget(self, conversation: str) -> None:
+        self._admission.forget(conversation)
+        self.engine.forget(conversation)
+        self._let_in()
+
+    async def load(self) -> EngineLoad:
+        """The engine's, and those who wait outside."""
+        load = await self.engine.load()
+        return replace(load, waiting=load.waiting + len(self._waiting))
+
+    async def look(self) -> None:
+        """Tell the admission how the engine does."""
+        self._next_look_s = self._clock.now_s + _LOOK_S
+        self._admission.observe(await self.engine.load())
+        self._let_in()
+
+    async def _enter(self, conversation: str, prompt_tokens: int) -> None:
+        if self._admission.ask(conversation, prompt_tokens, self._clock.now_s):
+            return
+        future = self._waiting[conversation] = asyncio.get_running_loop().create_future()
+        self._watch()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await future
+        except TimeoutError as e:
+            raise EngineError(
+                f"waited {self._timeout_s:g} s for room in the KV cache: lower rollout.max_open_groups, or raise "
+                "engine.request_timeout_s"
+            ) from e
+        finally:
+            self._waiting.pop(conversation, None)
+
+    def _let_in(self) -> None:
+        if self._waiting:
+            for conversation in self._admission.admit(self._clock.now_s):
+                # one that was cancelled in this very moment says so itself, and withdraws
+                future = self._waiting.pop(conversation)
+                if not future.done():
+                    future.set_result(None)
+
+    def _watch(self) -> None:
+        """Somebody may go because time has passed."""
+        if self._timer is None and self._waiting:
+            self._timer = self._clock.call_at(self._clock.now_s + _LOOK_S, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._let_in()
+        self._watch()

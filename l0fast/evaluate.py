@@ -1,0 +1,386 @@
+"""How good is it? A policy or an endpoint, on one or many benchmarks, with NB-Agent or without.
+
+    python -m l0fast.evaluate MODEL --on geography --on questions.jsonl --samples 4
+    python -m l0fast.evaluate NAME --endpoint URL --on simpleqa --tools web_search --tools get_webpage_in_markdown
+    python -m l0fast.evaluate --compare OUT_A OUT_B
+
+    benchmarks x samples --> episodes, at most --max-open at once: agent x engine x sandbox --> scores --> episodes.jsonl
+                                                                                              --> report.json, .csv, .md
+
+MODEL is a policy that ships, a model folder, a run or a checkpoint, and runs here; with --endpoint it is a name there. It is
+asked with the settings it was trained with, where those are known; --section.key VALUE changes any, as for l0fast.run. The
+same command goes on where it was. Failed episodes have no vote; they are counted, and played again by the next command.
+"""
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+import uvloop
+from rich.console import Console
+
+from l0fast.agent.chat import Chat
+from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
+from l0fast.cli import changed
+from l0fast.config import RunConfig
+from l0fast.engine.base import Engine, TextEngine
+from l0fast.engine.openai import EndpointConfig, openai_engine
+from l0fast.engine.simulated import SimulatedEngine
+from l0fast.engine.transformers import transformers_engine
+from l0fast.errors import L0fastError, UsageError, WorldError
+from l0fast.evaluation.benchmarks import Benchmark, load_benchmarks
+from l0fast.evaluation.direct import DirectAnswerer
+from l0fast.evaluation.episodes import Episodes, Outcome, read_outcomes
+from l0fast.evaluation.report import compared, comparison_table, figures, table, write_report
+from l0fast.loop_lag import LoopLag
+from l0fast.policies import Policy, open_policy
+from l0fast.sandbox import open_sandbox
+from l0fast.sandbox.base import Sandbox
+from l0fast.seeding import derive_seed
+from l0fast.tasks.judge import open_judge
+from l0fast.tasks.scoring import Scorer, open_scorer
+from l0fast.tools.broker import Broker, open_broker
+from l0fast.tools.local_search import LocalSearch, search_tool
+from l0fast.tools.toolbox import Toolbox, open_toolbox
+from l0fast.types import Task, Trajectory, TrajectoryStatus
+from l0fast.warm_start.demonstrations import Demonstrator
+
+SAY_EVERY_S = 10.0
+
+
+class Answerer(Protocol):
+    async def run_episode(self, task: Task, *, index: int, temperature: float, seed: int) -> Trajectory: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is asked of whom."""
+
+    model: str
+    endpoint: EndpointConfig | None
+    flags: Sequence[str]
+    """Settings on top of those that the policy was trained with, as l0fast.run takes them."""
+    benchmarks: Sequence[str]
+    tools: Sequence[str]
+    samples: int
+    questions: int
+    """Of each benchmark; 0 for all."""
+    temperature: float
+    direct: bool
+    max_open: int
+    seed: int
+    out: Path
+
+
+async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Play what is missing, write the report, return it. Raises UsageError."""
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        policy = None if plan.endpoint else await enter(open_policy(plan.model))
+        config = changed((policy.trained_with if policy else None) or GENERAL, plan.flags)
+        benchmarks = await asyncio.to_thread(load_benchmarks, plan.benchmarks, config.task, plan.questions)
+        for benchmark in benchmarks:
+            say(benchmark.report or f"{benchmark.name}: {len(benchmark.tasks):,} questions")
+        await asyncio.to_thread(_claim, plan)
+        chat = await asyncio.to_thread(Chat, policy.folder) if policy else None
+        engine = await enter(_engine(plan, policy, config, benchmarks))
+        sandbox = await enter(open_sandbox(config.sandbox, max_sessions=plan.max_open, log=say))
+        cache = Path(config.tools.cache_file) if config.tools.cache_file else None
+        broker = await enter(open_broker(cache, config.tools.cache_mode))
+        judge = await enter(open_judge(config.judge))
+        reward = config.reward.model_copy(
+            update={"f1": config.reward.f1 or 1.0, "exact_match": config.reward.exact_match or 1.0}
+        )
+        scorer = await enter(
+            open_scorer(reward, max_new_tokens=config.agent.max_new_tokens, sandbox=sandbox, judge=judge)
+        )
+        box = await enter(open_toolbox(plan.tools or config.tools.use, config.tools, config.web, broker))
+        answerers = {
+            b.name: DirectAnswerer(chat=chat, engine=engine, config=config.agent)
+            if plan.direct
+            else _agent(b, config, chat, engine, sandbox, broker, box)
+            for b in benchmarks
+        }
+        episodes = await enter(Episodes(plan.out / "episodes.jsonl"))
+        lag = LoopLag()
+        beat = asyncio.create_task(lag.run())
+        stack.callback(beat.cancel)
+        began = time.monotonic()
+        failed = await _play(plan, benchmarks, answerers, scorer, episodes, say)
+        wall_s = time.monotonic() - began
+        report = {
+            "model": plan.model,
+            "endpoint": plan.endpoint.url if plan.endpoint else None,
+            "with": "direct answers" if plan.direct else "NB-Agent",
+            "temperature": plan.temperature,
+            "benchmarks": {b.name: figures(_of(b, plan, episodes), failed=failed.get(b.name, 0)) for b in benchmarks},
+            "wall_s": wall_s,
+            **lag.take_run(),
+        }
+    await asyncio.to_thread(write_report, plan.out, report)
+    return report
+
+
+def _of(benchmark: Benchmark, plan: Plan, episodes: Episodes) -> dict[str, list[Outcome]]:
+    wanted = {task.id: [(benchmark.name, task.id, n) for n in range(plan.samples)] for task in benchmark.tasks}
+    return {task: [episodes.done[key] for key in keys if key in episodes.done] for task, keys in wanted.items()}
+
+
+async def _play(
+    plan: Plan,
+    benchmarks: Sequence[Benchmark],
+    answerers: Mapping[str, Answerer],
+    scorer: Scorer,
+    episodes: Episodes,
+    say: Callable[[str], None],
+) -> dict[str, int]:
+    """All that is missing; how many failed, by benchmark."""
+    todo = [
+        (b.name, task, n)
+        for b in benchmarks
+        for task in b.tasks
+        for n in range(plan.samples)
+        if (b.name, task.id, n) not in episodes.done
+    ]
+    failed: dict[str, int] = {}
+    done, told = 0, time.monotonic()
+    if len(todo) < (total := sum(len(b.tasks) for b in benchmarks) * plan.samples):
+        say(f"{total - len(todo):,} of {total:,} episodes are there already")
+
+    async def one(name: str, task: Task, n: int) -> None:
+        nonlocal done, told
+        seed = derive_seed(plan.seed, "evaluation", name, task.id, n)
+        trajectory = await answerers[name].run_episode(task, index=n, temperature=plan.temperature, seed=seed)
+        trajectory, scores = await _scored(trajectory, scorer)
+        await episodes.add(name, n, trajectory, scores)
+        failed[name] = failed.get(name, 0) + trajectory.status.failed
+        done += 1
+        if time.monotonic() - told > SAY_EVERY_S:
+            told = time.monotonic()
+            say(f"{done:,} of {len(todo):,} episodes, {sum(failed.values()):,} failed")
+
+    # workers, not a task for each of what may be a million episodes
+    waiting = iter(todo)
+
+    async def worker() -> None:
+        for name, task, n in waiting:
+            await one(name, task, n)
+
+    async with asyncio.TaskGroup() as tg:
+        for _ in range(min(plan.max_open, len(todo))):
+            tg.create_task(worker())
+    return failed
+
+
+async def _scored(trajectory: Trajectory, scorer: Scorer) -> tuple[Trajectory, dict[str, float]]:
+    if trajectory.status.failed:
+        return trajectory, {}
+    try:
+        score = await scorer.score(trajectory)
+    except WorldError as e:
+        return replace(trajectory, status=TrajectoryStatus.FAILED_JUDGE, cause=str(e)), {}
+    return replace(trajectory, rewards=score.rewards, exact_match=score.correct), score.answer
+
+
+@asynccontextmanager
+async def _engine(
+    plan: Plan, policy: Policy | None, config: RunConfig, benchmarks: Sequence[Benchmark]
+) -> AsyncIterator[Engine | TextEngine]:
+    """Who answers."""
+    if policy is None:
+        assert plan.endpoint is not None
+        # a stop of its own keeps a model from inventing the output of its code
+        stop = () if plan.direct or config.agent.prompt != "full" else ("</code>",)
+        endpoint = plan.endpoint.model_copy(update={"max_concurrent": plan.max_open, "stop": stop})
+        async with openai_engine(endpoint) as engine:
+            yield engine
+    elif config.engine.kind == "simulated":
+        chat, worlds = Chat(policy.folder), [b.world for b in benchmarks if b.world is not None]
+        if len(worlds) < len(benchmarks):
+            raise UsageError(
+                "--engine.kind simulated plays demonstrations of worlds that ship: leave it out, or ask of those"
+            )
+        yield SimulatedEngine(
+            vocab_size=chat.vocab_size,
+            max_tokens=config.agent.context_tokens,
+            slots=plan.max_open,
+            seed=plan.seed,
+            script=Demonstrator(chat, worlds, good_rate=0.5, seed=plan.seed),
+        )
+    else:
+        slots = config.engine.model_copy(update={"slots": min(config.engine.slots, plan.max_open)})
+        async with transformers_engine(slots, policy.folder, max_tokens=config.agent.context_tokens) as engine:
+            yield engine
+
+
+def _agent(
+    benchmark: Benchmark,
+    config: RunConfig,
+    chat: Chat | None,
+    engine: Engine | TextEngine,
+    sandbox: Sandbox,
+    broker: Broker,
+    box: Toolbox,
+) -> NBAgent:
+    tools = box.common
+    if benchmark.corpus is not None:
+        search = search_tool(LocalSearch(benchmark.corpus), config.task.search_results)
+        tools = (*tools, broker.wrap(search, scope=benchmark.name))
+    return NBAgent(
+        chat=chat,
+        engine=engine,
+        sandbox=sandbox,
+        tools=tools,
+        task_tools=box.for_task,
+        config=config.agent,
+        limits=EpisodeLimits(max_turns=config.rollout.max_turns, timeout_s=config.rollout.episode_timeout_s),
+    )
+
+
+def _claim(plan: Plan) -> None:
+    """The folder is this command's, or nobody's yet. Raises UsageError."""
+    about = {
+        "model": plan.model,
+        "endpoint": plan.endpoint and plan.endpoint.url,
+        "direct": plan.direct,
+        "temperature": plan.temperature,
+        "flags": list(plan.flags),
+        "tools": list(plan.tools),
+        "seed": plan.seed,
+    }
+    plan.out.mkdir(parents=True, exist_ok=True)
+    file = plan.out / "evaluation.json"
+    if not file.exists():
+        if any(plan.out.iterdir()):
+            raise UsageError(f"{plan.out} is not empty, and no evaluation: give another --out")
+        file.write_bytes(orjson.dumps(about, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    elif (before := orjson.loads(file.read_bytes())) != about:
+        name = next(name for name in about if before.get(name) != about[name])
+        raise UsageError(
+            f"{plan.out} holds another evaluation, with {name} = {before.get(name)!r} and not {about[name]!r}: give another --out"
+        )
+
+
+def _general() -> RunConfig:
+    """How a general model is asked: L0's evaluation settings."""
+    agent = {"prompt": "full", "context_tokens": 32_000, "max_new_tokens": 3_192, "output_chars": 20_000}
+    return RunConfig.model_validate(
+        {
+            "agent": agent | {"traceback": "full", "cell_timeout_s": 120.0},
+            "rollout": {"max_turns": 10, "episode_timeout_s": 600.0},
+        }
+    )
+
+
+GENERAL = _general()
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m l0fast.evaluate",
+        description="Evaluate a policy or an endpoint on benchmarks. Every setting of l0fast.run may follow as --section.key VALUE.",
+    )
+    p.add_argument(
+        "model", nargs="?", help="policy that ships, model folder, run or checkpoint; with --endpoint a name there"
+    )
+    p.add_argument(
+        "--on", action="append", default=[], metavar="BENCHMARK", help="geography, invented, a file, a data set; repeat"
+    )
+    p.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible API that answers")
+    p.add_argument("--api-key-env", default="", metavar="NAME", help="environment variable of its key")
+    p.add_argument("--tools", action="append", default=[], metavar="TOOL", help="what agents can call; repeat")
+    p.add_argument("--samples", type=int, default=1, metavar="N", help="episodes of each question")
+    p.add_argument("--questions", type=int, default=0, metavar="N", help="of each benchmark; 0 for all")
+    p.add_argument("--temperature", type=float, default=1.0)
+    p.add_argument("--direct", action="store_true", help="answer without tools or code")
+    p.add_argument("--max-open", type=int, default=128, metavar="N", help="episodes at once")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: evaluations/MODEL")
+    p.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("A", "B"), help="two evaluations: is the difference more than noise?"
+    )
+    return p
+
+
+def plan_of(argv: Sequence[str]) -> tuple[Plan | None, tuple[Path, Path] | None]:
+    """What the words ask for: a plan, or two folders to compare. Raises UsageError."""
+    options, flags = _parser().parse_known_args(argv)
+    if options.compare:
+        return None, tuple(options.compare)
+    for name, value in (("--samples", options.samples), ("--max-open", options.max_open)):
+        if value < 1:
+            raise UsageError(f"{name} {value}: give at least 1")
+    if options.temperature < 0 or options.questions < 0:
+        raise UsageError(f"--temperature {options.temperature:g} --questions {options.questions}: give 0 or more")
+    if not options.model:
+        raise UsageError("there is no model: name a policy, a folder, a run, or with --endpoint a model there")
+    if not options.on:
+        raise UsageError(
+            "there is nothing to ask: name a benchmark, for example --on geography or --on questions.jsonl"
+        )
+    endpoint = None
+    if options.endpoint:
+        endpoint = EndpointConfig(url=options.endpoint, model=options.model, api_key_env=options.api_key_env)
+    out = options.out or Path("evaluations") / Path(options.model).name
+    return (
+        Plan(
+            model=options.model,
+            endpoint=endpoint,
+            flags=tuple(flags),
+            benchmarks=tuple(options.on),
+            tools=tuple(options.tools),
+            samples=options.samples,
+            questions=options.questions,
+            temperature=options.temperature,
+            direct=options.direct,
+            max_open=options.max_open,
+            seed=options.seed,
+            out=out,
+        ),
+        None,
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    try:
+        plan, pair = plan_of(argv)
+        if pair is not None:
+            a, b = (read_outcomes(folder / "episodes.jsonl") for folder in pair)
+            differences = compared(a, b)
+            if not differences:
+                raise UsageError(f"{pair[0]} and {pair[1]} have no question in common: evaluate both on the same")
+            console.print(comparison_table(differences, pair[0].name, pair[1].name), soft_wrap=True, markup=False)
+            return 0
+        assert plan is not None
+        report = uvloop.run(evaluate(plan, partial(errors.print, markup=False, soft_wrap=True)))
+        console.print(table(report), soft_wrap=True, markup=False)
+        errors.print(f"written to {plan.out}", markup=False)
+    except L0fastError as e:
+        errors.print(f"l0fast: {e}", markup=False, soft_wrap=True)
+        return 2 if isinstance(e, UsageError) else 1
+    except BaseExceptionGroup as group:
+        known, bugs = group.split(L0fastError)
+        if known is None or bugs is not None:
+            raise
+        error = known
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        errors.print(f"l0fast: {error}", markup=False, soft_wrap=True)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        errors.print("interrupted; the same command goes on", markup=False)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""How good a policy is: episodes or direct answers on benchmarks, scored, with intervals."""

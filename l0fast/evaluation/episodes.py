@@ -1,0 +1,133 @@
+"""Episodes of an evaluation as they finish: one JSON line each, appended, so that a run that was killed goes on.
+
+A line is a trajectory as runs write them (run_dir.py), with `benchmark`, `sample` and the scores of its answer. One that was
+cut off by a kill is not read, and its episode played again. Failed ones have no vote and are played again, too.
+"""
+
+import asyncio
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import orjson
+
+from l0fast.errors import UsageError
+from l0fast.types import Trajectory
+
+Key = tuple[str, str, int]
+"""Benchmark, task id, sample."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What statistics need of an episode."""
+
+    correct: bool
+    scores: Mapping[str, float]
+    """Of the answer, by reward."""
+    turns: int
+    tokens: int
+    """Sampled; of endpoints that count them."""
+    wall_s: float
+    failed: bool
+    status: str
+
+
+class Episodes:
+    """The file of an evaluation. Use with `async with`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.done: dict[Key, Outcome] = {}
+        """Those that have a vote."""
+        self._lock = asyncio.Lock()
+
+    async def __aenter__(self) -> "Episodes":
+        await asyncio.to_thread(self._read)
+        self._file = await asyncio.to_thread(self.path.open, "ab")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ):
+        self._file.close()
+
+    async def add(self, benchmark: str, sample: int, trajectory: Trajectory, scores: Mapping[str, float]) -> None:
+        """Write an episode, off the loop."""
+        async with self._lock:
+            await asyncio.to_thread(self._write, benchmark, sample, trajectory, scores)
+        outcome = _outcome(trajectory, scores)
+        if not outcome.failed:
+            self.done[benchmark, trajectory.task.id, sample] = outcome
+
+    def _write(self, benchmark: str, sample: int, trajectory: Trajectory, scores: Mapping[str, float]) -> None:
+        row = {"benchmark": benchmark, "sample": sample, "scores": dict(scores), "advantages": []}
+        row |= {f.name: getattr(trajectory, f.name) for f in fields(Trajectory)}
+        self._file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        self._file.flush()
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
+        whole = 0
+        for end, row in _rows(self.path):
+            whole = end
+            if not row["status"].startswith("failed"):
+                self.done[row["benchmark"], row["task"]["id"], row["sample"]] = _outcome_of_row(row)
+        # what a kill has cut off would spoil the next line
+        os.truncate(self.path, whole)
+
+
+def read_outcomes(path: Path) -> dict[str, dict[str, list[Outcome]]]:
+    """benchmark -> task id -> the outcomes of its samples that have a vote. Raises UsageError."""
+    outcomes: dict[str, dict[str, list[Outcome]]] = {}
+    for _, row in _rows(path):
+        if not row["status"].startswith("failed"):
+            outcomes.setdefault(row["benchmark"], {}).setdefault(row["task"]["id"], []).append(_outcome_of_row(row))
+    return outcomes
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Whole lines, each with where it ends."""
+    end = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                end += len(line)
+                if not line.endswith(b"\n"):
+                    return
+                row = orjson.loads(line)
+                if not isinstance(row, dict) or "benchmark" not in row:
+                    raise UsageError(f"{path}, line {number} is not what an evaluation writes: give another folder")
+                yield end, row
+    except OSError as e:
+        raise UsageError(f"{path} can't be read ({e.strerror}): is that the folder of an evaluation?") from e
+    except orjson.JSONDecodeError as e:
+        raise UsageError(f"{path} is not what an evaluation writes ({e}): give another folder") from e
+
+
+def _outcome(trajectory: Trajectory, scores: Mapping[str, float]) -> Outcome:
+    return Outcome(
+        correct=trajectory.exact_match,
+        scores=scores,
+        turns=len(trajectory.turns),
+        tokens=sum(len(turn.response_ids) for turn in trajectory.turns),
+        wall_s=trajectory.wall_s,
+        failed=trajectory.status.failed,
+        status=str(trajectory.status),
+    )
+
+
+def _outcome_of_row(row: Mapping[str, Any]) -> Outcome:
+    return Outcome(
+        correct=row["exact_match"],
+        scores=row["scores"],
+        turns=len(row["turns"]),
+        tokens=sum(len(turn["response_ids"]) for turn in row["turns"]),
+        wall_s=row["wall_s"],
+        failed=row["status"].startswith("failed"),
+        status=row["status"],
+    )

@@ -1,0 +1,204 @@
+"""Which engine a run takes, which GPUs engines and learner take, and whether that fits, before anything starts.
+
+    resident   GPU 0: engine 0 + rank 0   GPU 1: engine 1 + rank 1   both have their memory all the time
+    sleep      the same GPUs              the engine has its memory while it samples, the learner while it learns
+    split      GPU 0: rank 0              GPU 1: engine 0            each has its GPUs for itself
+
+    of one GPU's memory            resident            sleep, sampling           sleep, learning         split
+    engine.memory_share            yes                 yes                       what is left of it      of engines' GPUs
+    weights, optimizer, reference  yes                 yes                       yes                     of the learner's
+    activations and the rest       yes                 -                         yes                     of the learner's
+    weights on their way (ipc)     yes                 yes                       -                       -
+
+The learner's part is learner/cost.py's arithmetic.
+"""
+
+import importlib.util
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import orjson
+
+from l0fast.config import RunConfig
+from l0fast.errors import UsageError
+from l0fast.learner import cost
+from l0fast.learner.client import num_gpus
+
+ASLEEP_BYTES = 2.0 * cost.GIB
+"""What an engine keeps of a GPU while it sleeps: CUDA context, libraries, graphs. An estimate, not yet measured [bytes]."""
+STATE = ("master weights", "gradients", "AdamW moments", "reference", "critic", "other")
+"""Parts of the learner's memory that are there between two steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    engines: int
+    first_gpu: int
+    """Of the engines."""
+    ranks: int
+    """Of the learner, on GPUs from 0 on; one on the CPU."""
+    weights: Literal["ipc", "host", "disk"]
+    """How new ones get to the engines."""
+
+
+def engine_kind(config: RunConfig, *, gpus: int | None = None) -> Literal["transformers", "sglang", "simulated"]:
+    """What `engine.kind` stands for on this machine."""
+    if config.engine.kind != "auto":
+        return config.engine.kind
+    found = num_gpus() if gpus is None else gpus
+    return "sglang" if found and importlib.util.find_spec("sglang") is not None else "transformers"
+
+
+def sglang_layout(config: RunConfig, gpus: int) -> Layout:
+    """How a run with sglang lies on so many GPUs, 0 for the CPU. Raises UsageError, saying which setting to change."""
+    engine, tp = config.engine, config.engine.tensor_parallel
+    if engine.weights == "group":
+        raise UsageError("engine.weights = 'group' is not there yet: take host or disk, with --engine.weights host")
+    if engine.layout == "sleep":
+        _check_sleep(config, gpus)
+    if not gpus:
+        if engine.layout == "split" or engine.weights == "ipc":
+            name = "layout" if engine.layout == "split" else "weights"
+            raise UsageError(
+                f"engine.{name} = {getattr(engine, name)!r} is about GPUs, and there are none here: leave it out"
+            )
+        weights = "host" if engine.weights == "auto" else engine.weights
+        return Layout(engines=engine.count or 1, first_gpu=0, ranks=config.learner.ranks or 1, weights=weights)
+    ranks = config.learner.ranks
+    if engine.layout == "split" and not 0 < ranks < gpus:
+        raise UsageError(
+            f"engine.layout = 'split' and learner.ranks = {ranks} of {gpus} GPUs leave none for "
+            f"{'the engines' if ranks else 'one of both'}: set --learner.ranks to 1 or more and less than {gpus}"
+            if gpus > 1
+            else "engine.layout = 'split' needs two GPUs or more, and there is one: take --engine.layout resident"
+        )
+    first = ranks if engine.layout == "split" else 0
+    ranks = ranks or gpus
+    count = engine.count or (gpus - first) // tp
+    if not 0 < count * tp <= gpus - first:
+        raise UsageError(
+            f"engine.count = {engine.count} engines of {tp} GPUs each (engine.tensor_parallel) are to lie on {gpus - first} GPUs: "
+            f"set --engine.tensor-parallel to {gpus - first} or less and leave --engine.count out"
+        )
+    together = engine.layout != "split" and count * tp <= ranks
+    if engine.weights == "ipc" and not together:
+        raise UsageError(
+            f"engine.weights = 'ipc' reads from a rank of the learner on the same GPU, but {count * tp} GPUs of engines and "
+            f"{ranks} ranks are not on the same ones (engine.layout = {engine.layout!r}): take --engine.weights host"
+        )
+    weights = ("ipc" if together else "host") if engine.weights == "auto" else engine.weights
+    if engine.layout == "sleep" and weights != "ipc":
+        raise UsageError(
+            f"engine.layout = 'sleep' hands a GPU's memory to and fro, for which weights must come by ipc and not by {weights}: "
+            "give the learner all GPUs (--learner.ranks 0) and leave --engine.weights out"
+        )
+    return Layout(engines=count, first_gpu=first, ranks=ranks, weights=weights)
+
+
+def _check_sleep(config: RunConfig, gpus: int) -> None:
+    if config.rollout.mode != "on_policy":
+        raise UsageError(
+            f"engine.layout = 'sleep' means that nothing is sampled while the learner works, but rollout.mode = "
+            f"{config.rollout.mode!r} goes on sampling: take --rollout.mode on_policy or --engine.layout resident"
+        )
+    if config.learner.stream == "on":
+        raise UsageError(
+            "engine.layout = 'sleep' means that the learner works while nothing is sampled, but learner.stream = 'on' has it "
+            "work meanwhile: set --learner.stream off"
+        )
+
+
+def memory_complaint(
+    config: RunConfig, shape: cost.ModelShape, layout: Layout, *, gpu_memory_bytes: float, liger: bool = True
+) -> str | None:
+    """None where it fits; else one sentence with the settings that would do."""
+    engine, memory = config.engine, gpu_memory_bytes
+    work = cost.workload_of(config)
+    setup = cost.setup_of(
+        config,
+        gpus=layout.ranks,
+        gpu_memory_bytes=memory,
+        sampled_share=work.sampled / work.tokens,
+        liger=liger,
+    )
+    room = engine.memory_share * memory
+    least = (2 * shape.parameters + config.agent.context_tokens * shape.kv_bytes) / engine.tensor_parallel
+    if room < least:
+        share = -(-100 * least // memory) / 100
+        return (
+            f"engine.memory_share = {engine.memory_share:g} of {memory / cost.GIB:.1f} GiB is less than the {least / cost.GIB:.1f} "
+            f"GiB of an engine's weights and one context of {config.agent.context_tokens:,} tokens: "
+            + (f"set --engine.memory-share {share:g}" if share < 1 else "raise --engine.tensor-parallel")
+        )
+    alone = replace(setup, engine_share=0.0)
+    parts = cost.memory_parts(shape, alone)
+    learning, state = sum(parts.values()), sum(parts[name] for name in STATE)
+    exported = 2.0 * shape.parameters if layout.weights == "ipc" else 0.0
+    if engine.layout == "split":
+        return cost.why_not(shape, alone)
+    if engine.layout == "sleep":
+        if learning + ASLEEP_BYTES > memory:
+            return cost.why_not(shape, replace(alone, other_bytes=alone.other_bytes + ASLEEP_BYTES))
+        if state + exported + room > memory:
+            return _too_much(state + exported, room, memory, least, "what the learner keeps between steps")
+        return None
+    if learning + exported + room <= memory:
+        return None
+    sleeping = learning + ASLEEP_BYTES <= memory and state + exported + room <= memory
+    if sleeping and layout.weights == "ipc" and config.rollout.mode == "on_policy":
+        return (
+            f"engine and learner together want {(learning + exported + room) / cost.GIB:.1f} GiB of a GPU that has "
+            f"{memory / cost.GIB:.1f}: set --engine.layout sleep, which gives them the memory in turn, or lower "
+            "--engine.memory-share or --learner.pack-tokens"
+        )
+    return cost.why_not(shape, replace(setup, other_bytes=setup.other_bytes + exported)) or _too_much(
+        learning + exported, room, memory, least, "the learner"
+    )
+
+
+def _too_much(other: float, room: float, memory: float, least: float, what: str) -> str:
+    left = memory - other
+    said = (
+        f"engine.memory_share takes {room / cost.GIB:.1f} GiB of a GPU and {what} {other / cost.GIB:.1f}, but it has "
+        f"{memory / cost.GIB:.1f}: "
+    )
+    if left >= least:
+        return said + f"set --engine.memory-share {int(100 * left / memory) / 100:g}"
+    return said + "set --learner.offload cpu, or take a smaller model"
+
+
+def check_layout(config: RunConfig, model_path: Path, *, gpus: int, memories: Sequence[float] | None = None) -> Layout:
+    """The layout of a run with sglang, which fits. Asks nvidia-smi how large GPUs are where `memories` [bytes] doesn't say.
+
+    Raises:
+        UsageError: it does not fit, or a setting contradicts another one.
+    """
+    layout = sglang_layout(config, gpus)
+    if not gpus:
+        return layout
+    try:
+        shape = cost.ModelShape.from_config(orjson.loads((model_path / "config.json").read_bytes()))
+    except ValueError:
+        # a model whose costs are not known may well fit; torch will say
+        return layout
+    memory = min(gpu_memories() if memories is None else memories)
+    liger = importlib.util.find_spec("liger_kernel") is not None
+    complaint = memory_complaint(config, shape, layout, gpu_memory_bytes=memory, liger=liger)
+    if complaint is not None:
+        raise UsageError(complaint)
+    return layout
+
+
+def gpu_memories() -> list[float]:
+    """Of this machine's GPUs, without importing torch [bytes]. Raises UsageError where nvidia-smi does not work."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        return [float(line) * 2**20 for line in said.split()]
+    except (OSError, subprocess.SubprocessError, ValueError) as e:
+        raise UsageError(
+            f"{' '.join(command)} does not say how much memory the GPUs have ({e}): is the NVIDIA driver in order?"
+        ) from e

@@ -1,0 +1,189 @@
+"""All that watches a run, in one piece: shares of a step, loop lag, memory, watchdog, trace, sinks.
+
+    observer    told by agents and the step loop what they do       -> step_shares.py, trace.py
+    running()   loop lag, memory, the trace's and the sinks' threads    as long as the run
+    watching()  the watchdog, and what the trace counts                 as long as there are rooms to watch
+    take_step() where the step's time went, what the engine did, how late the loop was
+
+Nothing here decides anything about a run, but for the watchdog, which may end it.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from l0fast.config import RunConfig
+from l0fast.errors import WorldError
+from l0fast.loop_lag import LoopLag
+from l0fast.metrics import ProcessTreeMemory
+from l0fast.observer import Both, Observer
+from l0fast.sinks import Row, open_sinks
+from l0fast.step_shares import STALL_S, EngineWork, StepShares
+from l0fast.trace import Trace, merge_torch, write_trace
+from l0fast.watchdog import Probe, Watchdog, stand_down
+
+LOAD_S = 5.0
+"""Time an engine has to tell what it did, at the end of a step [s]."""
+COUNT_EVERY_S = 0.25
+"""Between two counts in a trace [s]."""
+
+
+class EngineFigures(EngineWork, Protocol):
+    """Of `EngineLoad`."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def used_tokens(self) -> int: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def cached_tokens(self) -> int: ...
+    @property
+    def decoded_tokens(self) -> int: ...
+
+
+Load = Callable[[], Awaitable[EngineFigures]]
+Gauge = Callable[[], Mapping[str, float]]
+
+_FIGURES: tuple[str, ...] = ("prefill_tokens", "cached_tokens", "recomputed_tokens", "decoded_tokens")
+
+
+class Meters:
+    def __init__(self, config: RunConfig, path: Path, log: Callable[[str], None], warn: Callable[[str], None]):
+        """
+        Args:
+            path: the run's folder.
+            log: told what is of interest later; from other threads, too.
+            warn: told what a person should see.
+        """
+        self._config, self._path, self._log, self._warn = config, path, log, warn
+        self.shares = StepShares()
+        agents = config.rollout.max_open_groups * config.rollout.group_size
+        self._trace = Trace(max(agents, config.engine.slots)) if config.trace.on else None
+        self.observer: Observer = self.shares if self._trace is None else Both(self.shares, self._trace)
+        self.lag = LoopLag(self._beat, log=log, on_late=self._late)
+        self.memory = ProcessTreeMemory()
+        self.put: Callable[[Row], None] = lambda row: None
+        """Gives a step's metrics to the sinks; returns at once."""
+        self.gauges: dict[str, Gauge] = {}
+        """What else a trace draws over time, by name, e.g. "sandbox sessions": sessions of each shard."""
+        self._watchdog: Watchdog | None = None
+        self._figures = dict.fromkeys(_FIGURES, 0)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Raises UsageError where a sink can't be had."""
+        with ExitStack() as stack:
+            if self._trace is not None:
+                stack.enter_context(write_trace(self._trace, self._path / "trace.json", self._warn))
+            self.put = stack.enter_context(open_sinks(self._config, self._path, self._warn))
+            rest = stack.pop_all()
+        try:
+            async with asyncio.TaskGroup() as tg:
+                meters = [
+                    tg.create_task(self.lag.run(), name="loop lag"),
+                    tg.create_task(self.memory.run(), name="memory"),
+                ]
+                try:
+                    yield
+                finally:
+                    for meter in meters:
+                        meter.cancel()
+        finally:
+            stand_down()
+            # threads are waited for, a network perhaps
+            await asyncio.to_thread(rest.close)
+            if self._config.trace.torch_step:
+                await asyncio.to_thread(self._merge_profiles)
+
+    def _merge_profiles(self) -> None:
+        profiles = sorted(self._path.glob("torch_rank_*.json"), key=lambda path: int(path.stem.rpartition("_")[2]))
+        if not profiles:
+            self._warn(f"no profile: the learner did not come to step {self._config.trace.torch_step}")
+            return
+        try:
+            merge_torch(self._path / "trace.json", profiles)
+        except (OSError, ValueError) as e:
+            # the run is over, and both files are there
+            self._warn(f"{', '.join(path.name for path in profiles)} can't be put into trace.json: {e}")
+
+    @asynccontextmanager
+    async def watching(self, load: Load, probes: Mapping[str, Probe]) -> AsyncIterator[None]:
+        """
+        Args:
+            load: the engine's.
+            probes: how to ask the other rooms for their state: "sandbox", "tools", "learner".
+
+        Raises:
+            ExceptionGroup: a WorldError of the watchdog.
+        """
+        config = self._config.watchdog
+        self._watchdog = Watchdog(
+            self.shares.quiet,
+            {"engine": load, **probes},
+            quiet_s=config.quiet_s,
+            blocked_s=config.blocked_s,
+            log=self._log,
+        )
+        async with asyncio.TaskGroup() as tg:
+            tasks = [tg.create_task(self._watchdog.run(), name="watchdog")]
+            if self._trace is not None:
+                tasks.append(tg.create_task(self._count(self._trace, load), name="trace counters"))
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+                self._watchdog = None
+
+    async def take_step(self, load: Load) -> dict[str, Any]:
+        """Metrics since the last call: `time/step_s`, `share/...`, `engine/...`, `loop/...`."""
+        work = None
+        try:
+            async with asyncio.timeout(LOAD_S):
+                work = await load()
+        except (WorldError, TimeoutError) as e:
+            # what it fails at, it fails at for those who need it, too
+            why = f"within {LOAD_S:g} s" if isinstance(e, TimeoutError) else f"({e})"
+            self._warn(f"the engine did not tell what it did in this step {why}: its time is all under decode")
+        metrics: dict[str, Any] = self.shares.take_step(work) | self.lag.take_step()
+        if work is not None:
+            now = {figure: getattr(work, figure) for figure in _FIGURES}
+            # an engine that was started again counts from 0
+            metrics |= {f"engine/{name}": max(0, n - self._figures[name]) for name, n in now.items()}
+            self._figures = now
+        return metrics
+
+    def _beat(self, due: int, now: int, next_due: int | None) -> None:
+        self.shares.beat(due, now, next_due)
+        if self._trace is not None and now - due > STALL_S * 1e9:
+            self._trace.block("stall", due, now)
+
+    def _late(self, late_s: float) -> None:
+        if (watchdog := self._watchdog) is not None:
+            watchdog.loop_is_late(late_s)
+
+    async def _count(self, trace: Trace, load: Load) -> None:
+        before: EngineFigures | None = None
+        while True:
+            since = trace.now()
+            with suppress(WorldError, TimeoutError):  # there is no more to a count than that it is missing
+                async with asyncio.timeout(LOAD_S):
+                    now = await load()
+                trace.count("engine requests", {"running": now.running, "waiting": now.waiting})
+                trace.count("KV use [%]", {"used": 100 * now.used_tokens / max(1, now.max_tokens)})
+                if before is not None:
+                    prefilled, decoded = (
+                        getattr(now, f) - getattr(before, f) for f in ("prefill_tokens", "decoded_tokens")
+                    )
+                    trace.count("engine tokens", {"prefill": prefilled, "decode": decoded})
+                before = now
+            for name, gauge in self.gauges.items():
+                trace.count(name, gauge())
+            trace.count("loop lag [ms]", {"max": self.lag.take_peak_ms()})
+            await asyncio.sleep(max(0.0, COUNT_EVERY_S - (trace.now() - since) / 1e9))

@@ -1,0 +1,433 @@
+"""What if a run had other settings: its recorded episodes, through the real scheduler, against a simulated engine.
+
+    python -m l0fast.rollout.whatif RUN_DIR          one line of advice, if there is any; bench.simulate tells more
+
+    recorded lengths, latencies -> rollouts() and its modes -> SimulatedEngine, as fast as the run's was (recorded.py)
+                                                            -> a learner that sleeps as long as a token took it
+    every wait is on one clock that costs no time; StepShares watches it as it watches a run
+
+What is predicted is what the settings do to waiting: who waits for whom, how full the engine is. What they do to the model
+isn't: with other settings it would have learned, and said, something else. An episode lasts as many turns and tokens as it
+did, its cells run as long as they did, and the learner takes as long for a token. Unless engine.layout is "split", engine
+and learner share their processors, so while the learner works the engine stands still; what overlaps then is waiting.
+
+The engine's speed is fitted on the first half of the steps and held against the second half, which it has not seen: that
+error stands beside every prediction.
+"""
+
+import asyncio
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+import uvloop
+from pydantic import ValidationError
+
+from l0fast.config import RunConfig
+from l0fast.engine.base import Engine, Sampling
+from l0fast.engine.gate import gated
+from l0fast.engine.simulated import SimulatedClock, SimulatedEngine
+from l0fast.errors import L0fastError, UsageError
+from l0fast.rollout.admission import Admission
+from l0fast.rollout.lengths import Lengths
+from l0fast.rollout.modes import Schedule
+from l0fast.rollout.recorded import RecordedGroup, Recording, Timing, fit_timing, read_recording
+from l0fast.rollout.rollouts import rollouts
+from l0fast.rollout.sampling import DynamicSampling
+from l0fast.step_shares import CAUSES, StepShares
+from l0fast.types import Group, Task, Trajectory, Turn
+
+ADVISES_FROM = 0.05
+"""Advice must promise a step shorter by this share at least, and by more than the simulator errs."""
+LAST_STEPS = 8
+"""Steps that advice is made of; the newest tell most [steps]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulated:
+    """How a run would have gone."""
+
+    step_s: float
+    """Mean, evaluations not counted [s]."""
+    step_times_s: tuple[float, ...]
+    episodes_per_s: float
+    tokens_per_s: float
+    """Sampled."""
+    engine_busy: float
+    """Share of the time in which the engines computed, mean over them."""
+    slots_busy: float
+    """Slots in use, as a share of all slot-time."""
+    learner_busy: float
+    shares: dict[str, float]
+    """As a run's metrics have them (step_shares.py); "decode", "prefill" and "recompute" by the simulated engine's own figures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    measured_step_s: float
+    """Of the run as it was, mean over the steps used [s]."""
+    error: float
+    """Predicted over measured step time of the steps that the fit has not seen, minus 1."""
+    timing: Timing
+    as_it_was: Simulated
+    changed: Simulated
+    """The same as `as_it_was` where nothing was changed."""
+
+    @property
+    def gain(self) -> float:
+        """Share of the time for an episode that the changes save: below 0 where they cost time."""
+        return 1 - self.as_it_was.episodes_per_s / self.changed.episodes_per_s
+
+
+def predict(
+    run_dir: Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    kv_tokens: int | None = None,
+    last_steps: int | None = None,
+) -> Prediction:
+    """Simulate a run as it was and with changes. Takes some seconds of CPU: not for a busy loop.
+
+    Args:
+        changes: settings by path, e.g. {"rollout.max_open_groups": 48}; engine.count counts simulated engines.
+        kv_tokens: KV entries of each engine; None for as many as its slots can take [tokens].
+        last_steps: use only these of the run's; None for all.
+
+    Raises:
+        UsageError: fewer than two steps were recorded, or a setting is none.
+    """
+    recording = read_recording(run_dir, last_steps=last_steps)
+    return _predict(recording, changed_config(recording.config, changes or {}), kv_tokens)
+
+
+def advise(run_dir: Path, *, last_steps: int = LAST_STEPS) -> str | None:
+    """One line about the setting that would shorten a run's steps most, or None. Takes some seconds of CPU."""
+    recording = read_recording(run_dir, last_steps=last_steps)
+    timing, error = _calibrate(recording)
+    steps = len(recording.steps)
+    base = simulate(recording, recording.config, timing, steps=steps)
+    best: tuple[float, str] | None = None
+    for changes in _candidates(recording.config):
+        then = simulate(recording, changed_config(recording.config, changes), timing, steps=steps)
+        gain = 1 - base.episodes_per_s / then.episodes_per_s
+        if best is None or gain > best[0]:
+            best = gain, _way(recording.config, changes)
+    if best is None or best[0] < max(ADVISES_FROM, abs(error)):
+        return None
+    gain, way = best
+    return f"{_idle(base)}: {way}, predicted {-gain:+.0%} a step (simulated; it misses this run's steps by {abs(error):.0%})"
+
+
+async def advise_in_subprocess(run_dir: Path, timeout_s: float = 120.0) -> str | None:
+    """`advise` without holding up the loop.
+
+    Raises:
+        AdviceError: with the last line of what the process said.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "l0fast.rollout.whatif", str(run_dir)),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(timeout_s):
+            out, err = await process.communicate()
+    except TimeoutError as e:
+        raise AdviceError(f"no advice on {run_dir} within {timeout_s:g} s") from e
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        said = err.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise AdviceError(f"no advice on {run_dir} (exit code {process.returncode}): {said[-1]}")
+    return out.decode().strip() or None
+
+
+class AdviceError(L0fastError):
+    """The simulating process failed or took too long."""
+
+
+def changed_config(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The settings with some of them changed; a path is "section.name" or "name". Raises UsageError."""
+    settings = config.model_dump(mode="json")
+    if changes.get("rollout.mode", config.rollout.mode) != config.rollout.mode:
+        # what is open is chosen with the mode, unless somebody chooses
+        del settings["rollout"]["max_open_groups"]
+    for path, value in changes.items():
+        *sections, name = path.split(".")
+        place = settings
+        for section in sections:
+            place = place.get(section, {})
+        if name not in place and path != "rollout.max_open_groups":
+            raise UsageError(f"{path} is not a setting: python -m l0fast.run --help lists them")
+        place[name] = value
+    try:
+        return RunConfig.model_validate_json(orjson.dumps(settings))
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the settings"
+        raise UsageError(f"{', '.join(f'{k} = {v!r}' for k, v in changes.items())}: {where}: {first['msg']}") from e
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """("rollout.max_open_groups", 48) of "rollout.max_open_groups=48". Raises UsageError."""
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise UsageError(f"{text!r} changes nothing: write it as section.name=value, e.g. rollout.max_open_groups=48")
+    try:
+        return path.strip(), tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        # a bare word
+        return path.strip(), value.strip()
+
+
+def simulate(
+    recording: Recording, config: RunConfig, timing: Timing, *, steps: int, first: int = 0, kv_tokens: int | None = None
+) -> Simulated:
+    """Play `steps` steps of a recording from its step `first` on, with these settings and this timing."""
+    return uvloop.run(_Replay(recording, config, timing, first, kv_tokens).run(steps))
+
+
+def _predict(recording: Recording, changed: RunConfig, kv_tokens: int | None) -> Prediction:
+    timing, error = _calibrate(recording, kv_tokens)
+    steps = len(recording.steps)
+    as_it_was = simulate(recording, recording.config, timing, steps=steps, kv_tokens=kv_tokens)
+    then = as_it_was
+    if changed != recording.config:
+        then = simulate(recording, changed, timing, steps=steps, kv_tokens=kv_tokens)
+    return Prediction(
+        measured_step_s=sum(s.step_s for s in recording.steps) / steps,
+        error=error,
+        timing=timing,
+        as_it_was=as_it_was,
+        changed=then,
+    )
+
+
+def _calibrate(recording: Recording, kv_tokens: int | None = None) -> tuple[Timing, float]:
+    """The timing of the first half of the steps, and its error on the second half."""
+    if len(recording.steps) < 2:
+        raise UsageError(
+            f"{len(recording.steps)} step was recorded, and two are needed, one to learn from and one to check: let the run "
+            "take more"
+        )
+    half = len(recording.steps) // 2
+    seen, unseen = recording.steps[:half], recording.steps[half:]
+    timing = fit_timing(recording, seen)
+    for _ in range(2):
+        # equations for turns don't know of waiting for a slot and the like; a factor makes up for their sum
+        simulated = simulate(recording, recording.config, timing, steps=half, kv_tokens=kv_tokens)
+        learn_s = sum(s.learn_s + s.sync_s for s in seen)
+        played_s = sum(simulated.step_times_s) - learn_s
+        measured_s = sum(s.step_s for s in seen) - learn_s
+        if played_s > 0 and measured_s > 0:
+            timing = timing.slower(min(3.0, max(1 / 3, measured_s / played_s)))
+    there = simulate(recording, recording.config, timing, steps=len(unseen), first=half, kv_tokens=kv_tokens)
+    return timing, sum(there.step_times_s) / sum(s.step_s for s in unseen) - 1
+
+
+class _Replay:
+    """One simulation. Groups are those recorded, in their order, from a step on and round again."""
+
+    def __init__(self, recording: Recording, config: RunConfig, timing: Timing, first: int, kv_tokens: int | None):
+        self.config, self.timing, self.kv_tokens = config, timing, kv_tokens
+        self.groups: list[tuple[RecordedGroup, bool]] = []
+        """With whether it is dropped: what was dropped is not recorded, and stood for by what was played with it."""
+        for step in (*recording.steps[first:], *recording.steps[:first]):
+            kept, dropped = len(step.groups), step.dropped_groups
+            for i, group in enumerate(step.groups):
+                # spread among the others
+                self.groups += [(group, True)] * ((i + 1) * dropped // kept - i * dropped // kept)
+                self.groups.append((group, False))
+        self.clock = SimulatedClock()
+        self.shares = StepShares(now=lambda: int(self.clock.now_s * 1e9))
+        self.saying: dict[str, tuple[int, ...]] = {}
+        """By conversation, what it says next."""
+        self.replicas = max(1, config.engine.count)
+        turns = [t for group, _ in self.groups for e in (*group.trajectories, *group.failures) for t in e.turns]
+        max_tokens = max((len(t.prompt_ids) + len(t.response_ids) for t in turns), default=1) + 1
+        self.engine = SimulatedEngine(
+            vocab_size=1 + max((max(*t.prompt_ids, *t.response_ids) for t in turns if t.prompt_ids), default=1),
+            max_tokens=max_tokens,
+            slots=config.engine.slots,
+            kv_tokens=None if kv_tokens is None else max(kv_tokens, max_tokens),
+            replicas=self.replicas,
+            speed=timing.speed,
+            update_s=timing.sync_s,
+            script=lambda prompt, sampling, conversation: self.saying[conversation],
+            clock=self.clock,
+        )
+        self.front: Engine = self.engine
+        self.learn_s = 0.0
+
+    async def run(self, steps: int) -> Simulated:
+        rollout, clock = self.config.rollout, self.clock
+        kv = rollout.admission == "kv" or (rollout.admission == "auto" and self.config.engine.kind == "sglang")
+        if kv and self.kv_tokens is not None:
+            # deadlines are in real seconds
+            self.front = await gated(self.engine, Admission(), timeout_s=3600.0, clock=clock)
+        lengths = Lengths()
+        schedule = Schedule(
+            rollout.mode,
+            groups_per_step=rollout.groups_per_step,
+            max_open_groups=max(rollout.max_open_groups, rollout.groups_per_step),
+            max_staleness=rollout.max_staleness,
+        )
+        episodes = tokens = 0
+        times: list[float] = []
+        shares: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
+
+        async def play(task: Task, number: int, index: int, attempt: int) -> Trajectory:
+            trajectory = await self._play(number, index, attempt)
+            lengths.observe(trajectory)
+            return trajectory
+
+        async def sync(version: int) -> None:
+            with self.shares.span("sync"):
+                await self.front.update_weights(version)
+
+        tasks = (self._group(number)[0].trajectories[0].task for number in range(10**9))
+        async with rollouts(
+            play,
+            tasks,
+            schedule=schedule,
+            sync=sync,
+            group_size=rollout.group_size,
+            max_refills=10**6,
+            sampling=_AsRecorded(rollout.drop_rate, 0, 0, lambda number: self._group(number)[1]),
+            begin=lengths.long_first,
+        ) as groups:
+
+            async def one_step(version: int) -> list[Group]:
+                batch: list[Group] = []
+                with self.shares.span("take"):
+                    async with aclosing(groups.stream()) as finished:
+                        async for some in finished:
+                            batch += some
+                            if self.config.learner.stream == "on":
+                                await self._learn(some)
+                if self.config.learner.stream != "on":
+                    await self._learn(batch)
+                await groups.learned(version)
+                groups.done()
+                return batch
+
+            for step in range(1, steps + 1):
+                began_s = clock.now_s
+                batch = await one_step(step)
+                times.append(clock.now_s - began_s)
+                for cause, share in self.shares.take_step(await self.engine.load()).items():
+                    if cause.startswith("share/"):
+                        shares[cause.removeprefix("share/")] += share * times[-1]
+                episodes += sum(len(group.trajectories) + len(group.failures) for group in batch)
+                tokens += sum(len(t.response_ids) for g in batch for e in g.trajectories for t in e.turns)
+            load, slot_s, total_s, learn_s = await self.engine.load(), self.engine.slot_s(), clock.now_s, self.learn_s
+        return Simulated(
+            step_s=total_s / steps,
+            step_times_s=tuple(times),
+            episodes_per_s=episodes / total_s,
+            tokens_per_s=tokens / total_s,
+            engine_busy=(load.prefill_s + load.decode_s) / (total_s * self.replicas),
+            slots_busy=slot_s / (total_s * self.replicas * self.config.engine.slots),
+            learner_busy=learn_s / total_s,
+            shares={cause: s / total_s for cause, s in shares.items()},
+        )
+
+    def _group(self, number: int) -> tuple[RecordedGroup, bool]:
+        return self.groups[number % len(self.groups)]
+
+    async def _play(self, number: int, index: int, attempt: int) -> Trajectory:
+        group, _ = self._group(number)
+        # a place that failed is played again; in which place it was makes no difference
+        lost = group.failures[index :: len(group.trajectories)]
+        recorded = lost[attempt] if attempt < len(lost) else group.trajectories[index % len(group.trajectories)]
+        conversation = f"{number}/{index}/{attempt}"
+        episode = self.shares.episode(conversation)
+        turns: list[Turn] = []
+        try:
+            for turn in recorded.turns:
+                self.saying[conversation] = turn.response_ids
+                sampling = Sampling(max_new_tokens=max(1, len(turn.response_ids)), stop_token_ids=())
+                with episode.span("generate"):
+                    sampled = await self.front.generate(turn.prompt_ids, sampling, conversation=conversation)
+                    await self.clock.sleep(self.timing.latency_s)
+                with episode.span("execute"):
+                    await self.clock.sleep(turn.execute_s)
+                spans = tuple((s.policy_version, s.start, s.end) for s in sampled.version_spans)
+                turns.append(replace(turn, policy_version=sampled.policy_version, version_spans=spans))
+        finally:
+            self.front.forget(conversation)
+            self.saying.pop(conversation, None)
+            episode.end()
+        return replace(recorded, turns=tuple(turns))
+
+    async def _learn(self, groups: Sequence[Group]) -> None:
+        ends = [t.turns[-1] for g in groups for t in g.trajectories if t.turns]
+        duration_s = self.timing.learn_s_per_token * sum(len(t.prompt_ids) + len(t.response_ids) for t in ends)
+        if self.config.engine.layout != "split":
+            # one of the two computes at a time; taking turns more finely would come to the same
+            self.engine.stall(duration_s)
+        with self.shares.span("learn"):
+            await self.clock.sleep(duration_s)
+        self.learn_s += duration_s
+
+
+@dataclass(frozen=True, slots=True)
+class _AsRecorded(DynamicSampling):
+    """Drops the groups that stand for dropped ones; none where dropping was switched off."""
+
+    is_dropped: Callable[[int], bool]
+
+    def keep(self, group: Group, first: int) -> bool:
+        return not (self.drop_rate and self.is_dropped(group.number))
+
+
+def _candidates(config: RunConfig) -> list[dict[str, Any]]:
+    """Settings that a person can simply change. That a mode learns from older tokens is for them to weigh."""
+    rollout, engine = config.rollout, config.engine
+    if rollout.mode == "on_policy":
+        return [
+            {"engine.slots": 2 * engine.slots},
+            {"rollout.mode": "one_step_off"},
+            {"rollout.mode": "carry_over"},
+        ]
+    more = [rollout.max_open_groups * 3 // 2, rollout.max_open_groups * 2]
+    return [{"engine.slots": 2 * engine.slots}, *({"rollout.max_open_groups": n} for n in more)]
+
+
+def _way(config: RunConfig, changes: Mapping[str, Any]) -> str:
+    (path, value), *_ = changes.items()
+    section, _, name = path.partition(".")
+    before = getattr(getattr(config, section), name)
+    verb = "raise" if isinstance(value, int) else "change"
+    return f"{verb} {path} from {before} to {value}"
+
+
+_WAITS = {"tools": "tools", "sandbox": "cells", "learn": "the learner", "tail": "stragglers", "sync": "new weights"}
+
+
+def _idle(base: Simulated) -> str:
+    """What the engine waits for most."""
+    cause = max(_WAITS, key=lambda c: base.shares[c])
+    return f"engine idle {1 - base.engine_busy:.0%}, most of it waiting for {_WAITS[cause]} ({base.shares[cause]:.0%} of a step)"
+
+
+def main(argv: list[str]) -> int:
+    try:
+        advice = advise(Path(argv[0]))
+    except UsageError as e:
+        sys.stderr.write(f"{e}\n")
+        return 2
+    sys.stdout.write(f"{advice or ''}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

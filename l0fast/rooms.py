@@ -1,0 +1,295 @@
+"""Everything a run works with, opened from its settings, and ended in reverse order. What the rooms do is theirs.
+
+    sandbox, tools   what agents need
+    learner          then the engine, which may take its weights from the learner's ranks
+    engine           behind the gate of admission where episodes share one cache
+    agents           one for each scope of the curriculum: they differ in what they can find
+
+`check` finds what is wrong with the settings before any of it starts.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from l0fast import __version__
+from l0fast.agent.chat import Chat
+from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
+from l0fast.config import RunConfig
+from l0fast.engine.base import Engine
+from l0fast.engine.buckets import DiskWeights, HostWeights, RankWeights
+from l0fast.engine.fleet import Fleet, WeightSource
+from l0fast.engine.gate import GatedEngine, gated
+from l0fast.engine.sglang import sglang_fleet
+from l0fast.engine.simulated import SimulatedEngine
+from l0fast.engine.transformers import check_model_folder, transformers_engine
+from l0fast.errors import UsageError
+from l0fast.hub import download_model, is_hub_name
+from l0fast.ipc import SharedWeights, shared_weights
+from l0fast.layout import Layout, check_layout, engine_kind
+from l0fast.learner.advantage import streams
+from l0fast.learner.client import LearnerClient, learner, num_gpus
+from l0fast.meters import Meters
+from l0fast.observer import Observer
+from l0fast.rollout.admission import Admission
+from l0fast.sandbox import open_sandbox
+from l0fast.sandbox.base import Sandbox, ToolSpec
+from l0fast.sinks import check_sinks
+from l0fast.tasks.curriculum import NAMED_TOOLS, Curriculum, load_curriculum
+from l0fast.tasks.judge import open_judge
+from l0fast.tasks.scoring import Scorer, open_scorer
+from l0fast.tasks.world import World
+from l0fast.tools.broker import Broker, ToolPolicy, open_broker
+from l0fast.tools.local_search import LocalSearch, search_tool
+from l0fast.tools.toolbox import Toolbox, describe_tools, open_toolbox
+from l0fast.warm_start.demonstrations import Demonstrator
+
+MODELS = Path(__file__).parent / "models"
+"""Policies that ship, a folder each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rooms:
+    """What a run works with."""
+
+    curriculum: Curriculum
+    agents: Mapping[str, NBAgent]
+    """By scope of the curriculum: they differ in what they can find."""
+    scorer: Scorer
+    broker: Broker
+    engine: Engine
+    sleeper: Fleet | None
+    """The engines that give the learner their memory while it works, if they do."""
+    learner: LearnerClient
+
+
+def check(config: RunConfig) -> None:
+    """All that can be found wrong before anything starts. Raises UsageError."""
+    folder = model_folder(config.model.path)
+    Chat(folder).continuation("", closed=True)
+    check_model_folder(folder, config.agent.context_tokens)
+    if engine_kind(config) == "sglang":
+        check_layout(config, folder, gpus=num_gpus())
+    try:
+        curriculum = load_curriculum(config)
+        curriculum.heldout(config.eval.questions)
+    except UsageError:
+        raise
+    except ValueError as e:
+        raise UsageError(f"eval.questions = {config.eval.questions}: {e}") from e
+    if config.task.kind == "questions":
+        if config.engine.kind == "simulated":
+            raise UsageError(
+                "engine.kind = 'simulated' plays demonstrations of the worlds that ship, but task.kind = 'questions': take "
+                "another engine"
+            )
+        describe_tools(config.tools.use, config.web)
+        if not config.judge.endpoint and any(t.check == "judge" for t in curriculum.heldout(config.eval.questions)):
+            raise UsageError(
+                "some of task.eval is judged by a model, but judge.endpoint is empty: set --judge.endpoint and --judge.model, or "
+                "leave those questions out"
+            )
+    check_sinks(config.metrics.sinks)
+    if config.learner.stream == "on" and not streams(config.learner):
+        raise UsageError(
+            f"learner.stream = 'on', but learner.advantage = {config.learner.advantage!r} looks at the whole batch as it is "
+            "set up: leave it at auto, or take another one, for example --learner.advantage group"
+        )
+
+
+def model_folder(path: str) -> Path:
+    """A folder, a policy that ships by its name, or a model of the hub, downloaded where it isn't here. Raises UsageError."""
+    if is_hub_name(path):
+        return download_model(path)
+    folder = MODELS / path if (MODELS / path).is_dir() else Path(path)
+    if not folder.is_dir():
+        ships = ", ".join(sorted(p.name for p in MODELS.iterdir()))
+        raise UsageError(
+            f"model.path = {path!r} is neither a folder nor a policy that ships ({ships}) nor owner/name on the Hugging Face hub: "
+            "give one of them"
+        )
+    return folder
+
+
+@asynccontextmanager
+async def open_rooms(
+    config: RunConfig, run_dir: Path, meters: Meters, log: Callable[[str], None]
+) -> AsyncIterator[Rooms]:
+    """Everything a run works with, started; ended in reverse order. `log` is told what a person should see."""
+    folder = model_folder(config.model.path)
+    curriculum = await asyncio.to_thread(load_curriculum, config)
+    for report in curriculum.reports:
+        log(report)
+    chat = Chat(folder)
+    # those that train, and those that are evaluated beside them or after
+    open_episodes = config.rollout.max_open_groups * config.rollout.group_size
+    if config.rollout.mode != "on_policy":
+        open_episodes += int(config.eval.share * config.engine.slots)
+    open_episodes = max(open_episodes, config.engine.slots)
+    cache_file = Path(config.tools.cache_file) if config.tools.cache_file else None
+    async with (
+        open_sandbox(config.sandbox, max_sessions=open_episodes, log=log) as sandbox,
+        open_broker(cache_file, config.tools.cache_mode) as broker,
+        open_toolbox(_named_tools(config), config.tools, config.web, broker) as toolbox,
+        open_judge(config.judge) as judge,
+        open_scorer(config.reward, max_new_tokens=config.agent.max_new_tokens, sandbox=sandbox, judge=judge) as scorer,
+    ):
+        with shared_weights(folder) as weights:
+            kind = engine_kind(config)
+            layout = check_layout(config, folder, gpus=num_gpus()) if kind == "sglang" else None
+            log(f"starting the learner and {_described(kind, layout, config)}")
+            # engines that read them elsewhere need none in main memory
+            published = weights if layout is None or layout.weights == "host" else None
+            async with (
+                learner(_watched(config), folder, weights=published, log_dir=run_dir) as learner_client,
+                _engine(
+                    config, run_dir, folder, chat, curriculum.worlds, weights, layout, learner_client, log
+                ) as engine,
+                meters.watching(
+                    engine.load, {"sandbox": sandbox.load, "tools": broker.running, "learner": learner_client.state}
+                ),
+            ):
+                meters.gauges["sandbox sessions"] = sandbox.load
+
+                def agent(scope: str) -> NBAgent:
+                    tools = toolbox.common
+                    if (corpus := curriculum.corpora.get(scope)) is not None:
+                        search = search_tool(LocalSearch(corpus), config.task.search_results)
+                        tools = (broker.wrap(search, _tool_policy(config), scope=scope),)
+                    return _agent(config, chat, engine, sandbox, tools, toolbox, meters.observer)
+
+                inside = engine.engine if isinstance(engine, GatedEngine) else engine
+                yield Rooms(
+                    curriculum=curriculum,
+                    agents={scope: agent(scope) for scope in curriculum.corpora or (NAMED_TOOLS,)},
+                    scorer=scorer,
+                    broker=broker,
+                    engine=engine,
+                    sleeper=inside if isinstance(inside, Fleet) and config.engine.layout == "sleep" else None,
+                    learner=learner_client,
+                )
+
+
+@asynccontextmanager
+async def _engine(
+    config: RunConfig,
+    run_dir: Path,
+    folder: Path,
+    chat: Chat,
+    worlds: Sequence[World],
+    weights: SharedWeights,
+    layout: Layout | None,
+    learner_client: LearnerClient,
+    log: Callable[[str], None],
+) -> AsyncIterator[Engine]:
+    """`layout`: of sglang."""
+    max_tokens = config.agent.context_tokens
+    if config.engine.kind == "simulated":
+        # plays demonstrations: the whole run but for the model, the same to the last id for the same seed
+        script = Demonstrator(chat, worlds, good_rate=0.5, seed=config.seed)
+        simulated = SimulatedEngine(
+            vocab_size=chat.vocab_size,
+            max_tokens=max_tokens,
+            slots=config.engine.slots,
+            seed=config.seed,
+            script=script,
+        )
+        yield await _gated(config, simulated, wanted=False)
+    elif layout is not None:
+        async with sglang_fleet(
+            config.engine,
+            folder,
+            max_tokens=max_tokens,
+            source=_weight_source(config, layout, weights, learner_client, run_dir),
+            count=layout.engines,
+            first_gpu=layout.first_gpu,
+            log=log,
+        ) as engine:
+            yield await _gated(config, engine, wanted=True)
+    else:
+        async with transformers_engine(
+            config.engine, folder, max_tokens=max_tokens, weights=weights, log_dir=run_dir
+        ) as engine:
+            yield await _gated(config, engine, wanted=False)
+
+
+async def _gated(config: RunConfig, engine: Engine, *, wanted: bool) -> Engine:
+    """Behind its gate. `wanted`: what admission "auto" comes down to, one cache of KV entries that all episodes share."""
+    if config.rollout.admission == "fixed" or (config.rollout.admission == "auto" and not wanted):
+        return engine
+    admission = Admission(new_tokens=config.agent.max_new_tokens // 4)
+    return await gated(engine, admission, timeout_s=config.engine.request_timeout_s)
+
+
+def _named_tools(config: RunConfig) -> tuple[str, ...]:
+    """Those of the recipe; a world that ships is answered with its own search alone."""
+    return config.tools.use if config.task.kind == "questions" else ()
+
+
+def _tool_policy(config: RunConfig) -> ToolPolicy:
+    tools, task = config.tools, config.task
+    return ToolPolicy(
+        timeout_s=tools.timeout_s,
+        attempts=tools.attempts,
+        max_concurrent=tools.max_concurrent,
+        # a local search answers otherwise when it is asked for more, or of another package's table
+        version=f"{__version__}, {task.search_results} sentences",
+    )
+
+
+def _agent(
+    config: RunConfig,
+    chat: Chat,
+    engine: Engine,
+    sandbox: Sandbox,
+    tools: tuple[ToolSpec, ...],
+    toolbox: Toolbox,
+    observer: Observer,
+) -> NBAgent:
+    return NBAgent(
+        chat=chat,
+        engine=engine,
+        sandbox=sandbox,
+        tools=tools,
+        task_tools=toolbox.for_task,
+        config=config.agent,
+        limits=EpisodeLimits(
+            max_turns=config.rollout.max_turns,
+            timeout_s=config.rollout.episode_timeout_s,
+            turn_timeout_s=config.rollout.turn_timeout_s,
+        ),
+        observer=observer,
+    )
+
+
+def _weight_source(
+    config: RunConfig, layout: Layout, weights: SharedWeights, learner_client: LearnerClient, run_dir: Path
+) -> WeightSource:
+    """Where sglang's engines get the learner's weights from."""
+    tp = config.engine.tensor_parallel
+    if layout.weights == "ipc":
+        return RankWeights(learner_client, tensor_parallel=tp, make_room=config.engine.layout == "sleep")
+    if layout.weights == "disk":
+        return DiskWeights(learner_client, run_dir / "weights")
+    dtype = "bfloat16" if learner_client.device == "cuda" else "float32"
+    return HostWeights(weights, dtype=dtype, tensor_parallel=tp)
+
+
+def _described(kind: str, layout: Layout | None, config: RunConfig) -> str:
+    if layout is None:
+        return f"the {kind} engine"
+    engines = f"{layout.engines} sglang engine{'s' * (layout.engines > 1)}"
+    if not num_gpus():
+        return f"{engines} on the CPU, weights by {layout.weights}"
+    return f"{engines} ({config.engine.layout}, {config.engine.tensor_parallel} GPUs each, weights by {layout.weights})"
+
+
+def _watched(config: RunConfig) -> RunConfig:
+    """What the learner is run with: there is no mismatch to watch where a simulated engine makes its log-probs up, nor where
+    they are of other weights than the learner's."""
+    if config.engine.kind != "simulated" and config.rollout.mode == "on_policy":
+        return config
+    learner = config.learner.model_copy(update={"mismatch_warn": 0.0, "mismatch_stop": 0.0})
+    return config.model_copy(update={"learner": learner})

@@ -1,0 +1,79 @@
+"""What engines are given is whole, of one version, and named after it. The learner is a stand-in; no SGLang is needed."""
+
+import asyncio
+from pathlib import Path
+
+from l0fast.engine.buckets import DiskWeights, RankWeights
+
+
+class Learner:
+    """Of four ranks."""
+
+    def __init__(self):
+        self.policy_version = 3
+        self.said: list[str] = []
+        self.steps_while_saving = 0
+
+    async def buckets(self):
+        for part in ("a", "b"):
+            self.said.append(part)
+            yield [f"{part}{rank} of {self.policy_version}" for rank in range(4)]
+
+    async def free_memory(self, *, empty_cache: bool) -> None:
+        self.said.append("free all" if empty_cache else "free")
+
+    async def save(self, path: Path) -> None:
+        self.said.append(f"save {self.policy_version}")
+        if self.steps_while_saving:
+            self.steps_while_saving -= 1
+            self.policy_version += 1
+        path.mkdir(exist_ok=True)  # noqa: ASYNC240
+
+
+def test_each_engine_reads_from_the_ranks_on_its_gpus():
+    learner = Learner()
+
+    async def main():
+        async with RankWeights(learner, tensor_parallel=2).weights([0, 1]) as (version, weights):
+            assert learner.said == ["a", "b"]
+            return version, weights
+
+    version, weights = asyncio.run(main())
+    assert version == 3
+    assert weights[0] == [["a0 of 3", "a1 of 3"], ["b0 of 3", "b1 of 3"]]
+    assert weights[1] == [["a2 of 3", "a3 of 3"], ["b2 of 3", "b3 of 3"]]
+    # not before the engines have read them
+    assert learner.said == ["a", "b", "free"]
+
+
+def test_one_engine_that_was_rebuilt_reads_from_its_own_rank():
+    async def main():
+        async with RankWeights(Learner()).weights([2]) as (_, weights):
+            return weights
+
+    assert asyncio.run(main()) == {2: [["a2 of 3"], ["b2 of 3"]]}
+
+
+def test_before_engines_wake_the_ranks_let_go_of_their_memory():
+    learner = Learner()
+
+    async def main():
+        async with RankWeights(learner, make_room=True).weights([0]):
+            learner.said.append("read")
+
+    asyncio.run(main())
+    assert learner.said == ["free all", "a", "b", "read", "free all"]
+
+
+def test_a_folder_that_a_step_was_taken_over_is_written_again_and_gone_afterwards(tmp_path):
+    learner, folder = Learner(), tmp_path / "weights"
+    learner.steps_while_saving = 1
+
+    async def main():
+        async with DiskWeights(learner, folder).weights([0, 1]) as (version, weights):
+            assert folder.is_dir()
+            return version, weights
+
+    assert asyncio.run(main()) == (4, {0: folder, 1: folder})
+    assert learner.said == ["save 3", "save 4"]
+    assert not folder.exists()

@@ -1,0 +1,209 @@
+"""A simulated engine against one that counts every token, and what holds whatever is asked of it."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from l0fast.engine.simulated_replica import Replica, Request, Speed
+
+SPEED = Speed(prefill_tokens_per_s=1000, prefill_batch_s=0.02, step_s=0.01, step_request_s=0.002, step_kv_s=1e-5)
+
+
+def request(conversation="a", prompt=10, response=5, limit=None, matched=0) -> Request:
+    return Request(
+        conversation=conversation,
+        prompt_tokens=prompt,
+        response_tokens=response,
+        max_new_tokens=limit or response,
+        matched_tokens=matched,
+    )
+
+
+def run_out(replica: Replica) -> list[Request]:
+    """Let it finish all it has."""
+    while replica.next_event_s < math.inf:
+        replica.advance(replica.next_event_s)
+    return replica.finished
+
+
+def token_by_token(arrivals, speed: Speed, slots: int) -> dict[int, float]:
+    """When each of (arrival time, prompt, response) is done, in an engine with endless memory: one step at a time."""
+    waiting, running, now_s, done = list(enumerate(arrivals)), {}, 0.0, {}
+    while waiting or running:
+        if not running:
+            now_s = max(now_s, waiting[0][1][0])
+        batch, tokens = [], 0
+        while waiting and waiting[0][1][0] <= now_s + 1e-9 and len(running) + len(batch) < slots and tokens < 8192:
+            batch.append(waiting.pop(0))
+            tokens += batch[-1][1][1]
+        if batch:
+            now_s += speed.prefill_batch_s + tokens / speed.prefill_tokens_per_s
+            running |= {i: [prompt, response, 1] for i, (_, prompt, response) in batch}
+        else:
+            entries = sum(prompt + sampled - 1 for prompt, _, sampled in running.values())
+            now_s += speed.step_s + speed.step_request_s * len(running) + speed.step_kv_s * entries
+            for state in running.values():
+                state[2] += 1
+        for i in [i for i, (_, response, sampled) in running.items() if sampled >= response]:
+            done[i] = now_s
+            del running[i]
+    return done
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 300), st.integers(1, 400), st.integers(1, 60)),  # [10 ms], [tokens], [tokens]
+        min_size=1,
+        max_size=25,
+    ),
+    st.integers(1, 8),
+)
+def test_between_events_it_counts_as_if_it_counted_every_token(jobs, slots):
+    # off the grid of step boundaries, where both would round by chance
+    arrivals = sorted((t / 100 + i * 1.7e-5, prompt, response) for i, (t, prompt, response) in enumerate(jobs))
+    replica = Replica(SPEED, slots=slots, kv_tokens=10**6)
+    requests = []
+    for i, (at_s, prompt, response) in enumerate(arrivals):
+        requests.append(request(str(i), prompt, response))
+        replica.submit(requests[-1], at_s)
+    run_out(replica)
+    expected = token_by_token(arrivals, SPEED, slots)
+    assert [r.finished_s for r in requests] == pytest.approx([expected[i] for i in range(len(requests))], abs=1e-6)
+
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), st.integers(0, 5), st.integers(1, 60), st.integers(1, 40)),
+        st.tuples(st.just("cancel"), st.integers(0, 30)),
+        st.tuples(st.just("update"), st.integers(0, 1)),
+        st.tuples(st.just("forget"), st.integers(0, 5)),
+        st.tuples(st.just("wait"), st.integers(1, 200)),
+    ),
+    max_size=60,
+)
+
+
+@given(ACTIONS, st.integers(1, 4), st.integers(120, 250))
+def test_under_pressure_no_entry_is_used_twice_and_everybody_gets_every_token(actions, slots, kv_tokens):
+    replica = Replica(SPEED, slots=slots, kv_tokens=kv_tokens)
+    now_s, requests, cancelled, version = 0.0, [], set(), 0
+    for action, *args in [*actions, ("wait", 10**6)]:
+        if action == "submit":
+            conversation, prompt, response = args
+            requests.append(request(str(conversation), prompt, response, limit=response + 20, matched=prompt // 2))
+            replica.submit(requests[-1], now_s)
+        elif action == "cancel" and args[0] < len(requests):
+            victim = requests[args[0]]
+            if victim.finished_s == math.inf:
+                replica.cancel(victim, now_s)
+                if victim.finished_s == math.inf:
+                    cancelled.add(victim)
+        elif action == "update":
+            version += 1
+            replica.update_weights(version, now_s, pause_s=args[0] * 0.5)
+        elif action == "forget":
+            replica.forget(str(args[0]))
+        elif action == "wait":
+            until_s = now_s + args[0] / 100
+            while replica.next_event_s <= until_s:
+                replica.advance(replica.next_event_s)
+                load = replica.load()
+                assert 0 <= load.used_tokens <= kv_tokens
+                assert 0 <= load.running <= slots
+            now_s = until_s
+            replica.advance(now_s)
+    assert set(replica.finished) == set(requests) - cancelled
+    load = replica.load()
+    assert (load.running, load.waiting, replica.locked_tokens) == (0, 0, 0)
+    assert load.recomputed_tokens <= load.prefill_tokens
+    for done in replica.finished:
+        assert done.decoded_tokens == done.response_tokens
+        assert done.version_spans[0].start == 0
+        assert done.version_spans[-1].end == done.response_tokens
+        assert all(a.end == b.start for a, b in itertools.pairwise(done.version_spans))
+        assert all(a.policy_version < b.policy_version for a, b in itertools.pairwise(done.version_spans))
+    if not cancelled:
+        assert load.decoded_tokens == sum(r.response_tokens for r in requests)
+
+
+def test_the_longest_unused_prefix_goes_first_and_from_its_end():
+    replica = Replica(SPEED, slots=4, kv_tokens=100)
+    for at_s, name in ((0.0, "a"), (5.0, "b")):
+        replica.submit(request(name, prompt=30, response=11), at_s)
+        run_out(replica)
+    assert replica.load().used_tokens == 80
+    replica.submit(request("c", prompt=30, response=1), 10.0)
+    run_out(replica)
+    # ten of a's entries gave way to c
+    again_b, again_a = request("b", prompt=41, response=1, matched=40), request("a", prompt=41, response=1, matched=40)
+    replica.submit(again_b, 20.0)
+    run_out(replica)
+    assert again_b.cached_tokens == 40
+    replica.submit(again_a, 30.0)
+    run_out(replica)
+    assert again_a.cached_tokens < 30
+    assert replica.load().recomputed_tokens == 40 - again_a.cached_tokens
+
+
+def test_what_does_not_fit_is_retracted_and_goes_on_where_it_was():
+    replica = Replica(SPEED, slots=4, kv_tokens=100)
+    # the first says it may need 1 and the second 70, so both get in; together they need 110
+    old, new = request("old", prompt=20, response=40, limit=41), request("new", prompt=20, response=30, limit=31)
+    replica.submit(old, 0.0)
+    replica.submit(new, 0.1)
+    run_out(replica)
+    assert replica.num_retracted == 1
+    assert old.finished_s < new.finished_s
+    assert new.decoded_tokens == 30
+    assert replica.load().decoded_tokens == 70
+    assert replica.load().recomputed_tokens > 0
+
+
+def test_new_weights_keep_what_was_sampled_and_compute_it_again():
+    replica = Replica(Speed(prefill_tokens_per_s=1000, step_s=1.0), slots=4, kv_tokens=1000)
+    one = request("a", prompt=100, response=10)
+    replica.submit(one, 0.0)
+    replica.advance(4.5)  # the prompt took 0.1 s and gave an id, four steps gave four
+    replica.update_weights(7, 4.5, pause_s=2.0)
+    assert replica.load().used_tokens == 0
+    run_out(replica)
+    assert [(s.policy_version, s.start, s.end) for s in one.version_spans] == [(0, 0, 5), (7, 5, 10)]
+    # 105 tokens again and an id with them, then four steps
+    assert one.finished_s == pytest.approx(6.5 + 0.105 + 4)
+    assert replica.load().recomputed_tokens == 104
+
+
+def test_a_stall_delays_what_is_under_way_and_what_comes():
+    def finish_times(stalls_s: dict[float, float]) -> list[float]:
+        replica = Replica(Speed(prefill_tokens_per_s=1000, step_s=1.0), slots=4, kv_tokens=1000)
+        events = [(0.0, request("a", 100, 10)), (30.0, request("b", 100, 10)), *stalls_s.items()]
+        for at_s, event in sorted(events, key=lambda e: e[0]):
+            if isinstance(event, Request):
+                replica.submit(event, at_s)
+            else:
+                replica.stall(event, at_s)
+        return [r.finished_s for r in run_out(replica)]
+
+    assert finish_times({}) == pytest.approx([9.1, 39.1])
+    assert finish_times({0.05: 1.0, 4.5: 2.0}) == pytest.approx([12.1, 39.1])
+    assert finish_times({29.0: 5.0}) == pytest.approx([9.1, 43.1])
+
+
+def test_sglangs_admission_keeps_room_for_what_the_running_may_still_sample():
+    replica = Replica(SPEED, slots=4, kv_tokens=200)
+    first, second = request("a", prompt=20, response=100, limit=150), request("b", prompt=90, response=1, limit=50)
+    replica.submit(first, 0.0)
+    replica.submit(second, 0.0)
+    replica.advance(0.5)
+    assert (replica.load().running, replica.load().waiting) == (1, 1)
+    run_out(replica)
+    assert first.finished_s < second.finished_s
+
+
+@pytest.mark.parametrize("wrong", [{"step_s": 0.0}, {"prefill_tokens_per_s": -1.0}, {"step_kv_s": -1.0}])
+def test_a_speed_that_is_none_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Speed(**wrong)

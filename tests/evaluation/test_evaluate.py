@@ -1,0 +1,122 @@
+"""python -m l0fast.evaluate: what is asked, kept, gone on with, told and compared. A simulated engine, real sandboxes."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from l0fast.evaluate import main, plan_of
+from l0fast.evaluation.direct import final_answer
+from l0fast.evaluation.episodes import read_outcomes
+from l0fast.evaluation.report import figures
+
+QUESTIONS = 6
+COMMAND = ["geography", "--on", "geography", "--questions", str(QUESTIONS), "--samples", "2"] + (
+    "--engine.kind simulated --sandbox.kind process".split()
+)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("evaluation") / "out"
+    assert main([*COMMAND, "--out", str(out)]) == 0
+    return out
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
+
+
+def test_every_question_is_asked_as_often_as_wanted_and_the_report_counts_them(done):
+    rows = lines(done)
+    assert len({(row["task"]["id"], row["sample"]) for row in rows}) == len(rows) == 2 * QUESTIONS
+    of = json.loads((done / "report.json").read_text())["benchmarks"]["geography"]
+    assert (of["questions"], of["samples"], of["failed"]) == (QUESTIONS, 2 * QUESTIONS, 0)
+    assert of["accuracy"] == pytest.approx(sum(row["exact_match"] for row in rows) / len(rows))
+    assert of["accuracy"] == of["exact_match"]
+    assert of["pass_at_k"]["2"] >= of["pass_at_k"]["1"] == pytest.approx(of["accuracy"])
+    [head, row] = csv.reader((done / "report.csv").read_text().splitlines())
+    assert dict(zip(head, row, strict=True))["benchmark"] == "geography"
+    assert (done / "report.md").read_text().startswith("| benchmark | questions | samples | accuracy | ± |")
+
+
+def test_the_same_command_goes_on_after_a_kill_that_cut_a_line_off(done, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    whole = (done / "episodes.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "evaluation.json").write_bytes((done / "evaluation.json").read_bytes())
+    lost = json.loads(whole[3]) | {"status": "failed_engine", "cause": "it died"}
+    (out / "episodes.jsonl").write_bytes(b"".join(whole[:3]) + json.dumps(lost).encode() + b"\n" + whole[4][:50])
+    assert main([*COMMAND, "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert f"3 of {2 * QUESTIONS} episodes are there already" in said.err
+    rows = lines(out)
+    assert len(rows) == 2 * QUESTIONS + 1
+    assert {(r["task"]["id"], r["sample"]) for r in rows} == {(r["task"]["id"], r["sample"]) for r in lines(done)}
+    # the same seeds, the same engine: the same answers
+    assert {(r["task"]["id"], r["sample"]): r["answer"] for r in rows if r["status"] != "failed_engine"} == {
+        (r["task"]["id"], r["sample"]): r["answer"] for r in lines(done)
+    }
+
+
+def test_another_evaluation_does_not_go_into_the_same_folder(done, capsys):
+    assert main([*COMMAND, "--out", str(done), "--seed", "1"]) == 2
+    assert "holds another evaluation, with seed = 0 and not 1" in capsys.readouterr().err.replace("\n", " ")
+    assert main([*COMMAND, "--out", str(done.parent)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_two_evaluations_are_compared_question_by_question(done, capsys):
+    assert main(["--compare", str(done), str(done)]) == 0
+    said = capsys.readouterr().out
+    assert f"| geography | {QUESTIONS} |" in said
+    assert said.rstrip().endswith("| no |")
+    assert main(["--compare", str(done), str(done / "nowhere")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "there is no model"),
+        (["geography"], "nothing to ask"),
+        (["geography", "--on", "geography", "--samples", "0"], "--samples 0"),
+        (["geography", "--on", "nowhere.jsonl"], "there is no file"),
+        (["geography", "--on", "geography", "--on", "geography"], "two benchmarks are called geography"),
+        (["nonesuch", "--on", "geography"], "'nonesuch' is no policy"),
+        (["geography", "--on", "geography", "--agent.max-turns", "3"], "is not a flag"),
+        (["m", "--endpoint", "nowhere", "--on", "geography"], "is no address"),
+    ],
+)
+def test_what_can_not_be_evaluated_is_one_sentence(words, complaint, capsys, tmp_path):
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert complaint in " ".join(capsys.readouterr().err.split())
+
+
+def test_settings_follow_as_for_a_run():
+    plan, _ = plan_of([*COMMAND, "--agent.trim", "hard"])
+    assert plan is not None
+    assert plan.flags == ("--engine.kind", "simulated", "--sandbox.kind", "process", "--agent.trim", "hard")
+    assert str(plan.out) == "evaluations/geography"
+
+
+def test_failed_episodes_have_no_vote(tmp_path, done):
+    rows = lines(done)
+    broken = [row | {"status": "failed_engine"} if i % 2 else row for i, row in enumerate(rows)]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in broken))
+    outcomes = read_outcomes(tmp_path / "e.jsonl")["geography"]
+    assert figures(outcomes)["samples"] == QUESTIONS
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>ANSWER: no</think>\nSo it is.\n**ANSWER: Oslo**", "Oslo"),
+        ("answer: Oslo\nANSWER: Rome ", "Rome"),
+        ("Oslo", "Oslo"),
+        ("I think\nit is Oslo", None),
+        ("", None),
+    ],
+)
+def test_a_direct_answer_is_the_last_one_given(text, answer):
+    assert final_answer(text) == answer

@@ -1,0 +1,221 @@
+"""What-if: a recorded world is recognised, and what other settings do to it is told."""
+
+import asyncio
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import simulate as bench_simulate
+from l0fast.config import RunConfig
+from l0fast.engine.base import Sampling
+from l0fast.engine.simulated import SimulatedClock, SimulatedEngine, Speed
+from l0fast.errors import UsageError
+from l0fast.rollout.recorded import Timing, fit_timing, read_recording
+from l0fast.rollout.whatif import (
+    AdviceError,
+    Simulated,
+    advise,
+    advise_in_subprocess,
+    changed_config,
+    parse_change,
+    predict,
+    simulate,
+)
+from l0fast.run_dir import RunDir, step_name
+from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
+
+SPEED = Speed(prefill_tokens_per_s=5000, step_s=0.02, step_request_s=0.002)
+CONFIG = RunConfig.model_validate(
+    {
+        "rollout": {"group_size": 4, "groups_per_step": 4, "max_open_groups": 4, "max_turns": 6},
+        "engine": {"kind": "sglang", "layout": "split", "slots": 16},
+    }
+)
+
+
+async def record(folder: Path, *, steps: int, tool_s: float, learn_s_per_token: float, dropped: int) -> None:
+    """Play on-policy steps in a world of known speed, and write what a run would of them."""
+    clock, rng = SimulatedClock(), random.Random(0)
+    said: dict[str, tuple[int, ...]] = {}
+    engine = SimulatedEngine(
+        vocab_size=64, max_tokens=4000, slots=16, speed=SPEED, script=lambda p, s, name: said[name], clock=clock
+    )
+
+    async def episode(name: str, index: int) -> Trajectory:
+        prompt, turns, begun_s = tuple(rng.choices(range(64), k=200)), [], clock.now_s
+        for _ in range(rng.randint(1, 6)):
+            said[name] = tuple(rng.choices(range(64), k=rng.randint(20, 200)))
+            asked_s = clock.now_s
+            sampled = await engine.generate(prompt, Sampling(max_new_tokens=500, stop_token_ids=()), conversation=name)
+            answered_s = clock.now_s
+            await clock.sleep(tool_s * rng.random())
+            turns.append(
+                Turn(
+                    prompt_ids=prompt,
+                    response_ids=sampled.response_ids,
+                    sampler_logprobs=sampled.sampler_logprobs,
+                    finish_reason="length",
+                    policy_version=0,
+                    text="",
+                    output="",
+                    well_formed=True,
+                    start_s=asked_s - begun_s,
+                    generate_s=answered_s - asked_s,
+                    execute_s=clock.now_s - answered_s,
+                )
+            )
+            prompt = (*prompt, *sampled.response_ids, *rng.choices(range(64), k=30))
+        engine.forget(name)
+        task = Task(id=name.partition("/")[0], question="?", answers=("a",))
+        return Trajectory(
+            task=task, index=index, status=TrajectoryStatus.COMPLETED, turns=tuple(turns), started_s=begun_s
+        )
+
+    config = changed_config(CONFIG, {"rollout.drop_rate": 0.5 if dropped else 0.0})
+    with RunDir.create(folder, config) as run_dir:
+        for step in range(1, steps + 1):
+            begun_s = clock.now_s
+            groups = CONFIG.rollout.groups_per_step + dropped
+            played = await asyncio.gather(*(episode(f"{step}.{g}/{i}", i) for g in range(groups) for i in range(4)))
+            learned = played[: len(played) - 4 * dropped]
+            learn_s = learn_s_per_token * sum(
+                len(t.turns[-1].prompt_ids) + len(t.turns[-1].response_ids) for t in learned
+            )
+            await clock.sleep(learn_s)
+            await engine.update_weights(step)
+            lost = replace(learned[0], status=TrajectoryStatus.FAILED_SANDBOX, cause="gone", turns=learned[0].turns[:1])
+            await run_dir.trajectories(step_name(step), [*learned[:4], lost, *learned[4:]])
+            run_dir.metrics(
+                {
+                    "step": step,
+                    "time/step_s": (clock.now_s - begun_s) / 0.8,
+                    "share/evaluate": 0.2,
+                    "share/sync": 0.0,
+                    "learner/step_s": learn_s,
+                    "rollout/dropped_groups": dropped,
+                }
+            )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of runs: one that its engine holds up, one that waits for tools, one that drops groups."""
+    kinds = {
+        "engine": {"tool_s": 0.1, "learn_s_per_token": 1e-6, "dropped": 0},
+        "tools": {"tool_s": 60.0, "learn_s_per_token": 1e-3, "dropped": 0},
+        "drops": {"tool_s": 1.0, "learn_s_per_token": 1e-5, "dropped": 4},
+    }
+    folders = {}
+    for name, kind in kinds.items():
+        folders[name] = tmp_path_factory.mktemp("runs") / name
+        asyncio.run(record(folders[name], steps=4, **kind))
+    return folders
+
+
+def test_the_speed_of_the_engine_is_found_in_the_recording(runs):
+    recording = read_recording(runs["engine"])
+    timing = fit_timing(recording, recording.steps)
+    assert timing.speed.step_s == pytest.approx(SPEED.step_s, rel=0.1)
+    assert timing.speed.step_request_s == pytest.approx(SPEED.step_request_s, rel=0.1)
+    assert timing.speed.prefill_tokens_per_s == pytest.approx(SPEED.prefill_tokens_per_s, rel=0.3)
+    assert timing.learn_s_per_token == pytest.approx(1e-6)
+    assert [len(step.groups) for step in recording.steps] == [4] * 4
+    assert [len(group.failures) for group in recording.steps[0].groups] == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["engine", "tools"])
+def test_the_run_as_it_was_is_predicted(runs, name):
+    prediction = predict(runs[name])
+    assert abs(prediction.error) < 0.1
+    assert prediction.as_it_was.step_s == pytest.approx(prediction.measured_step_s, rel=0.1)
+    assert prediction.changed == prediction.as_it_was
+    assert sum(prediction.as_it_was.shares.values()) == pytest.approx(1, abs=0.01)
+
+
+def with_settings(run_dir: Path, timing: Timing, changes: dict, **more) -> Simulated:
+    recording = read_recording(run_dir)
+    return simulate(recording, changed_config(recording.config, changes), timing, steps=4, **more)
+
+
+TIMING = Timing(SPEED, latency_s=0.0, learn_s_per_token=1e-5, sync_s=0.0)
+
+
+def test_more_engines_help_where_the_engine_is_the_bound_and_fewer_slots_hurt(runs):
+    was = with_settings(runs["engine"], TIMING, {})
+    assert with_settings(runs["engine"], TIMING, {"engine.count": 2}).step_s < 0.8 * was.step_s
+    assert with_settings(runs["engine"], TIMING, {"engine.slots": 4}).step_s > 1.2 * was.step_s
+    waits = with_settings(runs["tools"], TIMING, {})
+    assert with_settings(runs["tools"], TIMING, {"engine.count": 2}).step_s > 0.85 * waits.step_s
+    assert waits.engine_busy < was.engine_busy
+
+
+def test_a_cache_too_small_makes_it_compute_again_and_admission_prevents_some_of_it(runs):
+    def recomputed(admission: str, kv_tokens: int | None) -> float:
+        settings = {"rollout.admission": admission}
+        return with_settings(runs["engine"], TIMING, settings, kv_tokens=kv_tokens).shares["recompute"]
+
+    assert recomputed("fixed", None) == 0
+    assert recomputed("kv", 4000) < 0.7 * recomputed("fixed", 4000)
+
+
+def test_an_engine_that_shares_its_machine_stands_still_while_the_learner_works(runs):
+    slow = replace(TIMING, learn_s_per_token=1e-3)
+    apart = with_settings(runs["engine"], slow, {"rollout.mode": "carry_over"})
+    together = with_settings(runs["engine"], slow, {"rollout.mode": "carry_over", "engine.layout": "resident"})
+    assert apart.step_s < 0.9 * together.step_s
+    assert together.step_s > (together.learner_busy + together.engine_busy) * together.step_s * 0.99
+
+
+def test_groups_that_were_dropped_cost_time_until_dropping_is_switched_off(runs):
+    # half of the groups played were dropped
+    was = with_settings(runs["drops"], TIMING, {})
+    assert with_settings(runs["drops"], TIMING, {"rollout.drop_rate": 0.0}).step_s < 0.8 * was.step_s
+
+
+def test_advice_names_the_wait_the_setting_and_the_gain(runs):
+    advice = asyncio.run(advise_in_subprocess(runs["tools"]))
+    assert advice is not None
+    assert "waiting for" in advice
+    assert "change rollout.mode from on_policy to carry_over, predicted -" in advice
+    with pytest.raises(AdviceError, match=r"exit code 2.*is that the folder of a run|can't be read"):
+        asyncio.run(advise_in_subprocess(runs["tools"] / "trajectories"))
+
+
+def test_no_advice_where_nothing_helps(runs, monkeypatch):
+    monkeypatch.setattr("l0fast.rollout.whatif._candidates", lambda config: [{"engine.slots": 48}])
+    assert advise(runs["tools"]) is None
+
+
+def test_what_is_no_setting_is_refused():
+    assert parse_change("rollout.max_open_groups=48") == ("rollout.max_open_groups", 48)
+    assert parse_change("rollout.mode=carry_over") == ("rollout.mode", "carry_over")
+    with pytest.raises(UsageError, match="changes nothing: write it as"):
+        parse_change("rollout.mode")
+    with pytest.raises(UsageError, match=r"rollout\.max_opn is not a setting"):
+        changed_config(CONFIG, {"rollout.max_opn": 3})
+    with pytest.raises(UsageError, match=r"rollout\.group_size = -1"):
+        changed_config(CONFIG, {"rollout.group_size": -1})
+
+
+def test_another_mode_opens_as_many_groups_as_it_would_by_itself():
+    assert changed_config(CONFIG, {"rollout.mode": "carry_over"}).rollout.max_open_groups == 8
+    settings = {"rollout.mode": "carry_over", "rollout.max_open_groups": 7}
+    assert changed_config(CONFIG, settings).rollout.max_open_groups == 7
+
+
+def test_one_step_is_too_few(runs):
+    with pytest.raises(UsageError, match="1 step was recorded, and two are needed"):
+        predict(runs["engine"], last_steps=1)
+
+
+def test_bench_simulate_prints_a_table_and_json(runs, capsys):
+    assert bench_simulate.main([str(runs["engine"]), "--set", "engine.count=2", "--last-steps", "2"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert result["changes"] == {"engine.count": 2}
+    assert result["changed"]["step_s"] < result["as_it_was"]["step_s"]
+    assert "engine.count = 2: -" in out
+    assert bench_simulate.main([str(runs["engine"]), "--set", "nothing"]) == 2

@@ -1,0 +1,67 @@
+"""The page of a profiled run: functions are blamed for their own time, and what a run said can't break the page."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import profile_run
+from bench.profile_run import Function, heaviest, render
+
+pyinstrument = pytest.importorskip("pyinstrument")
+
+
+def burn(seconds: float) -> None:
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass
+
+
+def outer() -> None:
+    burn(0.08)
+
+
+def test_functions_are_blamed_for_what_they_did_themselves():
+    profiler = pyinstrument.Profiler(interval=0.001, async_mode="disabled")
+    with profiler:
+        outer()
+    functions, busy_s, idle_s = heaviest(profiler)
+    by_name = {f.name: f for f in functions}
+    assert functions[0].name == "burn"
+    assert by_name["burn"].self_s == pytest.approx(busy_s, rel=0.2)
+    assert "outer" not in by_name or by_name["outer"].self_s < 0.02
+    assert by_name["burn"].place.startswith("tests/test_bench_profile_run.py:")
+    assert idle_s == 0
+
+
+def test_a_page_shows_each_step_and_escapes_what_it_was_told(tmp_path: Path):
+    run = tmp_path / "run"
+    (run / "plots").mkdir(parents=True)
+    (run / "plots" / "timeline.png").write_bytes(b"")
+    (run / "trace.json").write_text("[]")
+    (run / "metrics.jsonl").write_text(
+        '{"step":1,"time/step_s":2.0,"share/decode":0.75,"share/learn":0.25,"loop/lag_max_ms":7.0,"loop/blocked_by":"<b>"}\n'
+    )
+    page = render(
+        run, [Function("<lambda>", "a.py:1", 0.5)], busy_s=1.0, idle_s=3.0, command="x <script>alert(1)</script>"
+    )
+    assert "<script>" not in page
+    assert "&lt;lambda&gt;" in page
+    assert "decode 75.0%" in page
+    assert "learn 25.0%" in page
+    assert "step 1, 2.00 s" in page
+    assert "<b>25%</b>driver busy" in page
+    assert "run/plots/timeline.png" in page
+    assert "href='run/trace.json'" in page
+    assert "flame.html" in page
+
+
+def test_flags_that_were_given_are_not_given_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    options = profile_run.argparse.Namespace(steps=2, out=tmp_path / "out")
+    invocation = profile_run._invocation(options, ["geography", "--eval.questions=7", "--eval.every", "1"])
+    assert invocation.config.num_steps == 2
+    assert invocation.config.trace.on
+    assert invocation.config.eval.questions == 7
+    assert invocation.config.eval.every == 1
+    assert invocation.config.checkpoint.every == 0
+    assert invocation.run_dir == tmp_path / "out" / "run"

@@ -1,0 +1,176 @@
+"""The throughput benchmark plays what it says, measures what it names, and comes to an end."""
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import node_throughput
+from bench import throughput as bench
+from bench.probes import idle_loop, tree_cpu_s
+from bench.swarm import NoSandbox, Swarm
+from bench.workload import AGENT, KEYS, MAX_TURNS, MODEL, Workload
+from l0fast.agent.chat import Chat
+from l0fast.agent.parsing import parse_action
+from l0fast.config import RunConfig
+from l0fast.engine.base import Sampling
+from l0fast.errors import UsageError
+from l0fast.tools.broker import open_broker
+
+ROOT = Path(__file__).parent.parent
+KEYS_OF_THE_RESULT = {
+    "agents", "episodes_per_s", "turns_per_s", "host_cpu_us_per_turn", "loop_lag_p50_ms", "loop_lag_p99_ms",
+    "loop_lag_p999_ms", "loop_lag_max_ms", "idle_lag_max_ms", "engine_busy", "engine_busy_on_policy",
+    "engine_busy_barrier", "ratio_l0_style", "cpu_ratio_l0_style", "rss_mb", "sizes",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return Chat(MODEL)
+
+
+@pytest.fixture(scope="module")
+def workload(chat: Chat) -> Workload:
+    return Workload(chat, asyncio.sleep)
+
+
+def responses(workload: Workload, chat: Chat, conversation: str) -> list[tuple[int, ...]]:
+    sampling = Sampling(max_new_tokens=AGENT.max_new_tokens, stop_token_ids=chat.stop_token_ids)
+    return [tuple(workload((), sampling, conversation)) for _ in workload.plan(conversation).lengths]
+
+
+def test_episodes_have_the_lengths_that_are_said(workload: Workload):
+    plans = [workload.plan(f"w{n}/0/0") for n in range(2000)]
+    turns = [len(plan.lengths) for plan in plans]
+    assert set(turns) == set(range(1, MAX_TURNS + 1))
+    assert statistics.mean(turns) == pytest.approx(4.5, rel=0.03)
+    lengths = [length for plan in plans for length in plan.lengths]
+    assert statistics.median(lengths) == pytest.approx(300, rel=0.03)
+    assert statistics.quantiles(lengths, n=10)[-1] == pytest.approx(300 * 2.16, rel=0.05)
+    latencies = workload.latencies_s
+    assert len(latencies) == KEYS
+    assert statistics.median(latencies) == pytest.approx(0.8, rel=0.01)
+    assert statistics.quantiles(latencies, n=100)[-1] == pytest.approx(8.2, rel=0.05)
+
+
+def test_what_the_policy_says_runs_and_is_the_same_for_the_same_name(workload: Workload, chat: Chat):
+    malformed = 0
+    for n in range(200):
+        said = responses(workload, chat, f"w{n}/1/7")
+        assert said == responses(workload, chat, f"w{n}/1/7")
+        lengths = workload.plan(f"w{n}/1/7").lengths
+        assert [len(ids) for ids in said] == pytest.approx(list(lengths), abs=60)
+        actions = [parse_action(chat.decode(ids)) for ids in said]
+        malformed += sum(action.complaint is not None for action in actions)
+        for action in actions:
+            compile(action.code, "cell", "exec")
+        assert "submit_final_answer(" in actions[-1].code
+        assert all("look_up(" in action.code for action in actions[:-1] if action.complaint is None)
+    assert 0 < malformed < 60
+
+
+def test_a_tree_of_processes_has_its_own_cpu_and_that_of_those_it_waited_for():
+    burn = "import time\nwhile time.process_time() < 0.3: pass\n"
+    code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {burn!r}])\n{burn}print(flush=True)\ninput()"
+    before = tree_cpu_s(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        alive = tree_cpu_s(os.getpid()) - before
+        assert tree_cpu_s(process.pid) >= 0.55
+        process.communicate(b"\n")
+    assert alive >= 0.55
+    assert tree_cpu_s(os.getpid()) - before >= 0.55, "now that it was waited for, too"
+
+
+def test_an_idle_loop_tells_its_lag():
+    with idle_loop() as lag:
+        time.sleep(0.1)  # another process's loop has to turn for a while
+    assert 0 <= lag["loop/lag_p50_ms"] <= lag["loop/lag_max_ms"]
+
+
+@pytest.mark.parametrize("mode", ["carry_over", "on_policy", "barrier"])
+def test_every_mode_loses_nothing_and_charges_all_of_its_time(chat: Chat, mode):
+    async def main():
+        async with open_broker() as broker:
+            swarm = Swarm(16, NoSandbox(), broker, chat=chat, time_compression=400.0)
+            measured = await swarm.play(mode, steps=2)
+            assert len(asyncio.all_tasks()) == 1, "nothing goes on after it"
+            return measured
+
+    measured = asyncio.run(main())
+    assert measured.lost == 0
+    assert measured.peak_alive == 16
+    assert measured.steps == 2
+    assert 0 < measured.engine_busy <= 1
+    assert measured.shares_sum == pytest.approx((1, 1), abs=0.01)
+
+
+def test_a_node_is_measured_from_its_metrics_without_the_first_step():
+    def row(step_s: float, evaluate: float) -> dict[str, float]:
+        return {
+            "time/step_s": step_s, "share/evaluate": evaluate, "share/decode": 1 - evaluate, "rollout/tokens": 1000,
+            "rollout/episodes": 9, "rollout/failed": 1, "rollout/exact_match": 0.5, "loop/lag_p50_ms": 1.0,
+            "loop/lag_p99_ms": 2.0, "loop/lag_p999_ms": 3.0, "loop/lag_max_ms": 4.0,
+        }  # fmt: skip
+
+    rows = [row(100.0, 0.0), row(10.0, 0.0), row(20.0, 0.5)]
+    figures = node_throughput.figures(rows, {"peak_pss_mb": 1.0}, RunConfig())
+    assert figures["steps"] == 2
+    assert figures["tokens_per_s"] == pytest.approx(2000 / 20)
+    assert figures["solved_tasks_per_hour"] == pytest.approx(3600 * 8 / 20)
+    assert figures["share_decode"] == pytest.approx((10 + 10 * 0.5) / 20)
+    assert figures["lost"] == 2
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(node_throughput, "num_gpus", lambda: 0)
+    with pytest.raises(UsageError, match="may use no GPU"):
+        node_throughput.measure_node("sglang", "cuda", 3, [])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [(["--sizes", "100"], "multiples of 8"), (["--nonsense"], "unknown words"), (["--sizes", "200"], "of 128 above")],
+)
+def test_what_can_not_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch, capsys, argv, words):
+    monkeypatch.setattr(sys, "argv", ["bench.throughput", *argv])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    shutil.which("bwrap") is None or importlib.util.find_spec("ipykernel") is None,
+    reason="L0's way needs bubblewrap and ipykernel",
+)
+def test_the_quick_run_prints_every_figure(tmp_path: Path):
+    command = [sys.executable, "bench/throughput.py", "--quick", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result.keys() >= KEYS_OF_THE_RESULT
+    assert result == json.loads((tmp_path / "throughput.json").read_text())
+    assert result["agents"] == result["peak_alive"] == 32
+    assert result["lost"] == 0
+    theirs, ours = result["l0_style"]["theirs"], result["l0_style"]["ours"]
+    assert theirs["turns"] == ours["turns"], "both play the same episodes"
+    assert result["cpu_ratio_l0_style"] > 1
+    assert not [name for name in os.listdir("/proc") if name.isdigit() and _is_ours(name)]
+
+
+def _is_ours(pid: str) -> bool:
+    """A worker of L0's way that was left behind."""
+    with contextlib.suppress(OSError):
+        return b"execute_interactive" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False

@@ -1,0 +1,88 @@
+"""Every recipe that ships, looked at on a machine that has none of what it wants; and faults, each named."""
+
+import json
+
+import pytest
+
+from l0fast.cli import parse, shipped_recipes
+from l0fast.dry_run import dry_run
+from l0fast.errors import UsageError
+from l0fast.run import main
+
+BIG = [name for name in shipped_recipes() if name.startswith("l0")]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_there(monkeypatch):
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    monkeypatch.setattr("l0fast.dry_run.num_gpus", lambda: 0)
+    # whoever asks the hub would hang here, or fail
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize("recipe", BIG)
+def test_a_recipe_is_planned_for_its_gpus_and_what_is_absent_is_named(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    result = dry_run(parse([recipe, "--dry-run", "--run-dir", str(tmp_path / "run")]))
+    text = result.text()
+    assert "learner     " in text
+    assert "keys and values of" in text
+    assert "of the Hugging Face hub, not asked now" in text
+    assert "[system]\n  | You answer questions" in text.replace("  | [", "[")
+    assert "web_search(query: str)" in text
+    absent = "\n".join(result.absent)
+    for what in ("SERPER_API_KEY", "a model as judge", "sglang", "downloads it from the Hugging Face hub", "GPUs"):
+        assert what in absent
+    assert not (tmp_path / "run").exists()
+
+
+def test_seven_recipes_for_gpus_ship():
+    assert len(BIG) == 7
+
+
+def test_the_default_run_lacks_nothing_and_its_first_prompt_is_shown_as_the_model_sees_it(capsys):
+    assert main(["--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "<|im_start|>system\n  | Answer by Python." in said
+    assert said.rstrip().endswith("nothing that this run needs is absent here")
+
+
+def test_questions_on_disk_are_read_and_the_first_one_is_shown(tmp_path):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "Who wrote it?", "answer": "A"}) + "\n{}\n")
+    flags = [
+        "--task.kind",
+        "questions",
+        "--task.train",
+        str(tmp_path / "q.jsonl"),
+        "--task.eval",
+        str(tmp_path / "q.jsonl"),
+    ]
+    text = dry_run(parse(["geography", "--dry-run", *flags])).text()
+    assert "q: 1 questions, 1 of 2 rows left out (line 2: no question" in text
+    assert "| Who wrote it?" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--learner.pack-tokens", "none"], "--learner.pack-tokens none"),
+        (["--rollout.mode", "sometimes"], "--rollout.mode sometimes"),
+        (["--task.train", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
+        (["--task.train", "bamboogle"], "has no train questions"),
+        (["--task.train", "nq?wait=3"], "has wait = '3'"),
+        (["--tools.use", "web_serch"], "no tool is called 'web_serch'"),
+        (["--tools.use", "corpus=nowhere"], "there is no such file or folder"),
+        (["--model.path", "somebody/unknown"], "its shape is none of those known"),
+        (["--engine.memory-share", "0.01"], "set --engine.memory-share"),
+        (["--plan.gpu-memory-gb", "16"], "of 14.9 GiB"),
+        (["--engine.tensor-parallel", "16"], "engine.tensor_parallel"),
+        (["--agent.max-new-tokens", "40000"], "leaves no room for a prompt"),
+        (["--rollout.max-open-groups", "3"], "rollout.max_open_groups = 3"),
+        (["--reward.correct", "-1"], "--reward.correct -1"),
+        (["--learner.algorithm", "magic"], "--learner.algorithm magic"),
+    ],
+)
+def test_a_fault_in_each_kind_of_field_is_named(flags, complaint):
+    with pytest.raises(UsageError) as caught:
+        dry_run(parse(["l0_qwen3_4b", "--dry-run", *flags]))
+    assert complaint in str(caught.value)

@@ -1,0 +1,85 @@
+"""Old objects are set aside, die as ever, and cycles among them are found by a sweep."""
+
+import gc
+import itertools
+import weakref
+
+import pytest
+
+from l0fast import garbage
+from l0fast.garbage import old_objects_aside
+
+
+class Node:
+    other: "Node | None" = None
+
+
+def cycle() -> "weakref.ref[Node]":
+    a, b = Node(), Node()
+    a.other, b.other = b, a
+    return weakref.ref(a)
+
+
+@pytest.fixture(autouse=True)
+def leaves_the_collector_as_it_was():
+    callbacks, frozen = list(gc.callbacks), gc.get_freeze_count()
+    yield
+    assert gc.callbacks == callbacks
+    assert gc.get_freeze_count() == frozen
+
+
+def test_what_survives_the_middle_generation_is_set_aside_and_still_freed_with_its_last_reference():
+    with old_objects_aside():
+        node = Node()
+        seen = weakref.ref(node)
+        before = gc.get_freeze_count()
+        gc.collect(1)
+        assert gc.get_freeze_count() > before
+        assert not any(o is node for o in gc.get_objects(generation=2))
+        del node
+        assert seen() is None
+
+
+def test_young_cycles_are_collected_as_ever():
+    with old_objects_aside():
+        seen = cycle()
+        gc.collect(1)
+        assert seen() is None
+
+
+def test_a_sweep_finds_old_cycles_once_there_is_twice_as_much(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(garbage, "_MIN_OBJECTS", 0)
+    times = itertools.count(step=garbage.LOOK_EVERY_S)
+    with old_objects_aside(lambda: next(times)) as old_objects:
+        node = Node()
+        node.other = node
+        seen = weakref.ref(node)
+        gc.collect(1)
+        del node
+        assert seen() is not None, "nobody looks at what was set aside"
+        assert old_objects.sweep() == 0
+        assert seen() is not None, "there is hardly more than before"
+        more = [[] for _ in range(2 * gc.get_freeze_count())]
+        gc.collect(1)
+        assert old_objects.sweep() > 0
+        assert seen() is None
+        assert old_objects.sweep() == 0, "the growth counts from the last sweep"
+        del more
+
+
+def test_it_looks_every_ten_minutes_only(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(garbage, "_MIN_OBJECTS", 0)
+    monkeypatch.setattr(garbage, "_GROWTH", 0.0)
+    now_s = 0.0
+    with old_objects_aside(lambda: now_s) as old_objects:
+        node = Node()
+        node.other = node
+        seen = weakref.ref(node)
+        gc.collect(1)
+        del node
+        now_s = garbage.LOOK_EVERY_S - 1
+        old_objects.sweep()
+        assert seen() is not None
+        now_s += 1
+        old_objects.sweep()
+        assert seen() is None

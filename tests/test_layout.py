@@ -1,0 +1,141 @@
+"""GPUs and memory are dealt out, or refused with the setting to change, before anything starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from l0fast.config import RunConfig
+from l0fast.errors import UsageError
+from l0fast.layout import Layout, check_layout, engine_kind, memory_complaint, sglang_layout
+from l0fast.learner.cost import GIB, SHAPES
+
+MODEL = Path(__file__).parents[1] / "l0fast/models/geography"
+
+
+def config(**sections) -> RunConfig:
+    sections = {"engine": {"kind": "sglang"}, **sections}
+    return RunConfig.model_validate(sections)
+
+
+def engine(**settings) -> RunConfig:
+    return config(engine={"kind": "sglang", **settings})
+
+
+def test_one_engine_on_a_cpu_gets_its_weights_over_main_memory():
+    assert sglang_layout(engine(), 0) == Layout(engines=1, first_gpu=0, ranks=1, weights="host")
+    assert sglang_layout(engine(count=3, weights="disk"), 0).weights == "disk"
+
+
+def test_resident_engines_read_weights_where_the_ranks_lay_them():
+    assert sglang_layout(engine(), 8) == Layout(engines=8, first_gpu=0, ranks=8, weights="ipc")
+    assert sglang_layout(engine(tensor_parallel=4), 8) == Layout(engines=2, first_gpu=0, ranks=8, weights="ipc")
+
+
+def test_split_engines_take_the_gpus_the_learner_leaves():
+    layout = sglang_layout(config(engine={"layout": "split", "tensor_parallel": 2}, learner={"ranks": 2}), 8)
+    assert layout == Layout(engines=3, first_gpu=2, ranks=2, weights="host")
+
+
+def test_ranks_on_fewer_gpus_than_engines_publish_over_main_memory():
+    assert sglang_layout(config(learner={"ranks": 2}), 8) == Layout(engines=8, first_gpu=0, ranks=2, weights="host")
+
+
+@pytest.mark.parametrize(
+    ("sections", "gpus", "way_out"),
+    [
+        ({"engine": {"weights": "group"}}, 8, "--engine.weights host"),
+        ({"engine": {"weights": "ipc"}}, 0, "leave it out"),
+        ({"engine": {"layout": "split"}}, 0, "leave it out"),
+        ({"engine": {"layout": "split"}}, 8, "--learner.ranks to 1 or more and less than 8"),
+        ({"engine": {"layout": "split"}, "learner": {"ranks": 8}}, 8, "--learner.ranks"),
+        ({"engine": {"layout": "split"}, "learner": {"ranks": 1}}, 1, "--engine.layout resident"),
+        ({"engine": {"layout": "split", "weights": "ipc"}, "learner": {"ranks": 2}}, 8, "--engine.weights host"),
+        ({"engine": {"count": 9}}, 8, "leave --engine.count out"),
+        ({"engine": {"tensor_parallel": 16}}, 8, "--engine.tensor-parallel to 8 or less"),
+        ({"engine": {"layout": "sleep", "weights": "host"}}, 8, "leave --engine.weights out"),
+        ({"engine": {"layout": "sleep"}, "learner": {"stream": "on", "advantage": "group"}}, 8, "--learner.stream off"),
+        (
+            {"engine": {"layout": "sleep"}, "rollout": {"mode": "carry_over", "max_open_groups": 64}},
+            8,
+            "--rollout.mode on_policy",
+        ),
+    ],
+)
+def test_what_contradicts_itself_is_refused_with_the_way_out(sections, gpus, way_out):
+    with pytest.raises(UsageError, match=way_out):
+        sglang_layout(config(**sections), gpus)
+
+
+def test_auto_is_sglang_only_where_it_is_installed_beside_gpus(monkeypatch):
+    installed: set[str] = set()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
+    assert engine_kind(RunConfig(), gpus=8) == "transformers"
+    installed.add("sglang")
+    assert engine_kind(RunConfig(), gpus=8) == "sglang"
+    assert engine_kind(RunConfig(), gpus=0) == "transformers"
+    assert engine_kind(engine(), gpus=0) == "sglang"
+
+
+def complaint(sections, *, gpus=8, memory=80e9, model="Qwen2.5-7B") -> str | None:
+    run = config(**sections)
+    return memory_complaint(run, SHAPES[model], sglang_layout(run, gpus), gpu_memory_bytes=memory)
+
+
+LARGE = {"agent": {"context_tokens": 8192, "max_new_tokens": 2048}}
+
+
+def test_a_small_model_fits_any_way():
+    assert complaint(LARGE, model="Qwen3-0.6B") is None
+    assert complaint(LARGE | {"engine": {"layout": "sleep"}}, model="Qwen3-0.6B") is None
+    assert complaint(LARGE | {"engine": {"layout": "split"}, "learner": {"ranks": 4}}, model="Qwen3-0.6B") is None
+
+
+def test_where_both_at_once_are_too_much_in_turn_may_do():
+    resident = LARGE | {"engine": {"memory_share": 0.55}, "learner": {"pack_tokens": 16384, "kl_coef": 0.0}}
+    said = complaint(resident)
+    assert said is not None
+    assert "--engine.layout sleep" in said
+    assert complaint(resident | {"engine": {"memory_share": 0.55, "layout": "sleep"}}) is None
+
+
+@pytest.mark.parametrize("layout", ["resident", "sleep", "split"])
+def test_an_engine_that_can_not_hold_its_model_is_told_which_share_would_do(layout):
+    sections = LARGE | {"engine": {"memory_share": 0.1, "layout": layout}, "learner": {"ranks": 4}}
+    if layout == "sleep":
+        sections |= {"learner": {}}
+    said = complaint(sections)
+    assert said is not None
+    assert "--engine.memory-share 0.2" in said
+    sections |= {"engine": {"memory_share": 0.1, "layout": layout, "tensor_parallel": 4}}
+    assert "one context" not in str(complaint(sections))
+
+
+def test_a_share_that_leaves_a_sleeping_learner_no_room_is_told_how_much_would():
+    sections = LARGE | {"engine": {"layout": "sleep", "memory_share": 0.9}, "learner": {"kl_coef": 0.0}}
+    said = complaint(sections)
+    assert said is not None
+    assert "what the learner keeps between steps" in said
+    share = float(said.split("--engine.memory-share ")[1])
+    assert complaint(sections | {"engine": {"layout": "sleep", "memory_share": share}}) is None
+    assert complaint(sections | {"engine": {"layout": "sleep", "memory_share": share + 0.02}}) is not None
+
+
+def test_no_layout_helps_a_learner_that_is_too_large_alone():
+    for layout in ({}, {"layout": "sleep"}, {"layout": "split"}):
+        said = complaint(
+            LARGE | {"engine": layout, "learner": {"ranks": 1 if "split" in layout.values() else 0}}, gpus=2
+        )
+        assert said is not None
+        assert "GiB" in said
+
+
+def test_the_check_reads_the_model_and_the_gpus(tmp_path):
+    run = engine()
+    assert check_layout(run, MODEL, gpus=2, memories=[80e9, 80e9]).engines == 2
+    # the smallest counts
+    with pytest.raises(UsageError, match="GiB"):
+        check_layout(run, MODEL, gpus=2, memories=[80e9, 0.5 * GIB])
+    # nothing is known of this one's costs: torch will say
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    assert check_layout(run, tmp_path, gpus=1, memories=[1.0]).engines == 1

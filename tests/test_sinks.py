@@ -1,0 +1,163 @@
+"""Where metrics go besides metrics.jsonl: off the loop, and never the end of a run."""
+
+import importlib.util
+import threading
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from l0fast import sinks
+from l0fast.config import MetricsConfig, RunConfig
+from l0fast.errors import UsageError
+from l0fast.sinks import Prometheus, check_sinks, numbers, open_sinks
+
+ROW = {"step": 3, "rollout/reward": 0.5, "share/decode": 1, "loop/blocked_by": "l0fast/x.py:1 f", "learner/kl": None}
+
+
+def config(*names: str, **more: object) -> RunConfig:
+    return RunConfig.model_validate({"metrics": {"sinks": names, **more}})
+
+
+def scrape(port: int) -> dict[str, str]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return dict(line.split(" ") for line in lines if not line.startswith("#"))
+
+
+def test_prometheus_is_told_the_newest_step_on_loopback():
+    endpoint = Prometheus(MetricsConfig(prometheus_port=0))
+    try:
+        assert scrape(endpoint.port) == {}
+        endpoint.write(ROW)
+        endpoint.write({"step": 4, "rollout/reward": 0.75})
+        assert scrape(endpoint.port) == {"l0fast_step": "4.0", "l0fast_rollout_reward": "0.75"}
+    finally:
+        endpoint.close()
+    with pytest.raises(OSError, match="refused"):
+        scrape(endpoint.port)
+
+
+def test_a_run_feeds_its_sinks_and_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made: list[Prometheus] = []
+
+    class Kept(Prometheus):
+        def write(self, row: sinks.Row) -> None:
+            super().write(row)
+            written.set()
+
+        def __init__(self, config: MetricsConfig):
+            super().__init__(config)
+            made.append(self)
+
+    written = threading.Event()
+    monkeypatch.setattr(sinks, "Prometheus", Kept)
+    before = set(threading.enumerate())
+    said: list[str] = []
+    with open_sinks(config("prometheus", prometheus_port=0), tmp_path, said.append) as put:
+        assert said == [f"metrics at http://127.0.0.1:{made[0].port}/metrics"]
+        put(ROW)
+        assert written.wait(10)
+        assert scrape(made[0].port) == {
+            "l0fast_step": "3.0",
+            "l0fast_rollout_reward": "0.5",
+            "l0fast_share_decode": "1.0",
+        }
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_port_that_is_taken_is_said_before_the_run(tmp_path: Path):
+    endpoint = Prometheus(MetricsConfig(prometheus_port=0))
+    try:
+        with (
+            pytest.raises(UsageError, match=f"metrics.prometheus_port = {endpoint.port} can't be listened at"),
+            open_sinks(config("prometheus", prometheus_port=endpoint.port), tmp_path, pytest.fail),
+        ):
+            pass
+    finally:
+        endpoint.close()
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UsageError, match=r"package prometheus-client is not installed: pip install 'l0fast\[prometheus\]'"
+    ):
+        check_sinks(["prometheus"])
+
+
+def failing(what: str) -> Callable[..., object]:
+    class Failing:
+        def __init__(self, *args: object):
+            if what == "made":
+                raise ConnectionError("nobody there")
+
+        def write(self, row: sinks.Row) -> None:
+            if what == "write":
+                raise ConnectionError("nobody there")
+
+        def close(self) -> None:
+            if what == "close":
+                raise ConnectionError("nobody there")
+
+    return Failing
+
+
+@pytest.mark.parametrize("what", ["made", "write", "close"])
+def test_a_sink_that_fails_is_told_once_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str):
+    monkeypatch.setattr(sinks, "_Wandb", failing(what))
+    monkeypatch.setattr(sinks, "check_sinks", lambda names: None)
+    warnings: list[str] = []
+    with open_sinks(config("wandb"), tmp_path, warnings.append) as put:
+        for _ in range(3):
+            put(ROW)
+    assert warnings == ["metrics go to wandb no more (ConnectionError: nobody there); metrics.jsonl has them all"]
+
+
+def test_a_sink_that_hangs_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    over = threading.Event()
+
+    class Hanging:
+        def __init__(self, *args: object):
+            pass
+
+        def write(self, row: sinks.Row) -> None:
+            over.wait(30)
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(sinks, "_Wandb", Hanging)
+    monkeypatch.setattr(sinks, "check_sinks", lambda names: None)
+    monkeypatch.setattr(sinks, "CLOSE_S", 0.05)
+    warnings: list[str] = []
+    with open_sinks(config("wandb"), tmp_path, warnings.append) as put:
+        put(ROW)
+    assert warnings == ["metrics to wandb: not all was sent within 0.05 s of the run's end"]
+    over.set()
+
+
+def test_only_numbers_can_be_drawn():
+    assert numbers(ROW | {"x": float("nan")}) == {"rollout/reward": 0.5, "share/decode": 1.0}
+
+
+def test_tensorboard_can_read_what_is_written(tmp_path: Path):
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import (  # pyright: ignore[reportMissingImports]
+        EventAccumulator,
+    )
+
+    with open_sinks(config("tensorboard"), tmp_path, pytest.fail) as put:
+        put(ROW)
+        put(ROW | {"step": 4, "rollout/reward": 0.75})
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in read.Scalars("rollout/reward")] == [(3, 0.5), (4, 0.75)]
+
+
+def test_wandb_takes_them_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("wandb", reason="the wandb extra is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with open_sinks(config("wandb"), tmp_path, pytest.fail) as put:
+        put(ROW)
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(run.glob("*.wandb"))
