@@ -26,7 +26,7 @@ from collections.abc import Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -240,8 +240,8 @@ class Training:
         else:
             await heldout.all("before")
         questions = rooms.curriculum.questions(config.seed)
-        # thousands of them take a second, and the first of a world takes a tenth; those of groups that are done with
-        await asyncio.to_thread(lambda: next(islice(questions, self.position, self.position), None))
+        # pass over those of groups that are done with: thousands take a second, and the very first takes half of one
+        first = await asyncio.to_thread(lambda: list(islice(questions, self.position, self.position + 1)))
 
         async def play(task: Task, number: int, index: int, attempt: int) -> Trajectory:
             seed = derive_seed(config.seed, "episode", number, index, attempt)
@@ -261,7 +261,7 @@ class Training:
                 asyncio.TaskGroup() as beside,
                 rollouts(
                     play,
-                    questions,
+                    chain(first, questions),
                     schedule=self._schedule(),
                     sync=sync,
                     group_size=rollout.group_size,

@@ -59,7 +59,8 @@ def seen(run_dir: Path) -> tuple[list[dict[str, Any]], list[Any]]:
         {
             key: value
             for key, value in row.items()
-            if not key.startswith(("time/", "loop/", "share/")) and not key.endswith("_s")
+            # what an engine has computed by the end of a step is a matter of time, too
+            if not key.startswith(("time/", "loop/", "share/", "engine/")) and not key.endswith("_s")
         }
         for row in read_metrics(run_dir)
     ]

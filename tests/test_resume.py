@@ -23,6 +23,7 @@ from l0fast.cli import parse, render_plan
 from l0fast.config import RunConfig
 from l0fast.engine.simulated import SimulatedEngine
 from l0fast.errors import LearnerError, UsageError
+from l0fast.garbage import OldObjects
 from l0fast.report.live import Live
 from l0fast.run import main
 from l0fast.run_dir import (
@@ -383,7 +384,7 @@ class Run:
     async def __call__(self) -> None:
         with self.run_dir:
             async with open_scorer(self.config.reward, max_new_tokens=self.config.agent.max_new_tokens) as scorer:
-                await self.training._train(replace(self.rooms, scorer=scorer))
+                await self.training._train(replace(self.rooms, scorer=scorer), OldObjects())
 
     @property
     def questions(self) -> list[list[str]]:

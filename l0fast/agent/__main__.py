@@ -26,6 +26,7 @@ from l0fast.engine.openai import EndpointConfig
 from l0fast.errors import L0fastError, UsageError
 from l0fast.report.notebook import save_notebook
 from l0fast.tools.registry import known_tools
+from l0fast.tools.toolbox import OWN as OWN_TOOLS
 from l0fast.trajectory import plain
 from l0fast.types import Trajectory, Turn
 
@@ -140,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="TOOL",
-        help=f"{', '.join(known_tools())}, each with =WHAT where it needs it, or module:function",
+        help=f"{', '.join((*OWN_TOOLS, *known_tools()))}, each with =WHAT where it needs it, or module:function",
     )
     parser.add_argument(
         "--file", action="append", default=[], metavar="FILE", help="copied to where the code runs; may be repeated"

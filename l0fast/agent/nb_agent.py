@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import orjson
@@ -203,7 +203,7 @@ def _observed(tool: ToolSpec, episode: "_Episode") -> ToolSpec:
         with episode.span("tool", f"waiting for {tool.name}()"):
             return await tool.call(*args, **kwargs)
 
-    return replace(tool, call=call)
+    return ToolSpec(name=tool.name, signature=tool.signature, doc=tool.doc, call=call)
 
 
 def _recorded(tool: ToolSpec, episode: "_Episode", keep_chars: int) -> ToolSpec:
@@ -224,7 +224,7 @@ def _recorded(tool: ToolSpec, episode: "_Episode", keep_chars: int) -> ToolSpec:
             arguments = json.dumps([args, kwargs])
             episode.calls.append(ToolCall(name=tool.name, arguments=arguments, answer=answer, error=error))
 
-    return replace(tool, call=call)
+    return ToolSpec(name=tool.name, signature=tool.signature, doc=tool.doc, call=call)
 
 
 def _as_json(tool: ToolSpec, result: Any) -> str:
@@ -265,13 +265,9 @@ class _Episode:
         taken, self.calls = tuple(self.calls), []
         return taken
 
-    @contextmanager
-    def span(self, name: str, doing: str) -> Iterator[None]:
+    def span(self, name: str, doing: str) -> "_Span":
         """Do this for the length of the block; what ends the block with an error leaves `doing` as it is."""
-        outer, self.doing = self.doing, doing
-        with self.observer.span(name):
-            yield
-        self.doing = outer
+        return _Span(self, name, doing)
 
     @contextmanager
     def live_cell(self) -> Iterator[None]:
@@ -280,3 +276,22 @@ class _Episode:
             yield
         finally:
             self._cell_is_live = False
+
+
+class _Span:
+    """A `with` block of an episode. No generator: there are several a turn."""
+
+    __slots__ = ("_doing", "_episode", "_observed", "_outer")
+
+    def __init__(self, episode: _Episode, name: str, doing: str):
+        self._episode, self._doing = episode, doing
+        self._observed = episode.observer.span(name)
+
+    def __enter__(self) -> None:
+        self._outer, self._episode.doing = self._episode.doing, self._doing
+        self._observed.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._observed.__exit__(kind, error, trace)
+        if kind is None:
+            self._episode.doing = self._outer

@@ -18,6 +18,7 @@ What SGLang keeps once a process, its settings and the environment, is why only 
 
 import asyncio
 import atexit
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ import threading
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from l0fast.errors import EngineError, UsageError
 
 _END_S = 20.0
 """Time a killed child has to give its GPU back [s]."""
+_PR_SET_PDEATHSIG = 1
 _launching = threading.Lock()
 """Held while an engine's children are started."""
 
@@ -162,6 +165,11 @@ class _Thread:
             class OurEngine(Engine):
                 """One whose files, sockets and children are known before it is ready, also where it never will be."""
 
+                run_scheduler_process_func = staticmethod(partial(run_child, "run_scheduler_process_func", os.getpid()))
+                run_detokenizer_process_func = staticmethod(
+                    partial(run_child, "run_detokenizer_process_func", os.getpid())
+                )
+
                 @staticmethod
                 def init_tokenizer_manager_func(*args: Any, **kwargs: Any) -> Any:
                     # its sockets belong to the loop that reads them
@@ -192,6 +200,16 @@ class _Thread:
             # made for this thread
             engine.loop.close()
         return engine
+
+
+def run_child(what: str, parent: int, *args: Any, **kwargs: Any) -> None:
+    """The main function of SGLang's children. It takes them seconds to come so far: the parent may have died meanwhile, too
+    early for the kernel to tell them, and they would wait for it for ever.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    getattr(_imported()[0], what)(*args, **kwargs)
 
 
 def _imported() -> tuple[Any, Any, Any]:

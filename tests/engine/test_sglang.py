@@ -7,7 +7,10 @@ failure instead of a skip.
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import tempfile
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -344,3 +347,37 @@ def test_refused_weights_end_the_engine_with_the_reason(running, engine):
             await engine.generate(PROMPT, sampling(), conversation="after")
 
     running.run(main())
+
+
+def test_a_driver_killed_while_an_engine_starts_leaves_no_process(folder):
+    import psutil
+
+    code = f"""
+import asyncio
+from pathlib import Path
+from l0fast.engine.sglang import sglang_engine
+from tests.engine.real_sglang import CONFIG, MAX_TOKENS
+
+async def main():
+    async with sglang_engine(CONFIG, Path({str(folder)!r}), max_tokens=MAX_TOKENS):
+        pass
+
+asyncio.run(main())
+"""
+    with stand_ins():
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        driver = subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL)
+    started: list[psutil.Process] = []
+    try:
+        # scheduler, detokenizer, and multiprocessing's tracker
+        while len(started) < 3:
+            assert driver.poll() is None, "it ended before its children were started"
+            started = psutil.Process(driver.pid).children(recursive=True)
+            time.sleep(0.01)
+    finally:
+        driver.kill()
+        driver.wait()
+    _, left = psutil.wait_procs(started, timeout=120)
+    for process in left:
+        process.kill()
+    assert not left
