@@ -1,8 +1,4 @@
-"""What all tests share: a policy folder of the shipped kind, and how a whole suite is dealt to the cores of a machine.
-
-Tests of one file stay together, in their order: what a file's fixtures start is started once. Files that stay together
-are in `TOGETHER`. The longest come first, for whoever gets one of them last would be waited for.
-"""
+"""A policy folder of the shipped kind: the real tokenizer recipe, a small random model."""
 
 import os
 from pathlib import Path
@@ -18,32 +14,6 @@ if not torch.cuda.is_available():
 # a busy machine is no failure
 settings.register_profile("l0fast", deadline=None, max_examples=40)
 settings.load_profile("l0fast")
-
-
-MAX_WORKERS = 4
-"""Processes that share a whole suite; each imports torch, and tests have children of their own."""
-TESTS = Path(__file__).parent
-TOGETHER = ("sandbox",)
-"""Folders whose tests look at what others of them may have left on this machine."""
-LONGEST = ("sandbox", "test_resume.py", "test_run.py")
-
-
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Of `-n auto`, which pyproject.toml has: some for a whole suite, none for a part of it."""
-    root = TESTS.parent
-    whole = all((config.invocation_params.dir / arg).resolve() in (root, TESTS) for arg in config.args)
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0))) if whole else 0
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> str:
-        path = item.path.relative_to(TESTS)
-        return path.parts[0] if path.parts[0] in TOGETHER else str(path)
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(place(item)))
-    items.sort(key=lambda item: LONGEST.index(place(item)) if place(item) in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -155,8 +155,10 @@ class _Member:
     """Whether it has ever been up."""
     rebuilds: int = 0
     given_up: bool = False
+    ended: FleetEngine | None = None
+    """The one that died last, while it is being ended."""
     past: EngineLoad | None = None
-    """Sums of those that died."""
+    """Sums of those before it."""
     silence: Silence = field(default_factory=Silence)
 
 
@@ -272,6 +274,7 @@ class Fleet:
         if self._none_left is not None:
             raise EngineError(self._none_left)
         loads = [m.engine.load() for m in self._members if m.engine is not None]
+        loads += [_sum([m.ended.load()], sums_only=True) for m in self._members if m.ended is not None]
         return _sum([*loads, *(m.past for m in self._members if m.past is not None)])
 
     async def _keep(self, member: _Member) -> None:
@@ -294,7 +297,9 @@ class Fleet:
                     finally:
                         self._is_down(member, engine)
                     why = str(engine.failure)
+                self._settle(member)
             except EngineError as e:
+                self._settle(member)
                 if not member.started.is_set():
                     raise
                 why = str(e)
@@ -317,11 +322,17 @@ class Fleet:
     def _is_down(self, member: _Member, engine: FleetEngine) -> None:
         if member.engine is not engine:
             return
-        member.engine = None
-        member.past = _sum([engine.load(), *([member.past] if member.past else [])], sums_only=True)
+        # its requests may still be writing down what it had told them
+        member.engine, member.ended = None, engine
         self._placement.down(member.number)
         if all(other.engine is None for other in self._members):
             self._any_up.clear()
+
+    def _settle(self, member: _Member) -> None:
+        """Remember what an engine that has ended did, and no more of it."""
+        if member.ended is not None:
+            past = [member.past] if member.past else []
+            member.past, member.ended = _sum([member.ended.load(), *past], sums_only=True), None
 
     def _give_up(self, member: _Member, why: str) -> None:
         what = (
