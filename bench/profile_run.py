@@ -101,7 +101,7 @@ def _invocation(options: argparse.Namespace, words: Sequence[str]) -> Invocation
 
 def _profiled(invocation: Invocation) -> tuple[int, Any]:
     """The run's exit code, and pyinstrument's session."""
-    from pyinstrument import Profiler
+    from pyinstrument import Profiler  # pyright: ignore[reportMissingImports]
 
     from l0fast.training import run
 
