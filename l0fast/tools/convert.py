@@ -94,7 +94,7 @@ def convert(data: bytes, content_type: str, name: str, charset: str | None) -> s
         else:
             text = _text(data, charset, kind)
     except ImportError as e:
-        raise Unreadable(f"{kind} needs {e.name}: pip install 'l0fast[web]'") from e
+        raise Unreadable(f"{kind} needs {e.name or e}: pip install 'l0fast[web]'") from e
     return text[:MAX_CHARS]
 
 
