@@ -90,8 +90,8 @@ async def simulate(kv_tokens: int, limit: int | None, seconds: float) -> Result:
     admission = Admission()
     front: Engine = engine
     if limit is None:
-        # a deadline is in real seconds, and these are simulated ones
-        front = await gated(engine, admission, timeout_s=3600.0, clock=clock)
+        # what waits is to be seen, not cut off
+        front = await gated(engine, admission, timeout_s=86_400.0, clock=clock)
     output, latency = lognormal(150, 0.8), lognormal(0.8, 1.0)
     numbers, finished, in_flight_s = itertools.count(), 0, 0.0
 

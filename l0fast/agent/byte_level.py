@@ -33,6 +33,8 @@ class ByteLevel:
         # of two tokens that begin at the same place the longer one counts
         tokens = sorted(added, key=len, reverse=True)
         self._sections = re.compile(f"({'|'.join(map(re.escape, tokens))})") if tokens else None
+        # more text may make a longer token of these
+        self._open = {token for token in tokens if any(token in other[:-1] for other in tokens)}
         self._split = _compiled(f"({pattern})").split
         self._ids: dict[str, tuple[int, ...]] = {"": ()}
         self._short: dict[str, list[int]] = {}
@@ -119,7 +121,7 @@ class ByteLevel:
 
     def after_last_token(self, text: str) -> int:
         """Where the last added token in `text` ends, 0 without one: ids up to there do not depend on what follows."""
-        ends = [match.end() for match in self._sections.finditer(text)] if self._sections else []
+        ends = [m.end() for m in self._sections.finditer(text) if m[0] not in self._open] if self._sections else []
         return ends[-1] if ends else 0
 
 

@@ -48,13 +48,13 @@ class GatedEngine:
     def __init__(self, engine: Engine, admission: Admits, *, timeout_s: float, clock: Clock | None = None):
         """
         Args:
-            timeout_s: a request that waits longer to be let in fails [s].
-            clock: tells the admission the time; None is the loop's.
+            timeout_s: a request that waits longer to be let in fails [s of the clock].
+            clock: None is the loop's.
         """
         self.engine = engine
         self._admission, self._timeout_s = admission, timeout_s
         self._clock: Clock = clock or CompressedClock()
-        self._waiting: dict[str, asyncio.Future[None]] = {}
+        self._waiting: dict[str, asyncio.Future[bool]] = {}
         self._under_way: set[str] = set()
         self._timer: Timer | None = None
         self._next_look_s = 0.0
@@ -103,26 +103,24 @@ class GatedEngine:
     async def _enter(self, conversation: str, prompt_tokens: int) -> None:
         if self._admission.ask(conversation, prompt_tokens, self._clock.now_s):
             return
-        future = self._waiting[conversation] = asyncio.get_running_loop().create_future()
+        admitted = self._waiting[conversation] = asyncio.get_running_loop().create_future()
+        deadline = self._clock.call_at(self._clock.now_s + self._timeout_s, lambda: _settle(admitted, False))
         self._watch()
         try:
-            async with asyncio.timeout(self._timeout_s):
-                await future
-        except TimeoutError as e:
-            raise EngineError(
-                f"waited {self._timeout_s:g} s for room in the KV cache: lower rollout.max_open_groups, or raise "
-                "engine.request_timeout_s"
-            ) from e
+            if not await admitted:
+                raise EngineError(
+                    f"waited {self._timeout_s:g} s for room in the KV cache: lower rollout.max_open_groups, or raise "
+                    "engine.request_timeout_s"
+                )
         finally:
+            deadline.cancel()
             self._waiting.pop(conversation, None)
 
     def _let_in(self) -> None:
         if self._waiting:
             for conversation in self._admission.admit(self._clock.now_s):
-                # one that was cancelled in this very moment says so itself, and withdraws
-                future = self._waiting.pop(conversation)
-                if not future.done():
-                    future.set_result(None)
+                # one that is cancelled or late in this very moment says so itself, and withdraws
+                _settle(self._waiting.pop(conversation), True)
 
     def _watch(self) -> None:
         """Somebody may go because time has passed."""
@@ -133,3 +131,8 @@ class GatedEngine:
         self._timer = None
         self._let_in()
         self._watch()
+
+
+def _settle(admitted: asyncio.Future[bool], answer: bool) -> None:
+    if not admitted.done():
+        admitted.set_result(answer)

@@ -271,8 +271,8 @@ class _Replay:
         rollout, clock = self.config.rollout, self.clock
         kv = rollout.admission == "kv" or (rollout.admission == "auto" and self.config.engine.kind == "sglang")
         if kv and self.kv_tokens is not None:
-            # deadlines are in real seconds
-            self.front = await gated(self.engine, Admission(), timeout_s=3600.0, clock=clock)
+            # who would wait too long is to be seen in the step time, not cut off
+            self.front = await gated(self.engine, Admission(), timeout_s=86_400.0, clock=clock)
         lengths = Lengths()
         schedule = Schedule(
             rollout.mode,

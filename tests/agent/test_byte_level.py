@@ -1,7 +1,7 @@
 """ByteLevel says what the tokenizer says, whatever the text."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -75,6 +75,7 @@ def test_decodes_as_the_tokenizer_does(tokenizer: Tokenizer, remembering: ByteLe
 
 
 @given(ANY, ANY)
+@example(text="a<think>", more="\n")  # a longer token begins with this one
 def test_ids_up_to_the_last_token_do_not_depend_on_what_follows(remembering: ByteLevel, text: str, more: str):
     end = remembering.after_last_token(text)
     head = remembering.encode(text[:end])
