@@ -1,32 +1,25 @@
 """What a run would need of GPUs: memory by part, FLOPs and seconds a step. `python -m bench.learner --plan RECIPE`."""
 
-import json
 from pathlib import Path
 
 from l0fast.cli import parse
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
 from l0fast.learner import cost
-
-MODELS = Path(__file__).parents[1] / "l0fast" / "models"
+from l0fast.policies import MODELS
 
 
 def shape_of(name: str) -> cost.ModelShape:
-    """Of a model folder, a config.json, a model that ships, or one of `cost.SHAPES` by the last part of its name.
+    """Of a model folder, a config.json, a model that ships, or one that `cost.known_shape` knows by its name.
 
     Raises:
         UsageError: none of those.
     """
-    if (shape := cost.SHAPES.get(Path(name).name)) is not None and not Path(name).exists():
+    if (shape := cost.known_shape(name)) is not None and not Path(name).exists():
         return shape
     for path in (Path(name), Path(name, "config.json"), MODELS / name / "config.json"):
         if path.is_file():
-            try:
-                return cost.ModelShape.from_config(json.loads(path.read_bytes()))
-            except (OSError, ValueError, KeyError) as e:
-                raise UsageError(
-                    f"{path} can't be planned for ({e}): give the config.json of a Hugging Face model"
-                ) from e
+            return cost.read_shape(path)
     raise UsageError(
         f"{name!r} is no model folder, no config.json and none of {', '.join(cost.SHAPES)}: give one of those with --model"
     )

@@ -3,7 +3,7 @@
     async with child(command, ...) as process:     # its own session: Ctrl-C reaches us alone, and all it starts ends with it
         ...
 
-Ours, which speak frames over a socket, are ipc.spawn_worker's.
+`output_of` runs a module for what it prints. Workers, which speak frames over a socket, are ipc.spawn_worker's.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from l0fast.errors import EngineError
+from l0fast.errors import EngineError, L0fastError
 
 TAIL_LINES = 40
 """Last lines that are kept."""
@@ -95,6 +95,36 @@ async def child(
         yield started
     finally:
         await asyncio.shield(_end(process, started.reading, close_timeout_s))
+
+
+async def output_of(module: str, *args: str, error: type[L0fastError], without: str, timeout_s: float) -> str:
+    """What `python -m module args` prints, without holding up the loop.
+
+    Args:
+        without: what there is none of when it fails, as its error begins: "no advice on runs/x".
+
+    Raises:
+        error: it failed, with its last line, or took longer than `timeout_s` [s].
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", module, *args),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(timeout_s):
+            out, err = await process.communicate()
+    except TimeoutError as e:
+        raise error(f"{without} within {timeout_s:g} s") from e
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        said = err.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise error(f"{without} (exit code {process.returncode}): {said[-1]}")
+    return out.decode()
 
 
 async def _end(process: asyncio.subprocess.Process, reading: asyncio.Task[None], close_timeout_s: float) -> None:

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import orjson
-
 from l0fast.agent.chat import Chat
 from l0fast.agent.nb_agent import first_messages
 from l0fast.cli import Invocation, render_plan
@@ -165,10 +163,7 @@ def _gpus(config: RunConfig, folder: Path | None, result: DryRun) -> None:
 
 def _shape(config: RunConfig, folder: Path | None) -> cost.ModelShape:
     if folder is not None:
-        try:
-            return cost.ModelShape.from_config(orjson.loads((folder / "config.json").read_bytes()))
-        except (OSError, ValueError, KeyError) as e:
-            raise UsageError(f"{folder / 'config.json'} can't be planned for ({e})") from e
+        return cost.read_shape(folder / "config.json")
     shape = cost.known_shape(config.model.path)
     if shape is None:
         raise UsageError(

@@ -33,6 +33,7 @@ from l0fast.learner.advantage import streams
 from l0fast.learner.client import LearnerClient, learner, num_gpus
 from l0fast.meters import Meters
 from l0fast.observer import Observer
+from l0fast.policies import MODELS
 from l0fast.rollout.admission import Admission
 from l0fast.sandbox import open_sandbox
 from l0fast.sandbox.base import Sandbox, ToolSpec
@@ -45,9 +46,6 @@ from l0fast.tools.broker import Broker, ToolPolicy, open_broker
 from l0fast.tools.local_search import LocalSearch, search_tool
 from l0fast.tools.toolbox import Toolbox, describe_tools, open_toolbox
 from l0fast.warm_start.demonstrations import Demonstrator
-
-MODELS = Path(__file__).parent / "models"
-"""Policies that ship, a folder each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,9 +32,13 @@ allocator behaves; what was seen in a run is in its metrics.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
+import orjson
+
 from l0fast.config import RunConfig
+from l0fast.errors import UsageError
 
 GIB = 2**30
 
@@ -173,6 +177,16 @@ SHAPES = {
     ),
 }  # fmt: skip
 """Shapes that can be planned for without the model being there."""
+
+
+def read_shape(config_json: Path) -> ModelShape:
+    """Of the model a config.json describes. Raises UsageError."""
+    try:
+        return ModelShape.from_config(orjson.loads(config_json.read_bytes()))
+    except (OSError, ValueError, KeyError) as e:
+        raise UsageError(
+            f"{config_json} can't be planned for ({e}): give the config.json of a Hugging Face model"
+        ) from e
 
 
 def known_shape(name: str) -> ModelShape | None:

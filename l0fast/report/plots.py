@@ -11,13 +11,13 @@ matplotlib takes a second to load and holds the interpreter while it draws, so a
 (`draw_in_subprocess`). Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/): apart for every kind of sight.
 """
 
-import asyncio
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from l0fast.children import output_of
 from l0fast.errors import L0fastError, UsageError
 from l0fast.run_dir import SavedTrajectory, read_metrics, read_summary, read_trajectories
 
@@ -74,25 +74,14 @@ async def draw_in_subprocess(run_dir: Path, timeout_s: float = 120.0) -> list[Pa
     Raises:
         PlotError: with the last line of what the process said.
     """
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "l0fast.report.plots", str(run_dir)),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+    out = await output_of(
+        "l0fast.report.plots",
+        str(run_dir),
+        error=PlotError,
+        without=f"the pictures of {run_dir} were not drawn",
+        timeout_s=timeout_s,
     )
-    try:
-        async with asyncio.timeout(timeout_s):
-            out, err = await process.communicate()
-    except TimeoutError as e:
-        raise PlotError(f"the pictures of {run_dir} were not drawn within {timeout_s:g} s") from e
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode != 0:
-        said = err.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise PlotError(f"the pictures of {run_dir} were not drawn (exit code {process.returncode}): {said[-1]}")
-    return [Path(line) for line in out.decode().splitlines()]
+    return [Path(line) for line in out.splitlines()]
 
 
 def draw(run_dir: Path) -> list[Path]:

@@ -15,7 +15,6 @@ The engine's speed is fitted on the first half of the steps and held against the
 error stands beside every prediction.
 """
 
-import asyncio
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ import orjson
 import uvloop
 from pydantic import ValidationError
 
+from l0fast.children import output_of
 from l0fast.config import RunConfig
 from l0fast.engine.base import Engine, Sampling
 from l0fast.engine.gate import gated
@@ -129,25 +129,10 @@ async def advise_in_subprocess(run_dir: Path, timeout_s: float = 120.0) -> str |
     Raises:
         AdviceError: with the last line of what the process said.
     """
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "l0fast.rollout.whatif", str(run_dir)),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+    out = await output_of(
+        "l0fast.rollout.whatif", str(run_dir), error=AdviceError, without=f"no advice on {run_dir}", timeout_s=timeout_s
     )
-    try:
-        async with asyncio.timeout(timeout_s):
-            out, err = await process.communicate()
-    except TimeoutError as e:
-        raise AdviceError(f"no advice on {run_dir} within {timeout_s:g} s") from e
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode != 0:
-        said = err.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise AdviceError(f"no advice on {run_dir} (exit code {process.returncode}): {said[-1]}")
-    return out.decode().strip() or None
+    return out.strip() or None
 
 
 class AdviceError(L0fastError):

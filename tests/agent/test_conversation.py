@@ -13,10 +13,10 @@ from l0fast.agent.conversation import Response, converse
 from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.config import AgentConfig, SandboxConfig
 from l0fast.engine.base import EngineLoad, Message, Sampled, SampledText, Sampling
-from l0fast.errors import EngineError, ToolError, UsageError
+from l0fast.errors import EngineError, UsageError
 from l0fast.sandbox import open_sandbox
-from l0fast.sandbox.base import ToolSpec
 from l0fast.types import Task, ToolCall, Trajectory, TrajectoryStatus, Turn
+from tests.agent.search import SEARCH
 
 TASK = Task(id="t", question="What is the capital of Norway?", answers=("Oslo",))
 
@@ -44,12 +44,6 @@ class Says:
         raise NotImplementedError
 
 
-async def search(query: str) -> list[str]:
-    if not query:
-        raise ToolError("search needs a word")
-    return [f"The capital of {query} is Oslo."]
-
-
 def play(*responses: str | Exception, keep_chars: int = 1000, on_turn=lambda turn: None) -> tuple[Trajectory, Says]:
     engine = Says(responses)
 
@@ -59,7 +53,7 @@ def play(*responses: str | Exception, keep_chars: int = 1000, on_turn=lambda tur
                 chat=None,
                 engine=engine,
                 sandbox=sandbox,
-                tools=(ToolSpec(name="search", signature="(query: str)", doc="Looks it up.", call=search),),
+                tools=(SEARCH,),
                 config=AgentConfig(prompt="full", context_tokens=4000, max_new_tokens=200),
                 limits=EpisodeLimits(max_turns=4, timeout_s=30.0),
                 on_turn=on_turn,

@@ -11,12 +11,12 @@ from l0fast.agent.chat import Chat
 from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.config import AgentConfig, SandboxConfig
 from l0fast.engine.base import EngineLoad, Sampled, Sampling, VersionSpan
-from l0fast.errors import EngineError, SandboxError, ToolError
+from l0fast.errors import EngineError, SandboxError
 from l0fast.learner.segments import segments_of
 from l0fast.observer import NullObserver, Observer
 from l0fast.sandbox import open_sandbox
-from l0fast.sandbox.base import ToolSpec
 from l0fast.types import Task, Trajectory, TrajectoryStatus
+from tests.agent.search import SEARCH
 
 STALL = "..."
 NOBODY = NullObserver()
@@ -54,15 +54,6 @@ class Scripted:
 
     async def load(self) -> EngineLoad:
         raise NotImplementedError
-
-
-async def search(query: str) -> list[str]:
-    if not query:
-        raise ToolError("search needs a word")
-    return [f"The capital of {query} is Oslo."]
-
-
-SEARCH = ToolSpec(name="search", signature="(query: str) -> list[str]", doc="Looks it up.", call=search)
 
 
 def say(code: str) -> str:
