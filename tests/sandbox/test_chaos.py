@@ -201,7 +201,7 @@ def test_killed_sessions_cost_their_episodes_and_nobody_elses(start, kind):
             continue
     summary = ended_well(run)
     lost = [t for t in played(run) if t.status is TrajectoryStatus.FAILED_SANDBOX]
-    assert len(lost) <= summary["failed_episodes"] <= killed
+    assert len(lost) <= summary["failed_episodes"] <= killed, [(t.status, t.cause) for t in lost]
     assert all(t.cause for t in lost)
     nothing_is_left(run, {})
 
