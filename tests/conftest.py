@@ -1,4 +1,4 @@
-"""A policy folder of the shipped kind: the real tokenizer recipe, a small random model."""
+"""What all tests share: a policy folder of the shipped kind (real tokenizer recipe, small random model), and who runs them."""
 
 import os
 from pathlib import Path
@@ -14,6 +14,21 @@ if not torch.cuda.is_available():
 # a busy machine is no failure
 settings.register_profile("l0fast", deadline=None, max_examples=40)
 settings.load_profile("l0fast")
+
+MAX_WORKERS = 4
+"""Processes that share the suite with `-n auto`: each imports torch, and its tests have children of their own."""
+LONGEST = ("sandbox/test_pool.py", "test_resume.py", "test_run.py")
+"""Files that come first: whoever began one of them last would be waited for."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n auto`. None beside the tests that kill whole runs, which look at every process of the machine."""
+    return 0 if os.environ.get("L0FAST_TEST_SANDBOXES") else min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not str(item.path).endswith(LONGEST))
 
 
 @pytest.fixture(scope="session")
