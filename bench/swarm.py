@@ -32,6 +32,7 @@ from bench.probes import rss_mb
 from bench.workload import AGENT, GROUP_SIZE, MAX_TURNS, Workload
 from l0fast.agent.chat import Chat
 from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
+from l0fast.agent.prompts import output_message
 from l0fast.config import LearnerConfig, RewardConfig, RolloutConfig, RunConfig
 from l0fast.engine.base import Sampled, Sampling
 from l0fast.engine.clock import Clock, CompressedClock
@@ -196,19 +197,7 @@ class Swarm:
 
     async def play(self, mode: Mode, *, steps: int | None = None, seconds: float = math.inf) -> Measured:
         """Play until so many optimizer steps have been taken, or the step after so long [s of the loop]."""
-        clock = CompressedClock(self.time_compression)
-        workload = Workload(self._chat, clock.sleep)
-        engine = _CountingEngine(
-            vocab_size=self._chat.vocab_size,
-            max_tokens=AGENT.context_tokens + AGENT.max_new_tokens,
-            slots=self._slots,
-            # as many as full slots take with long contexts
-            kv_tokens=self._slots * 8192,
-            replicas=self._num_replicas,
-            speed=self._speed,
-            script=workload,
-            clock=clock,
-        )
+        clock, workload, engine = self._simulator()
         policy = ToolPolicy(timeout_s=120.0, max_concurrent=self.agents, cache=False)
         agent = NBAgent(
             chat=self._chat,
@@ -286,6 +275,45 @@ class Swarm:
             rss_mb=memory_mb,
             wall_s=wall_s,
         )
+
+    def _simulator(self) -> tuple[Clock, Workload, "_CountingEngine"]:
+        clock = CompressedClock(self.time_compression)
+        workload = Workload(self._chat, clock.sleep)
+        engine = _CountingEngine(
+            vocab_size=self._chat.vocab_size,
+            max_tokens=AGENT.context_tokens + AGENT.max_new_tokens,
+            slots=self._slots,
+            # as many as full slots take with long contexts
+            kv_tokens=self._slots * 8192,
+            replicas=self._num_replicas,
+            speed=self._speed,
+            script=workload,
+            clock=clock,
+        )
+        return clock, workload, engine
+
+    async def simulator_us_per_turn(self, steps: int) -> float:
+        """CPU that engine, policy and tool take by themselves for so many steps' episodes: what no run has [us]."""
+        _, workload, engine = self._simulator()
+        page = tuple(self._chat.continuation(output_message(workload.page(0)), closed=True))
+        head = tuple(self._chat.encode("word " * 700))
+        sampling = Sampling(max_new_tokens=AGENT.max_new_tokens, stop_token_ids=self._chat.stop_token_ids)
+        room = asyncio.Semaphore(self.agents)
+
+        async def converse(name: str) -> None:
+            async with room:
+                prompt = head
+                for said in workload.plan(name).turns:
+                    sampled = await engine.generate(prompt, sampling, conversation=name)
+                    await workload.tool.call(said.key)
+                    prompt += sampled.response_ids + page
+                engine.forget(name)
+
+        cpu_s = time.process_time()
+        async with asyncio.TaskGroup() as tg:
+            for n in range(steps * self.agents):
+                tg.create_task(converse(f"w{n}"))
+        return 1e6 * (time.process_time() - cpu_s) / engine.turns
 
     async def _step(
         self,

@@ -49,7 +49,7 @@ from l0fast.tools.broker import Broker, open_broker
 
 TURNS_PER_S = 16.0
 """About what the engine of 256 agents answers in a second of its own; others in proportion."""
-HOST_TURNS_PER_S = 700.0
+HOST_TURNS_PER_S = 250.0
 """What `time_compression` is chosen for: turns in a second of the loop, so that each size has the same load on the host."""
 L0_STEP_S = 0.01
 """Decode step beside L0's way, in real time: an engine with few requests is faster than a full one [s]."""
@@ -71,17 +71,24 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         for agents in options.sizes:
             runs = options.runs if agents == max(options.sizes) else 1
             sizes[str(agents)] = await size(agents, runs, options, chat, broker)
-        free = await Swarm(
-            min(options.sizes),
+        smallest = min(options.sizes)
+        swarm = Swarm(
+            smallest,
             NoSandbox(),
             broker,
             chat=chat,
-            time_compression=compression(min(options.sizes)),
+            time_compression=options.time_compression or compression(smallest),
             marshal=False,
-        ).play("carry_over", steps=3)
+        )
+        free = await swarm.play("carry_over", steps=3)
         progress(free)
+        simulator_us = await swarm.simulator_us_per_turn(steps=3)
     top = sizes[str(max(options.sizes))]
-    result = top | {"host_cpu_us_per_turn_without_sandbox": free.host_cpu_us_per_turn, "sizes": sizes}
+    result = top | {
+        "host_cpu_us_per_turn_without_sandbox": free.host_cpu_us_per_turn,
+        "simulator_us_per_turn": simulator_us,
+        "sizes": sizes,
+    }
     if options.l0_agents:
         result |= await beside_l0(chat, options)
     return result | {
@@ -235,7 +242,10 @@ def show(result: dict[str, Any]) -> None:
     print("| agents | " + " | ".join(sizes) + " |\n|" + "---|" * (len(sizes) + 1))
     for row in ROWS:
         print(f"| {row} | " + " | ".join(f"{of_size[row]:.4g}" for of_size in sizes.values()) + " |")
-    print(f"without a sandbox: {result['host_cpu_us_per_turn_without_sandbox']:.0f} us of host CPU a turn")
+    print(
+        f"without a sandbox: {result['host_cpu_us_per_turn_without_sandbox']:.0f} us of host CPU a turn; simulated engine, "
+        f"policy and tool by themselves: {result['simulator_us_per_turn']:.0f} us, which no run has"
+    )
     if "l0_style" in result:
         print(
             f"beside L0's way, {result['l0_style']['agents']} agents, {1 / result['l0_style']['step_s']:g} tokens/s: "
@@ -285,7 +295,7 @@ def main() -> None:
             f"--sizes {options.sizes}: give multiples of 8 up to 128, and of 128 above, so that groups and slots divide them"
         )
     if options.quick:
-        options.sizes, options.runs, options.time_compression = [32], 1, 50.0
+        options.sizes, options.runs, options.time_compression = [32], 1, 100.0
         options.l0_agents, options.l0_time_compression = 2, 10.0
     work: Callable[[argparse.Namespace], Coroutine[Any, Any, dict[str, Any]]] = soak if options.soak else measure
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

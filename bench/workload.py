@@ -11,8 +11,8 @@ Ours and L0's way play the same text, so both wait equally long for engine and t
 
 import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.traces import RESPONSE_TOKENS, SPREAD
 from l0fast.agent.chat import Chat
@@ -40,13 +40,19 @@ AGENT = AgentConfig(prompt="full", context_tokens=16_384 + 3_072, max_new_tokens
 """L0's limits. The cell's is above the slowest tool."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What one conversation will say."""
+class _Said(NamedTuple):
+    """One response."""
 
-    lengths: tuple[int, ...]
-    """Of its responses [tokens]."""
-    seed: int
+    tokens: int
+    start: float
+    """Where its thought begins in what there is to say, 0 to 1."""
+    key: int
+    """Of the page it looks up, unless it is the last."""
+    malformed: bool
+
+
+class _Plan(NamedTuple):
+    turns: tuple[_Said, ...]
     answer: str
 
 
@@ -101,28 +107,33 @@ class Workload:
     def __call__(self, prompt_ids: Sequence[int], sampling: Sampling, conversation: str) -> Sequence[int]:
         """The next response of a conversation."""
         plan, turn = self._under_way.pop(conversation, None) or (self.plan(conversation), 0)
-        if turn + 1 < len(plan.lengths):
+        last = turn + 1 == len(plan.turns)
+        if not last:
             self._under_way[conversation] = plan, turn + 1
         self.turns += 1
-        rng = random.Random(plan.seed + turn)
-        last = turn + 1 == len(plan.lengths)
-        code = self._submits[plan.answer] if last else self._calls[rng.randrange(KEYS)]
+        said = plan.turns[turn]
+        code = self._submits[plan.answer] if last else self._calls[said.key]
         think, between, close = self._tags
-        if not last and rng.random() < MALFORMED:
+        if said.malformed and not last:
             close = ()
-        rest = len(think) + len(between) + len(code) + len(close) + 1
-        said = max(_MIN_THOUGHT_TOKENS, plan.lengths[turn] - rest)
-        start = rng.randrange(len(self._said) - said)
-        return think + self._said[start : start + said] + between + code + close + self._chat.stop_token_ids[:1]
+        length = max(_MIN_THOUGHT_TOKENS, said.tokens - sum(map(len, (think, between, code, close))) - 1)
+        start = int(said.start * (len(self._said) - length))
+        return think + self._said[start : start + length] + between + code + close + self._chat.stop_token_ids[:1]
 
     def plan(self, conversation: str) -> _Plan:
-        """Its number of turns, their lengths and the answer, drawn from its name."""
-        seed = derive_seed(self._seed, conversation)
-        rng = random.Random(seed)
-        turns = rng.randint(1, MAX_TURNS)
-        # room for the tags and the code is part of it, and the longest is the limit of a response
-        lengths = tuple(min(round(self._length(rng.random())), AGENT.max_new_tokens - 100) for _ in range(turns))
-        return _Plan(lengths=lengths, seed=seed, answer=rng.choice(ANSWERS))
+        """What it will say, drawn from its name."""
+        rng = random.Random(derive_seed(self._seed, conversation))
+        turns = tuple(
+            _Said(
+                # room for the tags and the code is part of it
+                tokens=min(round(self._length(rng.random())), AGENT.max_new_tokens - 100),
+                start=rng.random(),
+                key=rng.randrange(KEYS),
+                malformed=rng.random() < MALFORMED,
+            )
+            for _ in range(rng.randint(1, MAX_TURNS))
+        )
+        return _Plan(turns=turns, answer=rng.choice(ANSWERS))
 
 
 ANSWERS = ("yes", "no")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -20,11 +21,17 @@ from bench.probes import idle_loop, tree_cpu_s
 from bench.swarm import NoSandbox, Swarm
 from bench.workload import AGENT, KEYS, MAX_TURNS, MODEL, Workload
 from l0fast.agent.chat import Chat
+from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.agent.parsing import parse_action
-from l0fast.config import RunConfig
+from l0fast.config import RunConfig, SandboxConfig
 from l0fast.engine.base import Sampling
+from l0fast.engine.clock import CompressedClock
+from l0fast.engine.simulated import SimulatedEngine
 from l0fast.errors import UsageError
+from l0fast.sandbox import open_sandbox
+from l0fast.sandbox.base import ToolSpec
 from l0fast.tools.broker import open_broker
+from l0fast.types import TrajectoryStatus, Turn
 
 ROOT = Path(__file__).parent.parent
 KEYS_OF_THE_RESULT = {
@@ -46,15 +53,15 @@ def workload(chat: Chat) -> Workload:
 
 def responses(workload: Workload, chat: Chat, conversation: str) -> list[tuple[int, ...]]:
     sampling = Sampling(max_new_tokens=AGENT.max_new_tokens, stop_token_ids=chat.stop_token_ids)
-    return [tuple(workload((), sampling, conversation)) for _ in workload.plan(conversation).lengths]
+    return [tuple(workload((), sampling, conversation)) for _ in workload.plan(conversation).turns]
 
 
 def test_episodes_have_the_lengths_that_are_said(workload: Workload):
     plans = [workload.plan(f"w{n}/0/0") for n in range(2000)]
-    turns = [len(plan.lengths) for plan in plans]
+    turns = [len(plan.turns) for plan in plans]
     assert set(turns) == set(range(1, MAX_TURNS + 1))
     assert statistics.mean(turns) == pytest.approx(4.5, rel=0.03)
-    lengths = [length for plan in plans for length in plan.lengths]
+    lengths = [said.tokens for plan in plans for said in plan.turns]
     assert statistics.median(lengths) == pytest.approx(300, rel=0.03)
     assert statistics.quantiles(lengths, n=10)[-1] == pytest.approx(300 * 2.16, rel=0.05)
     latencies = workload.latencies_s
@@ -68,8 +75,8 @@ def test_what_the_policy_says_runs_and_is_the_same_for_the_same_name(workload: W
     for n in range(200):
         said = responses(workload, chat, f"w{n}/1/7")
         assert said == responses(workload, chat, f"w{n}/1/7")
-        lengths = workload.plan(f"w{n}/1/7").lengths
-        assert [len(ids) for ids in said] == pytest.approx(list(lengths), abs=60)
+        lengths = [turn.tokens for turn in workload.plan(f"w{n}/1/7").turns]
+        assert [len(ids) for ids in said] == pytest.approx(lengths, abs=60)
         actions = [parse_action(chat.decode(ids)) for ids in said]
         malformed += sum(action.complaint is not None for action in actions)
         for action in actions:
@@ -114,6 +121,46 @@ def test_every_mode_loses_nothing_and_charges_all_of_its_time(chat: Chat, mode):
     assert measured.steps == 2
     assert 0 < measured.engine_busy <= 1
     assert measured.shares_sum == pytest.approx((1, 1), abs=0.01)
+
+
+def test_an_episode_leaves_no_cycle_that_holds_it(chat: Chat, workload: Workload):
+    """Nobody looks for cycles among old objects for long (garbage.py)."""
+    clock = CompressedClock(1000.0)
+    engine = SimulatedEngine(
+        vocab_size=chat.vocab_size, max_tokens=AGENT.context_tokens + AGENT.max_new_tokens, script=workload, clock=clock
+    )
+
+    async def main() -> list[object]:
+        config = SandboxConfig(kind="process")
+        async with open_sandbox(config, max_sessions=1, log=lambda line: None) as sandbox, open_broker() as broker:
+            agent = NBAgent(
+                chat=chat,
+                engine=engine,
+                sandbox=sandbox,
+                tools=(broker.wrap(ToolSpec(name="look_up", signature="(key: int) -> str", doc="", call=look_up)),),
+                config=AGENT,
+                limits=EpisodeLimits(max_turns=MAX_TURNS, timeout_s=60, turn_timeout_s=60),
+            )
+            tasks = workload.tasks()
+            await agent.run_episode(next(tasks), index=0, temperature=1.0, seed=0)
+            gc.collect()
+            gc.disable()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            trajectory = await agent.run_episode(next(tasks), index=0, temperature=1.0, seed=0)
+            assert trajectory.status is TrajectoryStatus.COMPLETED
+            del trajectory
+            gc.collect()
+            return [found for found in gc.garbage if isinstance(found, Turn)]
+
+    async def look_up(key: int) -> str:
+        return workload.page(key)
+
+    try:
+        assert asyncio.run(main()) == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 def test_a_node_is_measured_from_its_metrics_without_the_first_step():

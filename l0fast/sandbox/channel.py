@@ -279,6 +279,9 @@ class Channel(asyncio.Protocol):
                 self._transport.abort()
             if self._timer is not None:
                 self._timer.cancel()
+                self._timer = None
+            # it holds the session, which holds this and the episode: a cycle that nobody would collect for long
+            self._late = str
 
     def _ask(self, message: dict[str, Any]) -> "asyncio.Future[Event]":
         return self._send(encode(message))
