@@ -117,7 +117,7 @@ async def open_rooms(
 ) -> AsyncIterator[Rooms]:
     """Everything a run works with, started; ended in reverse order. `log` is told what a person should see."""
     folder = model_folder(config.model.path)
-    curriculum = await asyncio.to_thread(load_curriculum, config)
+    curriculum, indexes = await asyncio.to_thread(_load, config)
     for report in curriculum.reports:
         log(report)
     chat = Chat(folder)
@@ -153,8 +153,8 @@ async def open_rooms(
 
                 def agent(scope: str) -> NBAgent:
                     tools = toolbox.common
-                    if (corpus := curriculum.corpora.get(scope)) is not None:
-                        search = search_tool(LocalSearch(corpus), config.task.search_results)
+                    if (index := indexes.get(scope)) is not None:
+                        search = search_tool(index, config.task.search_results)
                         tools = (broker.wrap(search, _tool_policy(config), scope=scope),)
                     return _agent(config, chat, engine, sandbox, tools, toolbox, meters.observer)
 
@@ -168,6 +168,12 @@ async def open_rooms(
                     sleeper=inside if isinstance(inside, Fleet) and config.engine.layout == "sleep" else None,
                     learner=learner_client,
                 )
+
+
+def _load(config: RunConfig) -> tuple[Curriculum, dict[str, LocalSearch]]:
+    """What is asked, and by scope where it is looked up: tenths of a second each, which no event loop has."""
+    curriculum = load_curriculum(config)
+    return curriculum, {scope: LocalSearch(corpus) for scope, corpus in curriculum.corpora.items()}
 
 
 @asynccontextmanager
@@ -186,7 +192,7 @@ async def _engine(
     max_tokens = config.agent.context_tokens
     if config.engine.kind == "simulated":
         # plays demonstrations: the whole run but for the model, the same to the last id for the same seed
-        script = Demonstrator(chat, worlds, good_rate=0.5, seed=config.seed)
+        script = await asyncio.to_thread(Demonstrator, chat, worlds, good_rate=0.5, seed=config.seed)
         simulated = SimulatedEngine(
             vocab_size=chat.vocab_size,
             max_tokens=max_tokens,

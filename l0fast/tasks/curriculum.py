@@ -78,9 +78,6 @@ class Worlds:
 
     def questions(self, seed: int) -> Iterator[Task]:
         config, rng = self._config, random.Random(derive_seed(seed, "questions"))
-        for world in (self._world, *self._variants):
-            # the first of a world takes a tenth of a second: all of them now, and not one by one on the event loop
-            world.train_task(random.Random(0), two_hop_share=config.two_hop_share)
         while True:
             in_variant = self._variants and rng.random() < config.variant_share
             world = rng.choice(self._variants) if in_variant else self._world

@@ -15,7 +15,6 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product, zip_longest
 
 from l0fast.tasks.facts import (
@@ -98,6 +97,8 @@ class Facts:
         self._clear = {
             name for name, countries in countries_of.items() if len(countries) == 1 and name not in self.countries
         }
+        self.entities = self._entities()
+        """Kind -> the entities it can be asked about: one meaning, a known answer, and not the answer themselves."""
 
     def values(self, entity: str, relation: str) -> tuple[str, ...]:
         return tuple(fact.value for fact in self._facts.get((entity, relation), ()))
@@ -121,9 +122,7 @@ class Facts:
         query = RELATIONS[relation].query.format(e=entity)
         return Hop(entity=entity, relation=relation, query=query, sentence=fact.sentence, value=fact.value)
 
-    @cached_property
-    def entities(self) -> dict[str, tuple[str, ...]]:
-        """Kind -> the entities it can be asked about: one meaning, a known answer, and not the answer themselves."""
+    def _entities(self) -> dict[str, tuple[str, ...]]:
         told: dict[str, list[str]] = defaultdict(list)
         for entity, relation in self._facts:
             told[relation].append(entity)

@@ -1,0 +1,90 @@
+"""Opening the rooms of a run leaves the event loop free: what takes long is made in another thread, before episodes begin."""
+
+import asyncio
+import sys
+import threading
+
+import pytest
+
+from l0fast import rooms
+from l0fast.agent.chat import Chat
+from l0fast.config import RunConfig, TaskConfig
+from l0fast.engine.simulated import SimulatedEngine
+from l0fast.meters import Meters
+from l0fast.tasks.curriculum import load_curriculum
+from l0fast.tasks.world import World
+from l0fast.warm_start.demonstrations import Demonstrator
+
+CONFIG = RunConfig(task=TaskConfig(kind="invented", num_variants=1))
+
+
+class ThatWasAll(Exception):
+    """Raised where the test has seen enough."""
+
+
+def test_searches_are_indexed_in_another_thread(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    indexed: dict[tuple[str, ...], threading.Thread] = {}
+
+    def index(corpus):
+        indexed[tuple(corpus)] = threading.current_thread()
+
+    def opened_next(*args: object, **kwargs: object) -> None:
+        raise ThatWasAll
+
+    monkeypatch.setattr(rooms, "LocalSearch", index)
+    monkeypatch.setattr(rooms, "open_sandbox", opened_next)
+
+    async def main():
+        meters = Meters(CONFIG, tmp_path, log=lambda line: None, warn=lambda line: None)
+        async with rooms.open_rooms(CONFIG, tmp_path, meters, lambda line: None):
+            pass
+
+    with pytest.raises(ThatWasAll):
+        asyncio.run(main())
+    assert indexed.keys() == {tuple(corpus) for corpus in load_curriculum(CONFIG).corpora.values()}
+    assert threading.current_thread() not in indexed.values()
+
+
+def test_a_demonstrator_learns_its_worlds_in_another_thread(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    added: dict[str, threading.Thread] = {}
+
+    class Watched(Demonstrator):
+        def add(self, world: World) -> None:
+            added[world.name] = threading.current_thread()
+            super().add(world)
+
+    monkeypatch.setattr(rooms, "Demonstrator", Watched)
+    config = CONFIG.model_copy(update={"engine": CONFIG.engine.model_copy(update={"kind": "simulated"})})
+    folder, worlds = rooms.model_folder("geography"), load_curriculum(config).worlds
+
+    async def main():
+        opened = rooms._engine(config, tmp_path, folder, Chat(folder), worlds, None, None, None, lambda line: None)
+        async with opened as engine:
+            assert isinstance(engine, SimulatedEngine)
+
+    asyncio.run(main())
+    assert added.keys() == {world.name for world in worlds}
+    assert threading.current_thread() not in added.values()
+
+
+def test_the_first_question_costs_no_more_than_any_other():
+    questions = load_curriculum(CONFIG).questions(0)
+
+    def calls() -> int:
+        """Functions called to draw one."""
+        called = 0
+
+        def count(frame: object, event: str, what: object) -> None:
+            nonlocal called
+            called += event == "call"
+
+        before = sys.getprofile()
+        sys.setprofile(count)
+        try:
+            next(questions)
+        finally:
+            sys.setprofile(before)
+        return called
+
+    first, others = calls(), [calls() for _ in range(50)]
+    assert first <= 2 * max(others)
