@@ -318,8 +318,12 @@ class _Tool:
         cancels = task.cancelling()
         began = time.perf_counter()
         try:
-            async with asyncio.timeout(policy.queue_timeout_s):
-                await self._turn()
+            if policy.per_minute or self._slots.locked():
+                async with asyncio.timeout(policy.queue_timeout_s):
+                    await self._turn()
+                    await self._slots.acquire()
+            else:
+                # nothing to wait for, and a deadline would cost more than the slot
                 await self._slots.acquire()
         except TimeoutError as e:
             raise _Failed(f"no free slot within {policy.queue_timeout_s:g} s", again=False) from e
