@@ -39,10 +39,11 @@ class ByteLevel:
         self._ids: dict[str, tuple[int, ...]] = {"": ()}
         self._short: dict[str, list[int]] = {}
         """Short ones: what a chat form puts around a message."""
-        self._bytes = {
-            id: b"" if id in special else _bytes_of(token)
-            for token, id in tokenizer.get_vocab(with_added_tokens=True).items()
-        }
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        # None: an id of nothing
+        self._bytes: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
+        for token, id in vocabulary.items():
+            self._bytes[id] = b"" if id in special else _bytes_of(token)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "ByteLevel | None":
@@ -112,10 +113,11 @@ class ByteLevel:
             self._ids[piece] = tuple(token.id for token in self._model.tokenize(piece.translate(_CHAR_OF_BYTE)))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """As `Tokenizer.decode(ids)`, special tokens dropped."""
+        """As `Tokenizer.decode(ids)`, special tokens dropped; no id is negative."""
         try:
-            return b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", "replace")
-        except KeyError:
+            # a list and no dictionary: of a large vocabulary less of it has to be in the processor's cache
+            return b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", "replace")  # type: ignore[arg-type]
+        except (IndexError, TypeError):
             # an id of nothing: the library's case
             return self._tokenizer.decode(ids)
 
