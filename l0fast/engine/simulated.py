@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 
 from l0fast.engine.base import EngineLoad, Sampled, Sampling
-from l0fast.engine.check import check_request
+from l0fast.engine.check import check_prompt, check_sampling
 from l0fast.engine.clock import Clock, CompressedClock, SimulatedClock, Timer
 from l0fast.engine.distributions import Distribution, exponential
 from l0fast.engine.placement import Placement
@@ -230,11 +230,13 @@ class SimulatedEngine:
             self._placement.forget(self._known.popitem(last=False)[0])
 
     def _check(self, prompt: tuple[int, ...], matched: int, sampling: Sampling) -> None:
-        fits = matched < len(prompt) and len(prompt) + sampling.max_new_tokens <= self._max_tokens
+        check_sampling(sampling, vocab_size=self._vocab_size)
         # what is known was checked before, and an array of a long prompt costs more than all the rest
         new = prompt[matched:]
-        ids = np.array((min(new), max(new)) if fits else prompt, np.int64)
-        check_request(ids, sampling, vocab_size=self._vocab_size, max_tokens=self._max_tokens)
+        fits = new and min(new) >= 0 and max(new) < self._vocab_size
+        if not fits or len(prompt) + sampling.max_new_tokens > self._max_tokens:
+            ids = np.array(prompt, np.int64)
+            check_prompt(ids, sampling.max_new_tokens, vocab_size=self._vocab_size, max_tokens=self._max_tokens)
 
     def _respond(
         self, prompt: tuple[int, ...], sampling: Sampling, conversation: str
