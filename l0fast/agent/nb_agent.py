@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Literal
 
 import orjson
@@ -67,7 +68,7 @@ class NBAgent:
         conversation = f"{task.id}/{index}/{seed}"
         episode = _Episode(started=self.clock(), observer=self.observer.episode(conversation))
         status, cause = None, None
-        whole, turn = asyncio.timeout(self.limits.timeout_s), asyncio.timeout(None)
+        whole, turn = asyncio.timeout(self.limits.timeout_s), _TurnDeadline()
         try:
             async with AsyncExitStack() as stack, whole, turn:
                 status = await self._turns(task, conversation, episode, stack, turn, temperature, seed)
@@ -104,20 +105,21 @@ class NBAgent:
         conversation: str,
         episode: "_Episode",
         stack: AsyncExitStack,
-        deadline: asyncio.Timeout,
+        deadline: "_TurnDeadline",
         temperature: float,
         seed: int,
     ) -> TrajectoryStatus:
-        config, loop = self.config, asyncio.get_running_loop()
+        config = self.config
         session: Session | None = None
         own = (*self.tools, *self.task_tools(task))
-        system = system_prompt(config.prompt, _session_tools(own, episode), max_turns=self.limits.max_turns)
+        defined = _session_tools(own, episode)
+        system = system_prompt(config.prompt, defined, max_turns=self.limits.max_turns)
         dialogue = converse(self.chat, self.engine, conversation, system, task.question, config)
         for n in range(self.limits.max_turns):
             if not dialogue.fit(episode.notepad.render()):
                 return TrajectoryStatus.TRUNCATED_CONTEXT
             if self.limits.turn_timeout_s is not None:
-                deadline.reschedule(loop.time() + self.limits.turn_timeout_s)
+                deadline.move(self.limits.turn_timeout_s)
             t0 = self.clock()
             with episode.span("generate", "waiting for its response"):
                 response = await dialogue.respond(temperature=temperature, seed=seed * self.limits.max_turns + n)
@@ -127,7 +129,7 @@ class NBAgent:
             if action.complaint is None:
                 if session is None:
                     # only now: all episodes of a step begin at once, and the engine must not wait for their forks
-                    tools = self._observed_tools(own, episode)
+                    tools = self._observed_tools(defined, own, episode)
                     lease = self.sandbox.session(tools, seed=seed, files=task.files)
                     with episode.span("lease", "waiting for a session"):
                         session = await stack.enter_async_context(lease)
@@ -162,8 +164,10 @@ class NBAgent:
             dialogue.add(response, output_message(reply or "", notepad if notepad != shown_before else ""))
         return TrajectoryStatus.TRUNCATED_TURNS
 
-    def _observed_tools(self, own: tuple[ToolSpec, ...], episode: "_Episode") -> Mapping[str, ToolSpec]:
-        specs = {tool.name: tool for tool in _session_tools(own, episode)}
+    def _observed_tools(
+        self, defined: tuple[ToolSpec, ...], own: tuple[ToolSpec, ...], episode: "_Episode"
+    ) -> Mapping[str, ToolSpec]:
+        specs = {tool.name: tool for tool in defined}
         specs |= {tool.name: _observed(tool, episode) for tool in own}
         return {name: _recorded(tool, episode, self.keep_chars) for name, tool in specs.items()}
 
@@ -276,6 +280,47 @@ class _Episode:
             yield
         finally:
             self._cell_is_live = False
+
+
+class _TurnDeadline:
+    """`asyncio.timeout` that moves with every turn.
+
+    Its timer is left to go off, and looks then when the turn that runs now is due: one a turn would cost more than most of
+    what a turn does.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._limit = asyncio.timeout(None)
+        self._due = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def move(self, timeout_s: float) -> None:
+        """Cancel the block when so much time has passed from now [s]."""
+        self._due = self._loop.time() + timeout_s
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._due, self._look)
+
+    def expired(self) -> bool:
+        return self._limit.expired()
+
+    async def __aenter__(self) -> None:
+        await self._limit.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        if self._timer is not None:
+            self._timer.cancel()
+        return await self._limit.__aexit__(kind, error, trace)
+
+    def _look(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        if now < self._due:
+            self._timer = self._loop.call_at(self._due, self._look)
+        else:
+            self._limit.reschedule(now)
 
 
 class _Span:
