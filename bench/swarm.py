@@ -293,7 +293,10 @@ class Swarm:
         return clock, workload, engine
 
     async def simulator_us_per_turn(self, steps: int) -> float:
-        """CPU that engine, policy and tool take by themselves for so many steps' episodes: what no run has [us]."""
+        """CPU that engine, policy and tool take by themselves for so many steps' episodes [us].
+
+        No run on an engine has it. Joining prompts, which every run does, is in it too: some 10 us.
+        """
         _, workload, engine = self._simulator()
         page = tuple(self._chat.continuation(output_message(workload.page(0)), closed=True))
         head = tuple(self._chat.encode("word " * 700))

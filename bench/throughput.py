@@ -1,7 +1,7 @@
 """Thousands of real agents on one loop beside a barrier, and beside the way L0 runs its agents, in one run.
 
     python -m bench.throughput [--sizes 256 1024 4096] [--sandbox process] [--results bench/results]
-    python -m bench.throughput --quick                 half a minute, small: does it all work?
+    python -m bench.throughput --quick                 some 12 s, small: does it all work?
     python -m bench.throughput --soak MINUTES          one size for so long: memory, descriptors and tasks
     python -m bench.throughput --engine sglang --device cuda [RECIPE and flags of l0fast.run]
                                                        a recipe's own run on a GPU node: tokens/s, solved tasks/hour
@@ -80,9 +80,9 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             time_compression=options.time_compression or compression(smallest),
             marshal=False,
         )
-        free = await swarm.play("carry_over", steps=3)
+        free = await swarm.play("carry_over", steps=2)
         progress(free)
-        simulator_us = await swarm.simulator_us_per_turn(steps=3)
+        simulator_us = await swarm.simulator_us_per_turn(steps=2)
     top = sizes[str(max(options.sizes))]
     result = top | {
         "host_cpu_us_per_turn_without_sandbox": free.host_cpu_us_per_turn,
@@ -108,8 +108,8 @@ async def size(agents: int, runs: int, options: argparse.Namespace, chat: Chat, 
         carried: list[tuple[Measured, float]] = []
         for run in range(runs):
             with idle_loop() as idle:
-                # more steps where a figure of throughput is taken, fewer where only the lag is looked at once more
-                measured = await swarm.play("carry_over", steps=3 if run == 0 else 2)
+                # a step more where figures of throughput are taken, which begin after the first one
+                measured = await swarm.play("carry_over", steps=2 if run == 0 else 1)
             carried.append((measured, idle["loop/lag_max_ms"]))
             progress(measured)
         on_policy = await swarm.play("on_policy", steps=1)
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="half a minute: 32 agents; two of L0's, whose engine and tools are compressed too",
+        help="some 12 s: 32 agents; two of L0's, whose engine and tools are compressed too",
     )
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="the largest size for so long, and nothing else")
     parser.add_argument("--results", type=Path, help="folder for throughput.json or throughput_soak.json")
@@ -296,7 +296,7 @@ def main() -> None:
         )
     if options.quick:
         options.sizes, options.runs, options.time_compression = [32], 1, 100.0
-        options.l0_agents, options.l0_time_compression = 2, 10.0
+        options.l0_agents, options.l0_time_compression = 2, 50.0
     work: Callable[[argparse.Namespace], Coroutine[Any, Any, dict[str, Any]]] = soak if options.soak else measure
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         result = runner.run(work(options))

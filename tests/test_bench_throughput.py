@@ -38,6 +38,7 @@ KEYS_OF_THE_RESULT = {
     "agents", "episodes_per_s", "turns_per_s", "host_cpu_us_per_turn", "loop_lag_p50_ms", "loop_lag_p99_ms",
     "loop_lag_p999_ms", "loop_lag_max_ms", "idle_lag_max_ms", "engine_busy", "engine_busy_on_policy",
     "engine_busy_barrier", "ratio_l0_style", "cpu_ratio_l0_style", "rss_mb", "sizes",
+    "host_cpu_us_per_turn_without_sandbox", "simulator_us_per_turn",
 }  # fmt: skip
 
 

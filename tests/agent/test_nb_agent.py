@@ -253,6 +253,25 @@ def test_each_turn_has_its_own_time(chat: Chat):
     assert sum(turn.execute_s for turn in trajectory.turns) > 0.4
 
 
+def test_the_turns_of_an_episode_share_a_timer_that_ends_with_it(chat: Chat):
+    async def main():
+        agent = NBAgent(
+            chat=chat,
+            engine=Scripted(chat, ["nothing to run"]),
+            sandbox=None,  # type: ignore[arg-type]
+            tools=(),
+            config=AgentConfig(context_tokens=2000, max_new_tokens=200),
+            limits=EpisodeLimits(max_turns=4, timeout_s=60, turn_timeout_s=60),
+        )
+        trajectory = await agent.run_episode(TASK, index=0, temperature=1.0, seed=5)
+        assert len(trajectory.turns) == 4
+        return [*asyncio.get_running_loop()._scheduled]  # type: ignore[attr-defined]
+
+    timers = asyncio.run(main())
+    assert len(timers) == 2, "its own, and that of its turns"
+    assert all(timer.cancelled() for timer in timers)
+
+
 def test_who_sampled_what_stands_on_the_turn(chat: Chat):
     spans = (VersionSpan(3, 0, 4), VersionSpan(4, 4, 9))
     trajectory, _ = play(chat, say("submit_final_answer(1)"), spans=spans)
