@@ -1,7 +1,9 @@
 """The parser and the state machine that stand between a session's bytes and this process."""
 
 import asyncio
+import itertools
 import json
+import re
 import socket
 import struct
 import threading
@@ -25,6 +27,7 @@ from l0fast.sandbox.channel import (
     SessionState,
     State,
     encode,
+    usual_end,
 )
 from l0fast.sandbox.guest.frames import MAX_FRAME as GUEST_MAX_FRAME
 from l0fast.sandbox.guest.frames import Frames, FrameTooLong
@@ -353,6 +356,57 @@ def on_a_clock():
     channel.open([], 1)
     channel.data_received(encode(READY))
     return channel, clock
+
+
+PACKETS = [usual_end(1), usual_end(2), usual_end(1)[:9], usual_end(1)[9:], usual_end(1) * 2]
+PACKETS += [encode(CALL), encode(FAILED), encode({**DONE, "n": 2, "dropped": 5}), b"\0"]
+
+
+def test_the_end_of_a_cell_that_is_known_by_its_bytes_means_what_it_says_and_only_where_it_may_come():
+    async def main(packets, goes_on):
+        channel, _ = on_a_clock()
+        parser, machine = FrameParser(), in_state(State.IDLE)
+        waiter = channel.execute("1", 1.0)
+        machine.start_cell()
+        for packet in packets:
+            try:
+                events = [machine.received(message) for message in parser.feed(packet)]
+            except ProtocolError as e:
+                channel.data_received(packet)
+                assert channel.state is State.LOST
+                with pytest.raises(ProtocolError, match=re.escape(str(e))):
+                    channel.check()
+                return
+            told = waiter.done()
+            channel.data_received(packet)
+            assert (channel.state, waiter.done()) == (machine.state, told or bool(events))
+            for event in events:
+                assert waiter.result() == event
+                if not goes_on:
+                    continue
+                if isinstance(event, Call):
+                    machine.answer_call()
+                    waiter = channel.answer(event.id, value=1)
+                else:
+                    machine.start_cell()
+                    waiter = channel.execute("1", 1.0)
+        channel.lose(SandboxError("over"))
+
+    async def all_of_them():
+        for packets in itertools.product(PACKETS, repeat=3):
+            for goes_on in (True, False):
+                await main(packets, goes_on)
+
+    asyncio.run(all_of_them())
+
+
+def test_the_guest_ends_a_cell_with_the_bytes_that_the_host_knows():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        Frames(theirs).send_done(7, None, 0)
+        assert ours.recv(4096) == usual_end(7)
+        Frames(theirs).send_done(7, FAILED["err"], 3)
+        assert FrameParser().feed(ours.recv(4096)) == [{**FAILED, "n": 7, "dropped": 3}]
 
 
 seconds = st.integers(1, 50).map(float)

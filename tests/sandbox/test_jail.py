@@ -157,7 +157,8 @@ def test_output_is_cut_in_its_middle_between_characters(text, limit, dropped, tr
     if len(data) <= limit and not (dropped and data):
         assert shown == whole
     else:
-        head, _, rest = shown.partition("\n[... ")
+        head, cut, rest = shown.partition("\n[... ")
+        assert cut
         _, _, tail = rest.partition(" bytes cut ...]\n")
         assert whole.startswith(head)
         assert whole.endswith(tail)

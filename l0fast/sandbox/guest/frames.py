@@ -59,7 +59,7 @@ class Frames:
         self._send(_length.pack(len(body)) + body)
 
     def send_done(self, n: int, error: dict | None, dropped: int) -> None:
-        """The end of cell `n`."""
+        """The end of cell `n`. The host knows the usual one by its bytes, which is why they are written here."""
         if error is None:
             body = b'{"op":"done","n":%d,"err":null,"dropped":%d}' % (n, dropped)
             self._send(_length.pack(len(body)) + body)
