@@ -130,7 +130,7 @@ class State(enum.Enum):
 
 
 # on the path of every cell, where Python 3.11 spends as long on a look into the class as on the rest of the line
-_IDLE, _RUNNING = State.IDLE, State.RUNNING
+_IDLE, _RUNNING, _CALLING = State.IDLE, State.RUNNING, State.CALLING
 _USUAL_END = Done(None, 0)
 
 
@@ -239,8 +239,7 @@ class Channel(asyncio.Protocol):
     @property
     def busy(self) -> bool:
         """Whether a cell runs."""
-        state = self._machine.state
-        return self._lost is None and state is not _IDLE and state in (_RUNNING, State.CALLING)
+        return self._lost is None and self._machine.state in (_RUNNING, _CALLING)
 
     def open(self, tools: list[dict[str, str]], seed: int) -> "asyncio.Future[Event]":
         return self._ask({"op": "open", "seed": seed, "tools": tools})

@@ -51,7 +51,8 @@ class OutputFile:
         if not size or (size <= limit_bytes and not dropped_bytes):
             text = data[start:].decode("utf-8", "replace")
         else:
-            half, size = limit_bytes // 2, os.fstat(self.fd).st_size - start
+            # what still runs there may cut the file meanwhile
+            half, size = limit_bytes // 2, max(0, os.fstat(self.fd).st_size - start)
             head = os.pread(self.fd, min(half, size), start)
             tail = os.pread(self.fd, min(half, size - len(head)), start + max(len(head), size - half))
             missing = size - len(head) - len(tail) + dropped_bytes

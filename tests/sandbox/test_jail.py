@@ -163,3 +163,22 @@ def test_output_is_cut_in_its_middle_between_characters(text, limit, dropped, tr
         assert whole.startswith(head)
         assert whole.endswith(tail)
         assert len(head.encode()) + len(tail.encode()) <= limit
+
+
+def test_output_that_its_session_cuts_while_it_is_read_is_no_error(monkeypatch):
+    size_of = os.fstat
+
+    def cut_first(fd):
+        os.ftruncate(fd, 0)
+        return size_of(fd)
+
+    file = OutputFile()
+    try:
+        os.write(file.fd, b"x" * 100)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", cut_first)
+            assert file.take(10, 0) == "\n[... 0 bytes cut ...]\n"
+        os.write(file.fd, b"next")
+        assert file.take(10, 0) == "next"
+    finally:
+        file.close()
