@@ -404,19 +404,46 @@ async def soak(pool: SandboxPool, minutes: float, daemon_pid: int) -> dict[str, 
 
 
 def _sample(pool: SandboxPool, daemon_pid: int) -> dict[str, float]:
-    def rss_mb(pid: int) -> float:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
     zygotes = [shard.launched.pid for shard in pool.shards]
+    driver_mb, driver_fds, _ = _held_by([os.getpid()])
+    zygotes_mb, zygotes_fds, _ = _held_by(zygotes)
+    daemon_mb, daemon_fds, daemon_processes = _held_by(processes_of_daemon(daemon_pid))
     return {
-        "driver_fds": float(len(os.listdir("/proc/self/fd"))),
-        "driver_rss_mb": rss_mb(os.getpid()),
-        "zygotes_rss_mb": sum(rss_mb(pid) for pid in zygotes),
-        "zygotes_fds": float(sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in zygotes)),
+        "driver_fds": driver_fds,
+        "driver_rss_mb": driver_mb,
+        "zygotes_rss_mb": zygotes_mb,
+        "zygotes_fds": zygotes_fds,
         "processes": float(sum(name.isdigit() for name in os.listdir("/proc"))),
-        "daemon_rss_mb": rss_mb(daemon_pid),
-        "daemon_fds": float(len(os.listdir(f"/proc/{daemon_pid}/fd"))),
+        "daemon_rss_mb": daemon_mb,
+        "daemon_fds": daemon_fds,
+        "daemon_processes": daemon_processes,
     }
+
+
+def _held_by(pids: list[int]) -> tuple[float, float, float]:
+    """Memory [MB], open descriptors and number of those of these processes that are still there."""
+    rss_mb = fds = there = 0.0
+    for pid in pids:
+        try:
+            pages, opened = int(Path(f"/proc/{pid}/statm").read_text().split()[1]), len(os.listdir(f"/proc/{pid}/fd"))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        rss_mb += pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+        fds += opened
+        there += 1
+    return rss_mb, fds, there
+
+
+def processes_of_daemon(listener: int) -> list[int]:
+    """Who listens on its socket, containerd and the containers' shims: every containerd and shim of this machine."""
+    pids = {listener}
+    for name in os.listdir("/proc"):
+        try:
+            if name.isdigit() and Path(f"/proc/{name}/comm").read_text().startswith("containerd"):
+                pids.add(int(name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return sorted(pids)
 
 
 # -- the run

@@ -5,13 +5,21 @@ import os
 
 from l0fast.errors import SandboxError
 
+_FIRST = b"\0"
+"""What a file that has only been made longer holds."""
+
 
 class OutputFile:
-    """A memfd for one session's output, in append mode: its processes need no agreement about positions."""
+    """A memfd for one session's output, in append mode: its processes need no agreement about positions.
+
+    Its first byte is no output. With it the file is never empty and keeps its first page: to free that page and take
+    another for the next cell's few lines costs as much as to write and read them.
+    """
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("output", os.MFD_CLOEXEC)
         fcntl.fcntl(self.fd, fcntl.F_SETFL, os.O_APPEND)
+        os.ftruncate(self.fd, 1)
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -22,8 +30,8 @@ class OutputFile:
         """Read and empty it: its first `limit_bytes`."""
         if self.fd < 0:
             raise SandboxError("the session has been closed")
-        data = os.pread(self.fd, limit_bytes, 0)
-        os.ftruncate(self.fd, 0)
+        data = os.pread(self.fd, limit_bytes, 1)
+        self._empty(0)
         return data
 
     def take(self, limit_bytes: int, dropped_bytes: int) -> str:
@@ -34,19 +42,28 @@ class OutputFile:
         if self.fd < 0:
             raise SandboxError("the session has been closed")
         # most often this is all, and asking for its size is spared
-        data = os.pread(self.fd, limit_bytes + 1, 0)
-        if not data:
+        data = os.pread(self.fd, limit_bytes + 2, 0)
+        if data == _FIRST:
             return ""
-        if len(data) <= limit_bytes and not dropped_bytes:
-            text = data.decode("utf-8", "replace")
+        # not there where a cell has opened /dev/stdout as it would a file, which cuts it to nothing
+        start = int(data.startswith(_FIRST))
+        size = len(data) - start
+        if not size or (size <= limit_bytes and not dropped_bytes):
+            text = data[start:].decode("utf-8", "replace")
         else:
-            half, size = limit_bytes // 2, os.fstat(self.fd).st_size
-            head = os.pread(self.fd, min(half, size), 0)
-            tail = os.pread(self.fd, min(half, size - len(head)), max(len(head), size - half))
+            # what still runs there may cut the file meanwhile
+            half, size = limit_bytes // 2, max(0, os.fstat(self.fd).st_size - start)
+            head = os.pread(self.fd, min(half, size), start)
+            tail = os.pread(self.fd, min(half, size - len(head)), start + max(len(head), size - half))
             missing = size - len(head) - len(tail) + dropped_bytes
             text = f"{_whole(head)}\n[... {missing} bytes cut ...]\n{_whole(tail)}"
-        os.ftruncate(self.fd, 0)
+        self._empty(start)
         return text
+
+    def _empty(self, start: int) -> None:
+        if not start:
+            os.ftruncate(self.fd, 0)
+        os.ftruncate(self.fd, 1)
 
 
 def _whole(data: bytes) -> str:

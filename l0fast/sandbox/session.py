@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from l0fast.errors import SandboxError, ToolError
 from l0fast.sandbox.base import CellError, CellResult, ToolSpec
-from l0fast.sandbox.channel import Call, Done, Event, Files, ProtocolError, State
+from l0fast.sandbox.channel import Call, Done, Event, Files, ProtocolError
 from l0fast.sandbox.shard import Lease
 
 MAX_CALLS = 64
@@ -51,7 +51,7 @@ class PoolSession:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s = {timeout_s} leaves a cell no time: give a positive number of seconds")
         channel = self._channel
-        if channel.state in (State.RUNNING, State.CALLING):
+        if channel.busy:
             raise RuntimeError("a session runs one cell at a time: await the last execute() before the next")
         began = time.perf_counter()
         soft = self._loop.time() + timeout_s

@@ -36,7 +36,7 @@ ATTACKS = {
     "zip bomb": ("import zlib\nzlib.decompress(zlib.compress(bytes(1 << 26)) * 1, bufsize=1 << 29)", "MemoryError"),
     "big file": ("open('big', 'wb').write(bytes(33 << 20))", "OSError"),
     "endless output": ("while True: print('x' * 1000)", "Timeout"),
-    "endless output of a subprocess": ("import os\nos.system('yes')\nos.system('yes')\nprint('held')", "held"),
+    "endless output of a subprocess": ("import os\nos.system('yes')\nos.system('yes')\nprint('\\nheld')", "held"),
     "open descriptors": ("import os\nwhile True: os.dup(0)", "OSError"),
     "a lot of small files": ("for i in range(300): open(str(i), 'w').close()\nprint('held')", "held"),
     "two hundred levels of folders": (

@@ -1,10 +1,12 @@
 """What a cell means, the same on every backend."""
 
 import re
+import warnings
 
 import pytest
 
 from l0fast.errors import SandboxError
+from l0fast.sandbox.guest.repl import _compile
 
 
 @pytest.fixture
@@ -38,6 +40,14 @@ def test_state_functions_and_imports_persist(cells):
 
 def test_a_class_defined_in_a_cell_pickles_as_in_a_script(cells):
     assert cells("import pickle\nclass A: x = 3", "pickle.loads(pickle.dumps(A())).x").output == "3\n"
+
+
+def test_output_cut_to_nothing_by_the_cell_is_what_came_after_it(cells):
+    """As `echo > /dev/stderr` does in a shell."""
+    nothing, after = "import os\nprint('before')\nos.ftruncate(1, 0)", "\nprint('after')"
+    assert cells(nothing + after).output == "after\n"
+    assert cells(nothing).output == ""
+    assert cells(nothing, "print('next')").output == "next\n"
 
 
 def test_stdout_stderr_and_subprocesses_come_in_order(cells):
@@ -80,6 +90,42 @@ def test_a_syntax_error_points_at_the_place(cells):
     assert result.error.name == "SyntaxError"
     assert result.output.startswith('  File "<cell 1>", line 2\n    x = = 2\n')
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["x", "x == 5", "x = 6", "x += 1", "(x := 7)", "[x] = [8]", "f(x)", "f(x)[0]", "l[f(0)] = 9", "f(x=1)"]
+    + [
+        "not x",
+        "lambda: x",
+        "None",
+        "import math",
+        "del x",
+        "x; l",
+        "if x: print(x)",
+        "for x in l: print(x)",
+        "assert x",
+    ]
+    + ["# nothing", "", "   ", " x", "1 +", "x y", "f(", "'a' 'b'", "'=' + str(x)", "yield x", "await x", "nobody"]
+    + ["print(x) # comment", "{x: l}", "*l, x", "f'{x}'", "raise KeyError(x)", "(yield)", "\\x", "'\\d'"],
+)
+def test_one_line_means_what_it_means_among_several(code):
+    """The short way for one expression is a way, not another meaning."""
+
+    def run(code):
+        namespace = {"x": 5, "l": [1, 2], "f": lambda *args, **kw: [args, kw]}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                body, last = _compile(code, "<cell>")
+                if body is not None:
+                    exec(body, namespace)
+                shown = repr(eval(last, namespace)).split(" at 0x")[0] if last is not None else None
+            except Exception as e:  # noqa: BLE001 - compared
+                return type(e), str(e)
+        return shown, {name: value for name, value in namespace.items() if name in ("x", "l", "math")}
+
+    assert run(code) == run(code + "\n")
 
 
 def test_both_causes_of_a_chain_are_shown(cells):

@@ -1,9 +1,13 @@
 """The parser and the state machine that stand between a session's bytes and this process."""
 
 import asyncio
+import itertools
 import json
+import re
 import socket
 import struct
+import threading
+from types import SimpleNamespace
 
 import orjson
 import pytest
@@ -23,6 +27,7 @@ from l0fast.sandbox.channel import (
     SessionState,
     State,
     encode,
+    usual_end,
 )
 from l0fast.sandbox.guest.frames import MAX_FRAME as GUEST_MAX_FRAME
 from l0fast.sandbox.guest.frames import Frames, FrameTooLong
@@ -316,6 +321,148 @@ def test_a_second_frame_in_the_same_packet_is_refused():
     connected(action)
 
 
+class Clock:
+    """In place of a channel's loop: time passes when told to."""
+
+    def __init__(self):
+        self.now, self.timers = 0.0, []
+
+    def time(self):
+        return self.now
+
+    def create_future(self):
+        return asyncio.get_running_loop().create_future()
+
+    def call_at(self, when, callback):
+        timer = SimpleNamespace(when=when, callback=callback, cancel=lambda: self.timers.remove(timer))
+        self.timers.append(timer)
+        return timer
+
+    def pass_by(self, seconds):
+        until = self.now + seconds
+        while due := [timer for timer in self.timers if timer.when <= until]:
+            timer = min(due, key=lambda timer: timer.when)
+            self.timers.remove(timer)
+            self.now = timer.when
+            timer.callback()
+        self.now = until
+
+
+def on_a_clock():
+    """An idle channel that sends to nowhere."""
+    channel, clock = Channel(), Clock()
+    channel._loop = clock
+    channel.connection_made(SimpleNamespace(write=lambda data: None, abort=lambda: None))
+    channel.open([], 1)
+    channel.data_received(encode(READY))
+    return channel, clock
+
+
+PACKETS = [usual_end(1), usual_end(2), usual_end(1)[:9], usual_end(1)[9:], usual_end(1) * 2]
+PACKETS += [encode(CALL), encode(FAILED), encode({**DONE, "n": 2, "dropped": 5}), b"\0"]
+
+
+def test_the_end_of_a_cell_that_is_known_by_its_bytes_means_what_it_says_and_only_where_it_may_come():
+    async def main(packets, goes_on):
+        channel, _ = on_a_clock()
+        parser, machine = FrameParser(), in_state(State.IDLE)
+        waiter = channel.execute("1", 1.0)
+        machine.start_cell()
+        for packet in packets:
+            try:
+                events = [machine.received(message) for message in parser.feed(packet)]
+            except ProtocolError as e:
+                channel.data_received(packet)
+                assert channel.state is State.LOST
+                with pytest.raises(ProtocolError, match=re.escape(str(e))):
+                    channel.check()
+                return
+            told = waiter.done()
+            channel.data_received(packet)
+            assert (channel.state, waiter.done()) == (machine.state, told or bool(events))
+            for event in events:
+                assert waiter.result() == event
+                if not goes_on:
+                    continue
+                if isinstance(event, Call):
+                    machine.answer_call()
+                    waiter = channel.answer(event.id, value=1)
+                else:
+                    machine.start_cell()
+                    waiter = channel.execute("1", 1.0)
+        channel.lose(SandboxError("over"))
+
+    async def all_of_them():
+        for packets in itertools.product(PACKETS, repeat=3):
+            for goes_on in (True, False):
+                await main(packets, goes_on)
+
+    asyncio.run(all_of_them())
+
+
+def test_the_guest_ends_a_cell_with_the_bytes_that_the_host_knows():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        Frames(theirs).send_done(7, None, 0)
+        assert ours.recv(4096) == usual_end(7)
+        Frames(theirs).send_done(7, FAILED["err"], 3)
+        assert FrameParser().feed(ours.recv(4096)) == [{**FAILED, "n": 7, "dropped": 3}]
+
+
+seconds = st.integers(1, 50).map(float)
+
+
+@given(st.lists(st.tuples(st.just(0.0) | seconds, seconds, seconds), max_size=8))
+def test_the_one_timer_there_is_ends_the_cell_that_is_late_when_it_is_and_no_other(cells):
+    async def main():
+        channel, clock = on_a_clock()
+        for n, (pause, takes, limit) in enumerate(cells, 1):
+            clock.pass_by(pause)
+            waiter = channel.execute("1", limit)
+            channel.lose_at(clock.now + limit, lambda limit=limit: f"later than {limit}")
+            clock.pass_by(takes)
+            assert len(clock.timers) <= 1
+            if takes >= limit:
+                with pytest.raises(SandboxError, match=f"the session was ended: later than {limit}"):
+                    await waiter
+                assert channel.state is State.LOST
+                break
+            channel.data_received(encode({**DONE, "n": n}))
+            assert (await waiter, channel.state) == (Done(None, 0), State.IDLE)
+        channel.lose(SandboxError("over"))
+        assert not clock.timers
+
+    asyncio.run(main())
+
+
+@given(st.lists(st.tuples(seconds, seconds), min_size=1, max_size=4), seconds)
+def test_time_in_a_tool_is_not_the_sessions_and_a_cell_is_still_watched_after_it(calls, limit):
+    async def main():
+        channel, clock = on_a_clock()
+        # what its timer was set for goes off in the middle of the next
+        channel.execute("1", 1.0)
+        channel.lose_at(1.0, lambda: "another")
+        channel.data_received(encode(DONE))
+        waiter = channel.execute("1", limit)
+        channel.lose_at(limit, lambda: "late")
+        for id_, (runs, waits) in enumerate(calls, 1):
+            clock.pass_by(runs)
+            if clock.now >= limit:
+                with pytest.raises(SandboxError, match="late"):
+                    await waiter
+                return
+            channel.data_received(encode({**CALL, "id": id_}))
+            await waiter
+            clock.pass_by(waits)
+            assert channel.state is State.CALLING
+            if clock.now >= limit:
+                # whose tool is late ends it: see PoolSession
+                return
+            waiter = channel.answer(id_, value=1)
+
+    asyncio.run(main())
+
+
 @given(messages)
 def test_guest_and_host_read_each_others_frames(message):
     ours, theirs = socket.socketpair()
@@ -338,6 +485,37 @@ def test_the_guest_reads_a_frame_that_arrives_byte_by_byte_and_none_at_the_end()
         guest = Frames(theirs)
         assert guest.recv() == {"text": "é"}
         assert guest.recv() is None
+
+
+@given(st.lists(messages, max_size=5), st.lists(st.integers(0, 10_000), max_size=8), st.booleans())
+def test_the_guest_reads_frames_however_the_stream_is_cut_and_wherever_it_ends(sent, cuts, ends_early):
+    stream = b"".join(encode(message) for message in sent)
+    arrives = iter([piece for piece in pieces(stream[: -1 if ends_early else None], cuts) if piece])
+
+    def recv(size):
+        piece = next(arrives, b"")
+        # a real socket keeps what was not asked for; all of these are short
+        assert len(piece) <= size
+        return piece
+
+    guest = Frames(SimpleNamespace(sendall=None, recv=recv))  # type: ignore[arg-type]
+    for message in sent[: -1 if ends_early else None]:
+        assert guest.recv() == message
+    assert guest.recv() is None
+
+
+def test_the_guest_reads_a_frame_much_longer_than_it_asks_for_and_the_one_behind_it():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        long = {"text": "é" * 100_000}
+        # more than the socket holds at once: the rest is sent as room comes free
+        sender = threading.Thread(target=ours.sendall, args=(encode(long) + encode({"n": 1}),))
+        sender.start()
+        theirs.settimeout(20)
+        guest = Frames(theirs)
+        assert guest.recv() == long
+        assert guest.recv() == {"n": 1}
+        sender.join()
 
 
 def test_both_sides_agree_on_the_longest_frame_and_the_guest_refuses_to_send_more():

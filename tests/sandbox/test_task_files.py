@@ -78,18 +78,22 @@ import os
 os.makedirs('out/deep')
 open('out/deep/result.bin', 'wb').write(bytes(range(256)))
 open('answer.txt', 'w').write('42')
+open('0', 'wb').write(bytes(3))
 os.symlink('/etc/passwd', 'link')
 os.mkfifo('pipe')
 open('secret', 'w').close(); os.chmod('secret', 0)
 os.chmod('note.txt', 0o600); open('note.txt', 'w').write('changed')
 """
             assert (await session.execute(code)).error is None
+            # its files come by way of its output, whatever it did to that
+            assert (await session.execute("os.ftruncate(1, 0)\nprint('cut')")).output == "cut\n"
             files = await session.collect()
             # and it goes on
             assert (await session.execute("6 * 7")).output == "42\n"
             return files
 
     assert run(main()) == {
+        "0": bytes(3),
         "answer.txt": b"42",
         "note.txt": b"changed",
         "out/deep/result.bin": bytes(range(256)),

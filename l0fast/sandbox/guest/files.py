@@ -43,7 +43,9 @@ def bring(names: list[str], fds: list[int]) -> Brought:
 def collect(folder: str, brought: Brought, output_fd: int, *, max_files: int, max_bytes: int) -> list[list]:
     """Write what is in `folder` into the output file, one after the other; [[name, size], ...]."""
     told: list[list] = []
+    # empty is one byte long: see output.py
     os.ftruncate(output_fd, 0)
+    os.ftruncate(output_fd, 1)
     for path, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):

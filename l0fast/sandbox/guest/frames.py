@@ -36,7 +36,10 @@ def jsonable(value: object) -> object:
 
 # a lone surrogate has no UTF-8 form, and NaN no JSON form: the first becomes "?", the second is refused
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=jsonable).encode
-_decode = json.JSONDecoder().decode
+# without the look for white space at either end that `decode` takes, which is as long as all the rest
+_decode = json.JSONDecoder().raw_decode
+_RECV_BYTES = 4096
+"""Asked for at once: head and body of nearly every frame."""
 
 
 class Frames:
@@ -46,6 +49,8 @@ class Frames:
         self._sock = sock
         self._send = sock.sendall
         self._recv = sock.recv
+        self._rest = b""
+        """Received, and of the frame after the last."""
 
     def send(self, message: dict) -> None:
         body = _encode(message).encode("utf-8", "replace")
@@ -53,23 +58,22 @@ class Frames:
             raise FrameTooLong(f"{len(body)} bytes, more than the {MAX_FRAME} that fit in a message")
         self._send(_length.pack(len(body)) + body)
 
+    def send_done(self, n: int, error: dict | None, dropped: int) -> None:
+        """The end of cell `n`. The host knows the usual one by its bytes, which is why they are written here."""
+        if error is None:
+            body = b'{"op":"done","n":%d,"err":null,"dropped":%d}' % (n, dropped)
+            self._send(_length.pack(len(body)) + body)
+        else:
+            self.send({"op": "done", "n": n, "err": error, "dropped": dropped})
+
     def recv(self) -> dict | None:
         """The next message; None once the host has gone."""
-        head = self._exactly(4)
-        if head is None:
-            return None
-        body = self._exactly(_length.unpack(head)[0])
-        return None if body is None else _decode(body.decode("utf-8"))
-
-    def _exactly(self, size: int) -> bytes | None:
-        data = self._recv(size)
-        if len(data) == size:
-            return data
-        parts = []
-        while data:
-            parts.append(data)
-            size -= len(data)
-            if size == 0:
-                return b"".join(parts)
-            data = self._recv(min(size, 1 << 20))
-        return None
+        data = self._rest or self._recv(_RECV_BYTES)
+        end = 4
+        while len(data) < end or len(data) < (end := 4 + _length.unpack_from(data)[0]):
+            more = data and self._recv(max(_RECV_BYTES, min(end - len(data), 1 << 20)))
+            if not more:
+                return None
+            data += more
+        self._rest = data[end:]
+        return _decode(data[4:end].decode("utf-8"))[0]

@@ -1,8 +1,9 @@
 """stdout and stderr of a session: one file, in order, whose middle is dropped once it is long.
 
-The file is a memfd that the host made and reads after each cell. Descriptors 1 and 2 are it, so subprocesses write there
-too; it is in append mode, so writers need no agreement. Python's own writes pass through `BoundedFile`, which cuts the
-file's middle whenever it outgrows four limits; subprocesses that flood it meet RLIMIT_FSIZE instead.
+The file is a memfd that the host made. The host reads it after each cell, from the second byte on: the first keeps the
+file's page. Descriptors 1 and 2 are it, so subprocesses write there too; it is in append mode, so writers need no
+agreement. Python's own writes pass through `BoundedFile`, which cuts the file's middle whenever it outgrows four limits;
+subprocesses that flood it meet RLIMIT_FSIZE instead.
 """
 
 from __future__ import annotations

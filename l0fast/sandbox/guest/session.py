@@ -40,7 +40,7 @@ def serve(sock: socket.socket, output_fd: int, output_limit: int, folder: str, b
         if os.getpid() != pid:
             # a child that the cell forked and that ran to its end: the socket is its parent's
             os._exit(0 if error is None else 1)
-        frames.send({"op": "done", "n": message["n"], "err": error, "dropped": output.dropped})
+        frames.send_done(message["n"], error, output.dropped)
 
 
 def _limits(message: dict[str, Any]) -> dict[str, int]:
