@@ -82,9 +82,9 @@ class RolloutConfig(Config):
     temperature: PositiveFloat = 1.0
     """Sampling temperature in training."""
     episode_timeout_s: PositiveFloat = 120.0
-    """Wall clock of one episode [s]."""
+    """Wall clock of one episode; waiting to be admitted to the engine does not count [s]."""
     turn_timeout_s: PositiveFloat = 120.0
-    """Wall clock of one turn of it: the response, and the cell with its session and tools [s]."""
+    """Wall clock of one turn of it: the response, once it is admitted, and the cell with its session and tools [s]."""
     drop_rate: float = Field(default=0.0, ge=0, le=1)
     """Dynamic sampling: probability that a group whose exact matches are all equal is dropped and replaced. L0: 0.5."""
     max_drop_rounds: PositiveInt = 3
@@ -232,7 +232,7 @@ class EngineConfig(Config):
     slots: PositiveInt = 128
     """Conversations decoded at once; more wait their turn [conversations]."""
     request_timeout_s: PositiveFloat = 120.0
-    """Time one response may take, waiting included [s]."""
+    """Time one response may take, and before that, waiting to be admitted [s]."""
     start_timeout_s: PositiveFloat = 120.0
     """Time the engine has to load the model [s]."""
     threads: NonNegativeInt = 0
@@ -248,7 +248,7 @@ class EngineConfig(Config):
     layout: Literal["resident", "sleep", "split"] = "resident"
     """How sglang and the learner share GPUs. "resident": both stay on all of them. "sleep": while the learner works the engines give theirs back. "split": the first `learner.ranks` GPUs are the learner's, the others the engines'."""
     weights: Literal["auto", "ipc", "host", "disk", "group"] = "auto"
-    """How new weights get to sglang: read where they lie on the same GPU, through main memory, from a folder, or by a process group. "auto": ipc where the learner is on the engines' GPUs, else host."""
+    """How new weights get to sglang: read where they lie on the same GPU, through main memory, from a folder, or by a process group to engines on other GPUs (`layout` "split"). "auto": ipc where the learner is on the engines' GPUs, else host."""
     stall_timeout_s: PositiveFloat = 60.0
     """Time an sglang engine may have requests and say nothing before it is taken for stuck and rebuilt [s]."""
     max_rebuilds: NonNegativeInt = 8

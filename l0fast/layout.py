@@ -40,7 +40,7 @@ class Layout:
     """Of the engines."""
     ranks: int
     """Of the learner, on GPUs from 0 on; one on the CPU."""
-    weights: Literal["ipc", "host", "disk"]
+    weights: Literal["ipc", "host", "disk", "group"]
     """How new ones get to the engines."""
 
 
@@ -55,8 +55,6 @@ def engine_kind(config: RunConfig, *, gpus: int | None = None) -> Literal["trans
 def sglang_layout(config: RunConfig, gpus: int) -> Layout:
     """How a run with sglang lies on so many GPUs, 0 for the CPU. Raises UsageError, saying which setting to change."""
     engine, tp = config.engine, config.engine.tensor_parallel
-    if engine.weights == "group":
-        raise UsageError("engine.weights = 'group' is not there yet: take host or disk, with --engine.weights host")
     if engine.layout == "sleep":
         _check_sleep(config, gpus)
     if not gpus:
@@ -88,6 +86,11 @@ def sglang_layout(config: RunConfig, gpus: int) -> Layout:
         raise UsageError(
             f"engine.weights = 'ipc' reads from a rank of the learner on the same GPU, but {count * tp} GPUs of engines and "
             f"{ranks} ranks are not on the same ones (engine.layout = {engine.layout!r}): take --engine.weights host"
+        )
+    if engine.weights == "group" and engine.layout != "split":
+        raise UsageError(
+            f"engine.weights = 'group' sends from the learner's GPUs to others, but engine.layout = {engine.layout!r} has engines "
+            "and learner on the same ones: take --engine.layout split, or leave --engine.weights out"
         )
     weights = ("ipc" if together else "host") if engine.weights == "auto" else engine.weights
     if engine.layout == "sleep" and weights != "ipc":

@@ -2,7 +2,7 @@
 
     observer    told by agents and the step loop what they do       -> step_shares.py, trace.py
     running()   loop lag, memory, the trace's and the sinks' threads    as long as the run
-    watching()  the watchdog, and what the trace counts                 as long as there are rooms to watch
+    watching()  the watchdog, and looks at the engine                   as long as there are rooms to watch
     take_step() where the step's time went, what the engine did, how late the loop was
 
 Nothing here decides anything about a run, but for the watchdog, which may end it.
@@ -27,7 +27,9 @@ from l0fast.watchdog import Probe, Watchdog, stand_down
 LOAD_S = 5.0
 """Time an engine has to tell what it did, at the end of a step [s]."""
 COUNT_EVERY_S = 0.25
-"""Between two counts in a trace [s]."""
+"""Between two looks at the engine where a trace shows them [s]."""
+LOOK_S = 1.0
+"""Between two looks where none does [s]."""
 
 
 class EngineFigures(EngineWork, Protocol):
@@ -45,12 +47,25 @@ class EngineFigures(EngineWork, Protocol):
     def cached_tokens(self) -> int: ...
     @property
     def decoded_tokens(self) -> int: ...
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def parked(self) -> int: ...
 
 
 Load = Callable[[], Awaitable[EngineFigures]]
 Gauge = Callable[[], Mapping[str, float]]
 
-_FIGURES: tuple[str, ...] = ("prefill_tokens", "cached_tokens", "recomputed_tokens", "decoded_tokens")
+_FIGURES: tuple[str, ...] = ("prefill_tokens", "cached_tokens", "recomputed_tokens", "decoded_tokens", "parked")
+"""What an engine counts since its start: a step's part of it."""
+_PEAKS = {
+    "running": "running",
+    "waiting": "waiting",
+    "in_flight": "in_flight",
+    "kv_used": "used_tokens",
+    "kv_tokens": "max_tokens",
+}
+"""What goes up and down, by the name of its metric: the most at any look of a step."""
 
 
 class Meters:
@@ -74,6 +89,7 @@ class Meters:
         """What else a trace draws over time, by name, e.g. "sandbox sessions": sessions of each shard."""
         self._watchdog: Watchdog | None = None
         self._figures = dict.fromkeys(_FIGURES, 0)
+        self._peaks = dict.fromkeys(_PEAKS, 0)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -131,9 +147,10 @@ class Meters:
             log=self._log,
         )
         async with asyncio.TaskGroup() as tg:
-            tasks = [tg.create_task(self._watchdog.run(), name="watchdog")]
-            if self._trace is not None:
-                tasks.append(tg.create_task(self._count(self._trace, load), name="trace counters"))
+            tasks = [
+                tg.create_task(self._watchdog.run(), name="watchdog"),
+                tg.create_task(self._look(load), name="looks at the engine"),
+            ]
             try:
                 yield
             finally:
@@ -157,7 +174,14 @@ class Meters:
             # an engine that was started again counts from 0
             metrics |= {f"engine/{name}": max(0, n - self._figures[name]) for name, n in now.items()}
             self._figures = now
+            self._observe(work)
+            metrics |= {f"engine/{name}": most for name, most in self._peaks.items()}
+            self._peaks = dict.fromkeys(_PEAKS, 0)
         return metrics
+
+    def _observe(self, work: EngineFigures) -> None:
+        for name, figure in _PEAKS.items():
+            self._peaks[name] = max(self._peaks[name], getattr(work, figure))
 
     def _beat(self, due: int, now: int, next_due: int | None) -> None:
         self.shares.beat(due, now, next_due)
@@ -168,22 +192,29 @@ class Meters:
         if (watchdog := self._watchdog) is not None:
             watchdog.loop_is_late(late_s)
 
-    async def _count(self, trace: Trace, load: Load) -> None:
+    async def _look(self, load: Load) -> None:
+        trace, loop = self._trace, asyncio.get_running_loop()
+        every_s = LOOK_S if trace is None else COUNT_EVERY_S
         before: EngineFigures | None = None
         while True:
-            since = trace.now()
-            with suppress(WorldError, TimeoutError):  # there is no more to a count than that it is missing
+            since_s = loop.time()
+            with suppress(WorldError, TimeoutError):  # there is no more to a look than that it is missing
                 async with asyncio.timeout(LOAD_S):
                     now = await load()
-                trace.count("engine requests", {"running": now.running, "waiting": now.waiting})
-                trace.count("KV use [%]", {"used": 100 * now.used_tokens / max(1, now.max_tokens)})
-                if before is not None:
-                    prefilled, decoded = (
-                        getattr(now, f) - getattr(before, f) for f in ("prefill_tokens", "decoded_tokens")
-                    )
-                    trace.count("engine tokens", {"prefill": prefilled, "decode": decoded})
+                self._observe(now)
+                if trace is not None:
+                    _draw(trace, now, before)
                 before = now
-            for name, gauge in self.gauges.items():
-                trace.count(name, gauge())
-            trace.count("loop lag [ms]", {"max": self.lag.take_peak_ms()})
-            await asyncio.sleep(max(0.0, COUNT_EVERY_S - (trace.now() - since) / 1e9))
+            if trace is not None:
+                for name, gauge in self.gauges.items():
+                    trace.count(name, gauge())
+                trace.count("loop lag [ms]", {"max": self.lag.take_peak_ms()})
+            await asyncio.sleep(max(0.0, every_s - (loop.time() - since_s)))
+
+
+def _draw(trace: Trace, now: EngineFigures, before: EngineFigures | None) -> None:
+    trace.count("engine requests", {"running": now.running, "waiting": now.waiting})
+    trace.count("KV use [%]", {"used": 100 * now.used_tokens / max(1, now.max_tokens)})
+    if before is not None:
+        prefilled, decoded = (getattr(now, f) - getattr(before, f) for f in ("prefill_tokens", "decoded_tokens"))
+        trace.count("engine tokens", {"prefill": prefilled, "decode": decoded})

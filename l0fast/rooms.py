@@ -19,7 +19,7 @@ from l0fast.agent.chat import Chat
 from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.config import RunConfig
 from l0fast.engine.base import Engine
-from l0fast.engine.buckets import DiskWeights, HostWeights, RankWeights
+from l0fast.engine.buckets import DiskWeights, GroupWeights, HostWeights, RankWeights
 from l0fast.engine.fleet import Fleet, WeightSource
 from l0fast.engine.gate import GatedEngine, gated
 from l0fast.engine.sglang import sglang_fleet
@@ -206,7 +206,7 @@ async def _engine(
             config.engine,
             folder,
             max_tokens=max_tokens,
-            source=_weight_source(config, layout, weights, learner_client, run_dir),
+            source=_weight_source(config, layout, weights, learner_client, run_dir, log),
             count=layout.engines,
             first_gpu=layout.first_gpu,
             log=log,
@@ -269,7 +269,12 @@ def _agent(
 
 
 def _weight_source(
-    config: RunConfig, layout: Layout, weights: SharedWeights, learner_client: LearnerClient, run_dir: Path
+    config: RunConfig,
+    layout: Layout,
+    weights: SharedWeights,
+    learner_client: LearnerClient,
+    run_dir: Path,
+    log: Callable[[str], None],
 ) -> WeightSource:
     """Where sglang's engines get the learner's weights from."""
     tp = config.engine.tensor_parallel
@@ -277,6 +282,10 @@ def _weight_source(
         return RankWeights(learner_client, tensor_parallel=tp, make_room=config.engine.layout == "sleep")
     if layout.weights == "disk":
         return DiskWeights(learner_client, run_dir / "weights")
+    if layout.weights == "group":
+        # the learner goes on without an engine that hangs before the others have missed their own deadline over it
+        wait_s = config.engine.request_timeout_s / 4
+        return GroupWeights(learner_client, wait_s=wait_s, tensor_parallel=tp, log=log)
     dtype = "bfloat16" if learner_client.device == "cuda" else "float32"
     return HostWeights(weights, dtype=dtype, tensor_parallel=tp)
 

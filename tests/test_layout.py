@@ -37,6 +37,12 @@ def test_split_engines_take_the_gpus_the_learner_leaves():
     assert layout == Layout(engines=3, first_gpu=2, ranks=2, weights="host")
 
 
+def test_apart_they_are_sent_by_process_groups_where_that_is_asked_for():
+    assert sglang_layout(engine(weights="group"), 0).weights == "group"
+    split = config(engine={"layout": "split", "weights": "group"}, learner={"ranks": 2})
+    assert sglang_layout(split, 8) == Layout(engines=6, first_gpu=2, ranks=2, weights="group")
+
+
 def test_ranks_on_fewer_gpus_than_engines_publish_over_main_memory():
     assert sglang_layout(config(learner={"ranks": 2}), 8) == Layout(engines=8, first_gpu=0, ranks=2, weights="host")
 
@@ -44,7 +50,8 @@ def test_ranks_on_fewer_gpus_than_engines_publish_over_main_memory():
 @pytest.mark.parametrize(
     ("sections", "gpus", "way_out"),
     [
-        ({"engine": {"weights": "group"}}, 8, "--engine.weights host"),
+        ({"engine": {"weights": "group"}}, 8, "take --engine.layout split"),
+        ({"engine": {"weights": "group"}, "learner": {"ranks": 2}}, 8, "take --engine.layout split"),
         ({"engine": {"weights": "ipc"}}, 0, "leave it out"),
         ({"engine": {"layout": "split"}}, 0, "leave it out"),
         ({"engine": {"layout": "split"}}, 8, "--learner.ranks to 1 or more and less than 8"),

@@ -19,13 +19,22 @@ from l0fast.step_shares import CAUSES
 @dataclass
 class Engine:
     prefill_tokens: int = 0
+    used_tokens: int = 50
+    parked: int = 0
     broken: bool = False
 
     async def load(self) -> EngineLoad:
         if self.broken:
             raise EngineError("the worker is gone")
         return EngineLoad(
-            running=3, waiting=1, used_tokens=50, max_tokens=200, prefill_tokens=self.prefill_tokens, decoded_tokens=7
+            running=3,
+            waiting=1,
+            used_tokens=self.used_tokens,
+            max_tokens=200,
+            prefill_tokens=self.prefill_tokens,
+            decoded_tokens=7,
+            in_flight=4,
+            parked=self.parked,
         )
 
 
@@ -69,6 +78,27 @@ def test_a_step_is_told_and_the_trace_shows_it(tmp_path: Path):
     assert counts.keys() >= {"loop lag [ms]"}
     assert not said
     assert {thread.name for thread in threading.enumerate()}.isdisjoint({"trace", "loop watch"})
+
+
+def test_a_step_is_told_the_most_that_was_in_the_cache_and_in_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("l0fast.meters.LOOK_S", 0.0)
+
+    async def main() -> tuple[dict, dict]:
+        measured = meters(tmp_path, [])
+        engine = Engine(used_tokens=150, parked=5)
+        async with measured.watching(engine.load, {}):
+            for _ in range(10):
+                await asyncio.sleep(0)
+            engine.used_tokens = 60
+            first = await measured.take_step(engine.load)
+            engine.used_tokens, engine.parked = 20, 7
+            return first, await measured.take_step(engine.load)
+
+    first, second = asyncio.run(main())
+    assert [step["engine/kv_used"] for step in (first, second)] == [150, 20]
+    assert [step["engine/parked"] for step in (first, second)] == [5, 2]
+    names = ("engine/kv_tokens", "engine/running", "engine/waiting", "engine/in_flight")
+    assert [second[name] for name in names] == [200, 3, 1, 4]
 
 
 def test_an_engine_that_does_not_tell_is_told_of(tmp_path: Path):

@@ -4,7 +4,7 @@
 
 One coroutine an episode. It waits for the engine and for its own session (leased at its first cell), never for another
 episode. An episode ends when its code has called submit_final_answer, at `max_turns`, when the context can't take another
-turn, or at a deadline: its own, or that of one turn. What the world breaks (engine, sandbox, deadline) is recorded on the
+turn, or at a deadline: its own, or that of one turn, neither of which goes on while it waits to be admitted. What the world breaks (engine, sandbox, deadline) is recorded on the
 trajectory, a deadline with what was waited for; a bug propagates. However it ends, its session is given back and the engine
 told to forget it.
 """
@@ -26,6 +26,7 @@ from l0fast.agent.notepad import Notepad
 from l0fast.agent.parsing import parse_action
 from l0fast.agent.prompts import output_message, shorten, system_prompt
 from l0fast.config import AgentConfig
+from l0fast.deadlines import deadlines_of
 from l0fast.engine.base import Engine, Message, TextEngine
 from l0fast.errors import EngineError, SandboxError, ToolError
 from l0fast.observer import EpisodeObserver, NullObserver, Observer
@@ -37,7 +38,7 @@ from l0fast.types import Task, ToolCall, Trajectory, TrajectoryStatus, Turn
 class EpisodeLimits:
     max_turns: int
     timeout_s: float
-    """Wall clock of the whole episode, waiting for a session included [s]."""
+    """Wall clock of the whole episode, waiting for a session included, waiting to be admitted to the engine not [s]."""
     turn_timeout_s: float | None = None
     """Wall clock of one turn: the response, the session where it is the first to need one, and the cell; None for any [s]."""
 
@@ -71,7 +72,8 @@ class NBAgent:
         whole, turn = asyncio.timeout(self.limits.timeout_s), _TurnDeadline()
         try:
             async with AsyncExitStack() as stack, whole, turn:
-                status = await self._turns(task, conversation, episode, stack, turn, temperature, seed)
+                with deadlines_of(whole, turn):
+                    status = await self._turns(task, conversation, episode, stack, turn, temperature, seed)
         except EngineError as e:
             status, cause = TrajectoryStatus.FAILED_ENGINE, str(e)
         except SandboxError as e:

@@ -74,6 +74,10 @@ class EngineLoad:
     """Time the engine spent on prompts since the start, summed over its replicas; 0 where it does not tell [s]."""
     decode_s: float = 0.0
     """Time it spent on sampling [s]."""
+    in_flight: int = 0
+    """Episodes that admission counts in, between their turns, too; 0 without a gate [episodes]."""
+    parked: int = 0
+    """Times since the start that the gate made an episode wait for its next turn."""
 
 
 class Engine(Protocol):

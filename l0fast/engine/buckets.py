@@ -3,6 +3,7 @@
     RankWeights   the learner's ranks lay them out in their own GPU's memory; the engine there opens it (CUDA IPC)
     HostWeights   the learner writes them to shared memory; made into buckets here, in a thread
     DiskWeights   the learner writes a model folder, the engine reads it: slow and sure
+    GroupWeights  rank 0 of the learner sends them to engines on other GPUs, each by a process group that is made for it
 
 On a GPU a bucket is a CUDA IPC handle with names and offsets, some kilobytes, whoever made it; on the CPU, shared memory of
 the process that holds the engine, or of its children.
@@ -11,10 +12,11 @@ the process that holds the engine, or of its children.
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from l0fast.errors import EngineError
 from l0fast.ipc import SharedWeights
@@ -22,8 +24,31 @@ from l0fast.ipc import SharedWeights
 if TYPE_CHECKING:
     from torch import Tensor
 
-Weights = Sequence[Sequence[str]] | Path
-"""Of one engine: buckets, each a payload for every tensor-parallel rank; or a model folder."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """Weights that are sent to who joins a process group on this machine: the sender is rank 0."""
+
+    port: int
+    """Where its members meet."""
+    backend: str
+    """"nccl" | "gloo"."""
+    ranks: int
+    """Of the engine."""
+    dtype: str
+    """As torch calls it."""
+    buckets: Sequence[Sequence[tuple[str, Sequence[int]]]]
+    """Names and shapes of the tensors of each broadcast, flattened into one."""
+
+
+Weights = Sequence[Sequence[str]] | Offer | Path
+"""Of one engine: buckets, each a payload for every tensor-parallel rank; a group to join; or a model folder."""
+
+
+def group_name(port: int) -> str:
+    """Of the process group whose members meet there."""
+    return f"l0fast-weights-{port}"
+
 
 BUCKET_BYTES = 512 << 20
 """Of a bucket made here [bytes]."""
@@ -63,6 +88,12 @@ def serialize_for(named_tensors: Sequence[tuple[str, "Tensor"]], readers: int) -
     return [MultiprocessingSerializer.serialize(content, output_str=True) for _ in range(readers)], flat
 
 
+class Sending(Protocol):
+    policy_version: int
+    offer: dict[str, Any]
+    failures: list[str | None]
+
+
 class Learner(Protocol):
     """What is asked of the learner's client."""
 
@@ -72,6 +103,8 @@ class Learner(Protocol):
     def buckets(self) -> AsyncIterator[list[str]]: ...
 
     async def free_memory(self, *, empty_cache: bool) -> None: ...
+
+    def broadcast(self, engines: int, *, ranks: int, wait_s: float) -> AbstractAsyncContextManager["Sending"]: ...
 
     async def save(self, path: Path) -> None: ...
 
@@ -161,3 +194,35 @@ class DiskWeights:
             yield version, dict.fromkeys(engines, self._folder)
         finally:
             await asyncio.to_thread(shutil.rmtree, self._folder)
+
+
+class GroupWeights:
+    """By process groups, to engines on other GPUs than the learner's."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        *,
+        wait_s: float,
+        tensor_parallel: int = 1,
+        log: Callable[[str], None] = lambda text: None,
+    ):
+        """
+        Args:
+            wait_s: time that an engine may keep the learner waiting, at each bucket [s].
+            log: told of engines that did not get them, as the learner sees it; what becomes of them is theirs to say.
+        """
+        self._learner, self._ranks, self._wait_s, self._log = learner, tensor_parallel, wait_s, log
+
+    @asynccontextmanager
+    async def weights(self, engines: Sequence[int]) -> AsyncIterator[tuple[int, Mapping[int, Weights]]]:
+        async with self._learner.broadcast(len(engines), ranks=self._ranks, wait_s=self._wait_s) as sending:
+            about = dict(sending.offer)
+            ports = about.pop("ports")
+            yield (
+                sending.policy_version,
+                {e: Offer(port=port, ranks=self._ranks, **about) for e, port in zip(engines, ports, strict=True)},
+            )
+        for engine, failure in zip(engines, sending.failures, strict=True):
+            if failure is not None:
+                self._log(f"the learner could not send its weights to engine {engine}: {failure}")

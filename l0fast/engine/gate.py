@@ -3,9 +3,10 @@
     generate -> ask -> (wait) -> the engine -> ran -> whoever may go now
     forget   -> the episode's entries are free     -> whoever may go now
 
-Nothing here decides; rollout/admission.py does. Waiting counts in the deadline of a request, and cancelling takes it out of
-the line. There is no task: who comes, finishes, gives up or is forgotten looks whom that lets in, and a timer looks while
-somebody waits. What the engine says of itself is asked for by whoever finishes, at most once in `_LOOK_S`.
+Nothing here decides; rollout/admission.py does. Waiting has a deadline of its own, during which the episode's stand still
+(l0fast/deadlines.py), and cancelling takes it out of the line. There is no task: who comes, finishes, gives up or is
+forgotten looks whom that lets in, and a timer looks while somebody waits. What the engine says of itself is asked for by
+whoever finishes, at most once in `_LOOK_S`.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from l0fast.deadlines import standing_still
 from l0fast.engine.base import Engine, EngineLoad, Sampled, Sampling
 from l0fast.engine.clock import Clock, CompressedClock, Timer
 from l0fast.errors import EngineError
@@ -25,7 +27,9 @@ class Admits(Protocol):
     """Who may go; see rollout/admission.py, the one there is."""
 
     @property
-    def num_waiting(self) -> int: ...
+    def num_in_flight(self) -> int: ...
+    @property
+    def num_parked(self) -> int: ...
     def ask(self, conversation: str, prompt_tokens: int, now_s: float) -> bool: ...
     def ran(self, conversation: str, tokens: int, cached_tokens: int, now_s: float) -> None: ...
     def withdraw(self, conversation: str, now_s: float) -> None: ...
@@ -90,9 +94,14 @@ class GatedEngine:
         self._let_in()
 
     async def load(self) -> EngineLoad:
-        """The engine's, and those who wait outside."""
+        """The engine's, those who wait outside, and what the admission did."""
         load = await self.engine.load()
-        return replace(load, waiting=load.waiting + len(self._waiting))
+        return replace(
+            load,
+            waiting=load.waiting + len(self._waiting),
+            in_flight=self._admission.num_in_flight,
+            parked=self._admission.num_parked,
+        )
 
     async def look(self) -> None:
         """Tell the admission how the engine does."""
@@ -107,7 +116,9 @@ class GatedEngine:
         deadline = self._clock.call_at(self._clock.now_s + self._timeout_s, lambda: _settle(admitted, False))
         self._watch()
         try:
-            if not await admitted:
+            with standing_still():
+                let_in = await admitted
+            if not let_in:
                 raise EngineError(
                     f"waited {self._timeout_s:g} s for room in the KV cache: lower rollout.max_open_groups, or raise "
                     "engine.request_timeout_s"

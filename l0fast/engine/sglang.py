@@ -29,7 +29,7 @@ import numpy as np
 
 from l0fast.config import EngineConfig
 from l0fast.engine.base import EngineLoad, Sampled, Sampling, VersionSpan
-from l0fast.engine.buckets import Weights
+from l0fast.engine.buckets import Offer, Weights, group_name
 from l0fast.engine.check import check_request
 from l0fast.engine.fleet import Fleet, Response, WeightSource, fleet
 from l0fast.engine.recomputed import Prefixes
@@ -162,7 +162,8 @@ class SGLangEngine:
 
         Args:
             weights: buckets as `buckets.serialize_bucket` makes them, each one payload a tensor-parallel rank, in this
-                process or another one; who made them keeps their memory until this returns. Or a model folder.
+                process or another one; who made them keeps their memory until this returns. Or an offer to send them, which is
+                sent meanwhile; or a model folder.
 
         Raises:
             EngineError: SGLang refused, died or missed its deadline. Its weights may be half new, so from then on the engine
@@ -213,20 +214,50 @@ class SGLangEngine:
                 await self._flush(timeout_s=None)
             self.policy_version = policy_version
 
-    async def _take_buckets(self, policy_version: int, buckets: Sequence[Sequence[str]]) -> None:
+    async def _take_buckets(self, policy_version: int, weights: Offer | Sequence[Sequence[str]]) -> None:
         tm, io = self._tm, self._io
         if self._has_sessions:
             _done("begin_weight_update", await tm.begin_weight_update(io.BeginWeightUpdateReqInput()))
-        for payloads in buckets:
-            request = io.UpdateWeightsFromTensorReqInput(
-                serialized_named_tensors=list(payloads),
+        if isinstance(weights, Offer):
+            await self._take_sent(policy_version, weights)
+        else:
+            for payloads in weights:
+                request = io.UpdateWeightsFromTensorReqInput(
+                    serialized_named_tensors=list(payloads),
+                    load_format="flattened_bucket",
+                    flush_cache=False,
+                    weight_version=str(policy_version),
+                )
+                _done("update_weights_from_tensor", await tm.update_weights_from_tensor(request))
+        if self._has_sessions:
+            _done("end_weight_update", await tm.end_weight_update(io.EndWeightUpdateReqInput()))
+
+    async def _take_sent(self, policy_version: int, offer: Offer) -> None:
+        """SGLang waits for the sender as long as torch lets it: minutes. Our deadline is the one of `_whole`."""
+        tm, io = self._tm, self._io
+        name = group_name(offer.port)
+        join = io.InitWeightsUpdateGroupReqInput(
+            master_address="127.0.0.1",
+            master_port=offer.port,
+            rank_offset=1,
+            world_size=1 + offer.ranks,
+            group_name=name,
+            backend=offer.backend,
+        )
+        _done("init_weights_update_group", await tm.init_weights_update_group(join))
+        for bucket in offer.buckets:
+            request = io.UpdateWeightsFromDistributedReqInput(
+                names=[tensor for tensor, _ in bucket],
+                dtypes=[offer.dtype] * len(bucket),
+                shapes=[list(shape) for _, shape in bucket],
+                group_name=name,
                 load_format="flattened_bucket",
                 flush_cache=False,
                 weight_version=str(policy_version),
             )
-            _done("update_weights_from_tensor", await tm.update_weights_from_tensor(request))
-        if self._has_sessions:
-            _done("end_weight_update", await tm.end_weight_update(io.EndWeightUpdateReqInput()))
+            _done("update_weights_from_distributed", await tm.update_weights_from_distributed(request))
+        leave = io.DestroyWeightsUpdateGroupReqInput(group_name=name)
+        _done("destroy_weights_update_group", await tm.destroy_weights_update_group(leave))
 
     async def _fall_asleep(self) -> None:
         if self._asleep:

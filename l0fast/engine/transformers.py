@@ -81,7 +81,7 @@ class TransformersEngine:
 
     async def load(self) -> EngineLoad:
         load, _ = await self._worker.call("load", timeout_s=self._config.request_timeout_s)
-        return EngineLoad(**{name: load[name] for name in EngineLoad.__slots__})
+        return EngineLoad(**{name: load[name] for name in load.keys() & set(EngineLoad.__slots__)})
 
 
 @asynccontextmanager

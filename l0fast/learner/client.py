@@ -69,6 +69,17 @@ class _Batch:
     busy_s: float = 0.0
 
 
+@dataclass(slots=True, kw_only=True)
+class Sending:
+    """Weights on their way by process groups."""
+
+    policy_version: int
+    offer: dict[str, Any]
+    """`ports`, one an engine; `backend`, `dtype`, and `buckets`: for each the names and shapes of its tensors."""
+    failures: list[str | None] = field(default_factory=list)
+    """When all is sent: for each engine why it did not get all of it, None where it did."""
+
+
 class LearnerClient:
     """A running learner. Made by `learner`."""
 
@@ -184,6 +195,31 @@ class LearnerClient:
                 if buckets[0] is None:
                     return
                 yield buckets
+
+    @asynccontextmanager
+    async def broadcast(
+        self, engines: int, *, ranks: int, wait_s: float, bucket_bytes: int = BUCKET_BYTES
+    ) -> AsyncIterator[Sending]:
+        """Rank 0 sends the weights as the last step left them to engines on other GPUs, while the block runs.
+
+        Args:
+            engines: which are to join the process groups that are yielded, one each.
+            ranks: of each engine.
+            wait_s: time that rank 0 waits for an engine, at each bucket; then it goes on without it [s].
+
+        Raises:
+            LearnerError: as `accumulate`; the block is cancelled then.
+        """
+        async with self._lock:
+            answers = await self._ask("offer", engines=engines, ranks=ranks, wait_s=wait_s, bucket_bytes=bucket_bytes)
+            sending = Sending(policy_version=self._policy_version, offer=answers[0]["offer"])
+            try:
+                async with asyncio.TaskGroup() as tg:
+                    work = tg.create_task(self._ask("send", bucket_bytes=bucket_bytes, wait_s=wait_s))
+                    yield sending
+            except BaseExceptionGroup as e:
+                raise e.exceptions[0] from e.exceptions[0].__cause__
+            sending.failures = work.result()[0]["failures"]
 
     async def free_memory(self, *, empty_cache: bool) -> None:
         """The ranks let go of the buckets; with `empty_cache` also of what their allocators keep for the next step."""

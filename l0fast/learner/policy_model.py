@@ -314,16 +314,22 @@ class PolicyModel:
 
     # --- weights out
 
-    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def weights(
+        self, dtype: torch.dtype | None = None, *, limit_s: float | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Names of the model folder and whole tensors, in the order of named_parameters; tied ones once, LoRA merged.
 
-        A collective: every rank goes through all of it. `dtype` None is the master weights' own, fp32.
+        A collective: every rank goes through all of it.
+
+        Args:
+            dtype: None is the master weights' own, fp32.
+            limit_s: time that a rank may do something else between two of them; None: no longer than a layer takes [s].
         """
         parameters = dict(self.model.named_parameters())
         for name, parameter in parameters.items():
             if lora.is_adapter(name):
                 continue
-            self.progress.say(f"weights out, {name}")
+            self.progress.say(f"weights out, {name}", limit_s)
             if (adapters := lora.adapters_of(name)) is None:
                 yield name, whole(parameter, dtype)
             else:
@@ -331,17 +337,20 @@ class PolicyModel:
                 sum_ = lora.merged(whole(parameter), a, b, self.config)
                 yield lora.base_name(name), sum_ if dtype is None else sum_.to(dtype)
 
-    def buckets(self, bucket_bytes: int, dtype: torch.dtype) -> Iterator[list[tuple[str, Tensor]]]:
+    def buckets(
+        self, bucket_bytes: int, dtype: torch.dtype, *, limit_s: float | None = None
+    ) -> Iterator[list[tuple[str, Tensor]]]:
         """`weights` in lists of at most `bucket_bytes`, or of one tensor that is larger. A collective."""
-        bucket, size = [], 0
-        for name, tensor in self.weights(dtype):
-            if bucket and size + tensor.nbytes > bucket_bytes:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append((name, tensor))
-            size += tensor.nbytes
-        if bucket:
-            yield bucket
+        return _in_buckets(self.weights(dtype, limit_s=limit_s), bucket_bytes)
+
+    def bucket_shapes(self, bucket_bytes: int, dtype: torch.dtype) -> list[list[tuple[str, tuple[int, ...]]]]:
+        """Names and shapes of what `buckets` will give. No collective."""
+        empty = (
+            (lora.base_name(name), torch.empty(p.shape, dtype=dtype, device="meta"))
+            for name, p in self.model.named_parameters()
+            if not lora.is_adapter(name)
+        )
+        return [[(name, tuple(t.shape)) for name, t in bucket] for bucket in _in_buckets(empty, bucket_bytes)]
 
     def publish(self, tensors: Mapping[str, Tensor] | None) -> None:
         """Copy the weights into tensors of the same names and shapes. A collective; only rank 0 has tensors.
@@ -373,6 +382,18 @@ class PolicyModel:
             shell.save_pretrained(path, state_dict=weights)
             for file in _matching(self.model_path, FOLDER_PATTERNS):
                 shutil.copyfile(file, path / file.name)
+
+
+def _in_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+    bucket, size = [], 0
+    for name, tensor in tensors:
+        if bucket and size + tensor.nbytes > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
 
 
 def _copy(pack: Pack) -> Pack:

@@ -6,6 +6,8 @@
     finish_step(denominator, policy_version)
                                      the optimizer step, then the weights into shared memory under that version
     export(bucket_bytes, first)      a bucket of the weights, for an engine on the same GPU that reads it where it lies
+    offer(engines, ranks, ...), send()
+                                     the weights to engines on other GPUs, by process groups (broadcast.py)
     save(path)                       a model folder in Hugging Face form
     save_checkpoint(path, driver_state, policy_version), wait_checkpoint(), load_checkpoint(path)
 
@@ -29,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from l0fast.ipc import Channel, Message, SharedBytes, SharedWeights
 
 if TYPE_CHECKING:
+    from l0fast.learner.broadcast import Broadcast
     from l0fast.learner.checkpoint import Checkpoints
     from l0fast.learner.critic import CriticModel
     from l0fast.learner.packing import Pack
@@ -153,6 +156,7 @@ class Rank:
         self._publishes = publishes
         self._buckets: Iterator[list[tuple[str, Any]]] = iter(())
         self._exported: list[Any] = []
+        self._broadcast: Broadcast | None = None
         self._policy, self._critic, self._checkpoints, self._weights = policy, critic, checkpoints, weights
         self._packs = packs
 
@@ -176,6 +180,10 @@ class Rank:
                 return {"metrics": metrics}
             case "export":
                 return {"bucket": self.export(header["bucket_bytes"], header["first"])}
+            case "offer":
+                return {"offer": self.offer(header)}
+            case "send":
+                return {"failures": self.send(header["bucket_bytes"], header["wait_s"])}
             case "free_memory":
                 self.free_memory(empty_cache=header["empty_cache"])
                 return {}
@@ -227,6 +235,39 @@ class Rank:
         payload, memory = serialize_bucket(bucket)
         self._exported.append(memory)
         return payload
+
+    def offer(self, header: dict[str, Any]) -> dict[str, Any] | None:
+        """Of rank 0: where engines can meet it, and what it will send them."""
+        from l0fast.learner.broadcast import IMPORTS_S, Broadcast
+
+        place = self._policy.place
+        if place.rank > 0:
+            return None
+        if self._broadcast is not None:
+            self._broadcast.close()
+        self._policy.progress.say("importing sglang", IMPORTS_S)
+        self._broadcast = sending = Broadcast(
+            header["engines"], ranks=header["ranks"], device=place.device.type, wait_s=header["wait_s"]
+        )
+        return {
+            "ports": sending.ports,
+            "backend": sending.backend,
+            "dtype": str(place.compute_dtype).removeprefix("torch."),
+            "buckets": self._policy.bucket_shapes(header["bucket_bytes"], place.compute_dtype),
+        }
+
+    def send(self, bucket_bytes: int, wait_s: float) -> list[str | None]:
+        """Send what was offered. A collective. Of rank 0: why an engine did not get it all, None where it did."""
+        progress, (sending, self._broadcast) = self._policy.progress, (self._broadcast, None)
+        # rank 0 waits for engines, and the others for it
+        limit_s = wait_s + self._policy.config.stall_timeout_s
+        buckets = self._policy.buckets(bucket_bytes, self._policy.place.compute_dtype, limit_s=limit_s)
+        if sending is None:
+            for _ in buckets:
+                pass
+            return []
+        sending.send(buckets, lambda doing, may_take_s: progress.say(doing, may_take_s + limit_s - wait_s))
+        return sending.failures
 
     def free_memory(self, *, empty_cache: bool) -> None:
         import torch

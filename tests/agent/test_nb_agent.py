@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from typing import cast
 
 import pytest
 
@@ -11,10 +12,12 @@ from l0fast.agent.chat import Chat
 from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.config import AgentConfig, SandboxConfig
 from l0fast.engine.base import EngineLoad, Sampled, Sampling, VersionSpan
+from l0fast.engine.gate import gated
 from l0fast.errors import EngineError, SandboxError
 from l0fast.learner.segments import segments_of
 from l0fast.observer import NullObserver, Observer
 from l0fast.sandbox import open_sandbox
+from l0fast.sandbox.base import Sandbox
 from l0fast.types import Task, Trajectory, TrajectoryStatus
 from tests.agent.search import SEARCH
 
@@ -310,3 +313,71 @@ def test_however_an_episode_ends_the_engine_forgets_it_and_its_observer_is_told(
     else:
         status = "failed_engine" if isinstance(last, EngineError) else "cancelled"
         assert told[9:] == ["generate", {"status": status, "turns": 1}]
+
+
+class Line:
+    """An admission that lets nobody in until it is told to."""
+
+    num_in_flight = num_parked = 0
+
+    def __init__(self):
+        self.asked, self.open = asyncio.Event(), False
+        self.line: list[str] = []
+
+    def ask(self, conversation: str, prompt_tokens: int, now_s: float) -> bool:
+        self.line.append(conversation)
+        self.asked.set()
+        return False
+
+    def admit(self, now_s: float) -> list[str]:
+        line, self.line = (self.line, []) if self.open else ([], self.line)
+        return line
+
+    def ran(self, conversation: str, tokens: int, cached_tokens: int, now_s: float) -> None: ...
+    def withdraw(self, conversation: str, now_s: float) -> None: ...
+    def forget(self, conversation: str) -> None: ...
+    def observe(self, load: EngineLoad) -> None: ...
+    def updated_weights(self) -> None: ...
+
+
+class Scheduled(Scripted):
+    async def load(self) -> EngineLoad:
+        return EngineLoad(running=0, waiting=0, used_tokens=0, max_tokens=100)
+
+
+@pytest.mark.parametrize(("responses", "cause"), [
+    (("not code",), None),
+    ((STALL,), "turn 1 not over within 10 s, waiting for its response"),
+])  # fmt: skip
+def test_who_waits_to_be_admitted_has_as_long_afterwards(chat: Chat, responses: Sequence[str], cause: str | None):
+    async def main() -> Trajectory:
+        loop = asyncio.get_running_loop()
+        real, passed = loop.time, 0.0
+        loop.time = lambda: real() + passed  # pyright: ignore[reportAttributeAccessIssue]
+        line = Line()
+        gate = await gated(Scheduled(chat, responses), line, timeout_s=1e6)
+        agent = NBAgent(
+            chat=chat,
+            engine=gate,
+            sandbox=cast(Sandbox, NoRoom()),
+            tools=(),
+            config=AgentConfig(context_tokens=2000, max_new_tokens=200),
+            limits=EpisodeLimits(max_turns=1, timeout_s=20.0, turn_timeout_s=10.0),
+        )
+        episode = asyncio.create_task(agent.run_episode(TASK, index=0, temperature=1.0, seed=5))
+        await line.asked.wait()
+        passed += 1000.0
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not episode.done()
+        line.open = True
+        await gate.look()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        # an hour in which it is its own fault
+        passed += 3600.0
+        return await episode
+
+    trajectory = asyncio.run(main())
+    assert trajectory.cause == cause
+    assert trajectory.status is (TrajectoryStatus.FAILED_DEADLINE if cause else TrajectoryStatus.TRUNCATED_TURNS)

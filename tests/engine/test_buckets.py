@@ -1,9 +1,12 @@
 """What engines are given is whole, of one version, and named after it. The learner is a stand-in; no SGLang is needed."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
-from l0fast.engine.buckets import DiskWeights, RankWeights
+from l0fast.engine.buckets import DiskWeights, GroupWeights, Offer, RankWeights
+from l0fast.learner.client import Sending
 
 
 class Learner:
@@ -28,6 +31,15 @@ class Learner:
             self.steps_while_saving -= 1
             self.policy_version += 1
         path.mkdir(exist_ok=True)  # noqa: ASYNC240
+
+    @asynccontextmanager
+    async def broadcast(self, engines: int, *, ranks: int, wait_s: float) -> AsyncIterator[Sending]:
+        self.said.append(f"offer to {engines} of {ranks} ranks, who have {wait_s:g} s")
+        about = {"backend": "gloo", "dtype": "float32", "buckets": [[["a", [2, 3]]]]}
+        sending = Sending(policy_version=3, offer={"ports": list(range(100, 100 + engines)), **about})
+        yield sending
+        self.said.append("sent")
+        sending.failures = [None] * (engines - 1) + ["it was late"]
 
 
 def test_each_engine_reads_from_the_ranks_on_its_gpus():
@@ -77,3 +89,20 @@ def test_a_folder_that_a_step_was_taken_over_is_written_again_and_gone_afterward
     assert asyncio.run(main()) == (4, {0: folder, 1: folder})
     assert learner.said == ["save 3", "save 4"]
     assert not folder.exists()
+
+
+def test_each_engine_joins_a_group_of_its_own_and_the_one_that_was_lost_is_named():
+    learner, log = Learner(), []
+
+    async def main():
+        source = GroupWeights(learner, wait_s=5.0, tensor_parallel=2, log=log.append)
+        async with source.weights([1, 3]) as (version, weights):
+            assert learner.said == ["offer to 2 of 2 ranks, who have 5 s"]
+            return version, weights
+
+    version, weights = asyncio.run(main())
+    about = {"backend": "gloo", "ranks": 2, "dtype": "float32", "buckets": [[["a", [2, 3]]]]}
+    assert version == 3
+    assert weights == {1: Offer(port=100, **about), 3: Offer(port=101, **about)}
+    assert learner.said[-1] == "sent"
+    assert log == ["the learner could not send its weights to engine 3: it was late"]

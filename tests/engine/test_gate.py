@@ -152,3 +152,24 @@ def test_a_refused_prompt_gives_its_place_back():
         return admission
 
     assert asyncio.run(main()).num_in_flight == 0
+
+
+def test_the_load_behind_a_gate_says_what_admission_did():
+    async def main():
+        clock = SimulatedClock()
+        gate, _ = await open_gate(simulated(clock, kv_tokens=500), clock)
+        for name in ("first", "second"):
+            await gate.generate([1] * 100, SAMPLING, conversation=name)
+        before = await gate.load()
+        # both have grown: there is no room for the turns of two
+        turns = [asyncio.create_task(gate.generate([1] * 300, SAMPLING, conversation=n)) for n in ("first", "second")]
+        await asyncio.sleep(0)
+        load = await gate.load()
+        for turn in turns:
+            turn.cancel()
+        await asyncio.wait(turns)
+        return before, load
+
+    before, load = asyncio.run(main())
+    assert (before.in_flight, before.parked, before.waiting) == (2, 0, 0)
+    assert (load.in_flight, load.parked, load.waiting) == (1, 1, 1)

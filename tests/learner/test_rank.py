@@ -145,6 +145,15 @@ def test_buckets_are_the_exported_model_in_order_tied_weights_once(two, new):
         assert 1 < len(buckets) < len(names)
 
 
+@pytest.mark.parametrize("settings", ["CONFIG", "LORA"])
+def test_what_buckets_will_hold_is_known_before_they_are_made(new, program, settings):
+    policy = new(getattr(program, settings))
+    buckets = list(policy.buckets(5000, torch.bfloat16))
+    shapes = [[(name, tuple(tensor.shape)) for name, tensor in bucket] for bucket in buckets]
+    assert policy.bucket_shapes(5000, torch.bfloat16) == shapes
+    assert len(shapes) > 1
+
+
 def test_after_a_checkpoint_two_ranks_go_on_bit_for_bit(two):
     assert two.version == 1
     torch.testing.assert_close(two.again, two.next, rtol=0, atol=0)

@@ -1,0 +1,38 @@
+"""Deadlines that stand still while who they are for waits for something that has a deadline of its own.
+
+    agent    with deadlines_of(whole, turn): ...         an episode's, for all that its task awaits
+    gate     with standing_still(): await admitted       engine.request_timeout_s bounds that
+
+So how many others there are does not make an episode fail: its time is its own.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_deadlines: ContextVar[tuple[asyncio.Timeout, ...]] = ContextVar("deadlines", default=())
+
+
+@contextmanager
+def deadlines_of(*deadlines: asyncio.Timeout) -> Iterator[None]:
+    """These, entered already, are the running task's while the block runs."""
+    token = _deadlines.set(deadlines)
+    try:
+        yield
+    finally:
+        _deadlines.reset(token)
+
+
+@contextmanager
+def standing_still() -> Iterator[None]:
+    """The running task's deadlines have as long to go after the block as before it. One that has passed stays so."""
+    loop = asyncio.get_running_loop()
+    left = [(d, when - loop.time()) for d in _deadlines.get() if (when := d.when()) is not None and not d.expired()]
+    for deadline, _ in left:
+        deadline.reschedule(None)
+    try:
+        yield
+    finally:
+        for deadline, left_s in left:
+            deadline.reschedule(loop.time() + left_s)
