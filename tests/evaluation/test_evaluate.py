@@ -41,6 +41,15 @@ def test_every_question_is_asked_as_often_as_wanted_and_the_report_counts_them(d
     assert (done / "report.md").read_text().startswith("| benchmark | questions | samples | accuracy | ± |")
 
 
+def test_the_summary_says_how_late_the_loop_was(done):
+    report = json.loads((done / "report.json").read_text())
+    p50, p99, most = (report[f"loop/lag_{name}_ms"] for name in ("p50", "p99", "max"))
+    assert 0 <= p50 <= p99 <= most
+    assert most > 0
+    told = f"{2 * QUESTIONS} episodes in {report['wall_s']:.1f} s; the event loop was late by {p50:.1f} ms (p50), "
+    assert (done / "report.md").read_text().endswith(f"\n\n{told}{p99:.1f} ms (p99), {most:.1f} ms at most\n")
+
+
 def test_the_same_command_goes_on_after_a_kill_that_cut_a_line_off(done, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
