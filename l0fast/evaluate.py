@@ -197,7 +197,7 @@ async def _scored(trajectory: Trajectory, scorer: Scorer) -> tuple[Trajectory, d
         score = await scorer.score(trajectory)
     except WorldError as e:
         return replace(trajectory, status=TrajectoryStatus.FAILED_JUDGE, cause=str(e)), {}
-    return replace(trajectory, rewards=score.rewards, exact_match=score.correct), score.answer
+    return replace(trajectory, rewards=score.rewards, correct=score.correct), score.answer
 
 
 @asynccontextmanager

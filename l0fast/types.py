@@ -121,7 +121,8 @@ class Trajectory:
     """The first answer submitted."""
     rewards: tuple[float, ...] = ()
     """One a turn; their sum is the episode's reward."""
-    exact_match: bool = False
+    correct: bool = False
+    """By the check of its task; of one that was scored."""
     cause: str | None = None
     """Why a failed one failed."""
     started_s: float = 0.0
@@ -154,7 +155,7 @@ class Group:
     @property
     def all_equal(self) -> bool:
         """All right or all wrong: a group-relative advantage sees nothing in it."""
-        return len({t.exact_match for t in self.trajectories}) == 1
+        return len({t.correct for t in self.trajectories}) == 1
 
 
 @dataclass(frozen=True, slots=True)

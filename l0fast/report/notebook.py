@@ -113,7 +113,7 @@ def notebook(trajectory: Trajectory, advantages: Sequence[float] = ()) -> dict[s
                 "status": str(t.status),
                 "cause": t.cause,
                 "answer": t.answer,
-                "exact_match": t.exact_match,
+                "correct": t.correct,
                 "reward": t.reward,
                 "rewards": list(t.rewards),
                 "advantages": list(advantages),
@@ -152,7 +152,7 @@ def _heading(t: Trajectory) -> str:
     if t.task.answers:
         facts += [
             f"right answers: {_safe(', '.join(t.task.answers))}",
-            f"{'right' if t.exact_match else 'wrong'}, reward {t.reward:.3f}",
+            f"{'right' if t.correct else 'wrong'}, reward {t.reward:.3f}",
         ]
     if t.task.files:
         facts += [f"the cells look for these files beside the notebook: {_safe(', '.join(t.task.files))}"]
