@@ -44,6 +44,8 @@ class TrajectoryStatus(StrEnum):
     """The episode's own wall clock ran out."""
     FAILED_JUDGE = "failed_judge"
     """Nobody could say whether its answer is right."""
+    FAILED_INTERRUPTED = "failed_interrupted"
+    """Somebody who watched has ended it."""
 
     @property
     def failed(self) -> bool:

@@ -24,7 +24,9 @@ from l0fast.agent.parsing import parse_action
 from l0fast.errors import UsageError
 from l0fast.types import ToolCall, Trajectory, Turn
 
-UNFIT = ("SyntaxError", "IndentationError", "TabError", "Timeout")
+INTERRUPTED = "Interrupted"
+"""What a cell ended with that was running when somebody ended the episode."""
+UNFIT = ("SyntaxError", "IndentationError", "TabError", "Timeout", INTERRUPTED)
 """Cells that ended so are quoted: Jupyter would take them for commands of its own, or never come to an end."""
 SESSION = (
     "submit_final_answer",
