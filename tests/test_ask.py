@@ -23,6 +23,7 @@ from l0fast.types import TrajectoryStatus
 
 KEY = "sk-not-to-be-seen"
 STOPS = "<think>Now half a thought"
+FURTHER = ["--answer", "answer.txt", "--agent.max-new-tokens", "99"]
 ROOT = Path(__file__).parents[1]
 
 
@@ -143,7 +144,7 @@ def test_the_terminal_shows_it_and_the_notebook_keeps_it(
         say("submit_final_answer(rows[-2])"),
     ]
     words = ["What is b?", "--endpoint", endpoint.url, "--model", "m", "--file", "data.csv", "--notebook", "out.ipynb"]
-    assert main([*words, "--max-turns", "5", "--temperature", "0.25", "--body", "top_p=0.5"]) == 0
+    assert main([*words, "--max-turns", "5", "--temperature", "0.25", "--body", "top_p=0.5", *FURTHER]) == 0
     captured = capsys.readouterr()
     for part in (
         "<think>Look \\x1b[2J at it.</think>",
@@ -159,6 +160,8 @@ def test_the_terminal_shows_it_and_the_notebook_keeps_it(
     assert KEY not in captured.out + captured.err
     request = endpoint.requests[0]
     assert request["messages"][1]["content"] == "What is b?\n\nFiles in the working directory: data.csv"
+    assert request["max_tokens"] == 99
+    assert (tmp_path / "answer.txt").read_text() == "2"
     assert (request["temperature"], request["top_p"], request["stream"]) == (0.25, 0.5, True)
     assert "You have 5 turns" in request["messages"][0]["content"]
     book = json.loads((tmp_path / "out.ipynb").read_text())
@@ -236,6 +239,11 @@ def test_ctrl_c_saves_what_there_is_and_says_where(endpoint: Endpoint, tmp_path:
         (["--max-turns", "0"], "max_turns = 0"),
         (["--endpoint", "nonsense"], "is no address"),
         (["--api-key-env", "NO_SUCH_KEY"], "no NO_SUCH_KEY"),
+        (["--nonsense", "1"], "--nonsense is no flag"),
+        (["--web.search-provider"], "--web.search-provider is no flag, or has no value"),
+        (["--web.search-provider", "bing"], "web.search_provider = 'bing'"),
+        (["--wab.search-provider=bing"], "wab"),
+        (["--answer", "no/such/a.md"], "there is no folder no/such"),
     ],
 )
 def test_what_can_be_set_right_is_one_sentence(

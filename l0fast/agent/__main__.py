@@ -3,6 +3,9 @@
     python -m l0fast.agent "QUESTION" --endpoint URL --model NAME [--tools search=FOLDER] [--file data.csv]
     python -m l0fast.agent "QUESTION" [--model FOLDER]                       # the model runs here
 
+After the question every other setting of AskConfig may follow, as --web.search-provider searxng. --answer FILE keeps the
+answer as it is, for one that is a report.
+
 What it thinks, runs and sees comes to the terminal as it comes; the whole is saved as a notebook that runs again, and what
 there is when Ctrl-C ends it, too. The key of an endpoint is read from OPENAI_API_KEY, or the variable that --api-key-env names.
 
@@ -14,7 +17,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,18 +37,25 @@ from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
 
 def main(argv: Sequence[str]) -> int:
-    args = _parser().parse_args(argv)
+    args, further = _parser().parse_known_args(argv)
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     notebook = args.notebook or Path(f"agent-{time.strftime('%Y%m%d-%H%M%S')}.ipynb")
     seen = _Seen()
     try:
+        settings = _merged(_settings(args), _further(further))
+        if args.answer is not None and not args.answer.parent.is_dir():
+            raise UsageError(
+                f"--answer {args.answer}: there is no folder {args.answer.parent}: make it, or name another"
+            )
         if notebook.exists():
             raise UsageError(f"{notebook} is there already, and a notebook never overwrites: name another, or move it")
         try:
-            trajectory = asyncio.run(_ask(args, console, errors, seen))
+            trajectory = asyncio.run(_ask(args, settings, console, errors, seen))
         except KeyboardInterrupt:
             return _interrupted(seen.trajectory(task_of(args.question, args.file)), notebook, errors)
         save_notebook(notebook, trajectory)
+        if args.answer is not None and trajectory.answer is not None:
+            args.answer.write_text(trajectory.answer, encoding="utf-8")
     except L0fastError as e:
         errors.print(Text(f"l0fast: {plain(str(e))}"), soft_wrap=True)
         return 2 if isinstance(e, UsageError) else 1
@@ -99,7 +109,9 @@ def _interrupted(trajectory: Trajectory, notebook: Path, errors: Console) -> int
     return 130
 
 
-async def _ask(args: argparse.Namespace, console: Console, errors: Console, seen: _Seen) -> Trajectory:
+async def _ask(
+    args: argparse.Namespace, settings: Mapping[str, Any], console: Console, errors: Console, seen: _Seen
+) -> Trajectory:
     def on_text(text: str) -> None:
         seen.text += text
         console.print(Text(plain(text)), end="", soft_wrap=True)
@@ -116,7 +128,7 @@ async def _ask(args: argparse.Namespace, console: Console, errors: Console, seen
         endpoint=_endpoint(args),
         tools=args.tools,
         files=args.file,
-        settings=_settings(args),
+        settings=settings,
         on_text=on_text,
         on_turn=on_turn,
         log=lambda line: errors.print(Text(line, "dim"), soft_wrap=True),
@@ -157,19 +169,43 @@ OWN = ("max_turns", "timeout_s", "temperature", "seed")
 AGENT = ("prompt", "context_tokens", "max_new_tokens", "cell_timeout_s")
 
 
+def _further(words: Sequence[str]) -> dict[str, Any]:
+    """--section.key VALUE or --section.key=VALUE, as `ask` takes it. Raises UsageError."""
+    settings: dict[str, dict[str, Any]] = {}
+    rest = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else (word,))]
+    for flag, value in zip(rest[::2], [*rest[1::2], None], strict=False):
+        section, dot, key = flag.removeprefix("--").replace("-", "_").partition(".")
+        if not flag.startswith("--") or not dot or value is None or value.startswith("--"):
+            raise UsageError(
+                f"{flag} is no flag, or has no value: --help lists flags, and AskConfig what --section.key VALUE sets"
+            )
+        settings.setdefault(section, {})[key] = _value(value)
+    return settings
+
+
+def _merged(settings: dict[str, Any], further: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return settings | {section: {**settings.get(section, {}), **values} for section, values in further.items()}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _field(word: str) -> tuple[str, Any]:
     """NAME=JSON"""
     name, equals, value = word.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{word!r} is not NAME=JSON, for example top_p=0.9")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+    return name, _value(value)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m l0fast.agent", description="Ask NB-Agent one question.")
+    parser = argparse.ArgumentParser(
+        prog="python -m l0fast.agent", description="Ask NB-Agent one question.", allow_abbrev=False
+    )
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument(
         "--model",
@@ -202,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--notebook", type=Path, metavar="OUT", help="where the notebook goes (default: agent-TIME.ipynb)"
     )
+    parser.add_argument("--answer", type=Path, metavar="OUT", help="a file that the answer is written to")
     parser.add_argument(
         "--prompt", choices=("compact", "full"), help="full tells a general model all about the session"
     )
