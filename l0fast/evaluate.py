@@ -114,7 +114,7 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
             for b in benchmarks
         }
         episodes = await enter(Episodes(plan.out / "episodes.jsonl"))
-        lag = LoopLag(log=say)
+        lag = LoopLag()
         with old_objects_aside() as old_objects:
             beat = asyncio.create_task(lag.run())
             stack.callback(beat.cancel)
@@ -129,6 +129,7 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
             "benchmarks": {b.name: figures(_of(b, plan, episodes), failed=failed.get(b.name, 0)) for b in benchmarks},
             "played": played,
             "wall_s": wall_s,
+            **{name: value for name, value in lag.take_step().items() if name.startswith("loop/blocked")},
             **lag.take_run(),
         }
     await asyncio.to_thread(write_report, plan.out, report)

@@ -76,9 +76,10 @@ def summary(report: Mapping[str, Any]) -> str:
     if not report["played"]:
         return table(report)
     p50, p99, most = (report[f"loop/lag_{name}_ms"] for name in ("p50", "p99", "max"))
+    held = f", held by {report['loop/blocked_by']}" if "loop/blocked_by" in report else ""
     return (
         f"{table(report)}\n\n{report['played']:,} episodes in {report['wall_s']:.1f} s; the event loop was late by "
-        f"{p50:.1f} ms (p50), {p99:.1f} ms (p99), {most:.1f} ms at most"
+        f"{p50:.1f} ms (p50), {p99:.1f} ms (p99), {most:.1f} ms at most{held}"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from l0fast.evaluate import main, plan_of
 from l0fast.evaluation.direct import final_answer
 from l0fast.evaluation.episodes import read_outcomes
-from l0fast.evaluation.report import figures
+from l0fast.evaluation.report import figures, summary, table
 
 QUESTIONS = 6
 COMMAND = ["geography", "--on", "geography", "--questions", str(QUESTIONS), "--samples", "2"] + (
@@ -47,7 +47,10 @@ def test_the_summary_says_how_late_the_loop_was(done):
     assert 0 <= p50 <= p99 <= most
     assert most > 0
     told = f"{2 * QUESTIONS} episodes in {report['wall_s']:.1f} s; the event loop was late by {p50:.1f} ms (p50), "
-    assert (done / "report.md").read_text().endswith(f"\n\n{told}{p99:.1f} ms (p99), {most:.1f} ms at most\n")
+    assert f"\n\n{told}{p99:.1f} ms (p99), {most:.1f} ms at most" in (done / "report.md").read_text()
+    held = summary(report | {"loop/blocked_by": "l0fast/x.py:1 f", "loop/lag_max_ms": 70.0})
+    assert held.endswith("70.0 ms at most, held by l0fast/x.py:1 f")
+    assert summary(report | {"played": 0}) == table(report)
 
 
 def test_the_same_command_goes_on_after_a_kill_that_cut_a_line_off(done, tmp_path, capsys):
