@@ -34,7 +34,7 @@ from l0fast.config import RunConfig
 from l0fast.engine.base import Engine, TextEngine
 from l0fast.engine.clock import CompressedClock
 from l0fast.engine.openai import EndpointConfig, openai_engine
-from l0fast.engine.simulated import SimulatedEngine
+from l0fast.engine.simulated import SimulatedEngine, Speed
 from l0fast.engine.transformers import transformers_engine
 from l0fast.errors import L0fastError, UsageError, WorldError
 from l0fast.evaluation.benchmarks import Benchmark, load_benchmarks
@@ -56,6 +56,8 @@ from l0fast.types import Task, Trajectory, TrajectoryStatus
 from l0fast.warm_start.demonstrations import Demonstrator
 
 SAY_EVERY_S = 10.0
+SIMULATED = Speed(step_s=0.02)
+"""Of a simulated engine: 50 tokens/s for each of `engine.slots` conversations."""
 BEGIN_EVERY_S = 0.001
 """Between the first episodes [s]."""
 
@@ -226,6 +228,7 @@ async def _engine(
             seed=plan.seed,
             script=Demonstrator(chat, worlds, good_rate=0.5, seed=plan.seed),
             # the time that an engine takes: one that took none would keep the loop busy without a pause
+            speed=SIMULATED,
             clock=CompressedClock(),
         )
     else:
