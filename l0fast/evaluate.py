@@ -126,6 +126,9 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
             began = time.monotonic()
             played, failed = await _play(plan, benchmarks, answerers, scorer, episodes, old_objects, say)
             wall_s = time.monotonic() - began
+        # before the report is worked out, which may take the loop a while
+        late = {name: value for name, value in lag.take_step().items() if name.startswith("loop/blocked")}
+        late |= lag.take_run()
         report = {
             "model": plan.model,
             "endpoint": plan.endpoint.url if plan.endpoint else None,
@@ -134,8 +137,7 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
             "benchmarks": {b.name: figures(_of(b, plan, episodes), failed=failed.get(b.name, 0)) for b in benchmarks},
             "played": played,
             "wall_s": wall_s,
-            **{name: value for name, value in lag.take_step().items() if name.startswith("loop/blocked")},
-            **lag.take_run(),
+            **late,
         }
     await asyncio.to_thread(write_report, plan.out, report)
     return report
