@@ -68,7 +68,7 @@ def figures(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], confi
     def per_second(name: str) -> float:
         return sum(row[name] for row in steps) / total_s
 
-    solved = sum(row["rollout/exact_match"] * (row["rollout/episodes"] - row["rollout/failed"]) for row in steps)
+    solved = sum(row["rollout/correct"] * (row["rollout/episodes"] - row["rollout/failed"]) for row in steps)
     return {
         "agents": config.rollout.max_open_groups * config.rollout.group_size,
         "mode": config.rollout.mode,

@@ -418,5 +418,5 @@ def _scored(trajectory: Trajectory) -> Trajectory:
     return replace(
         trajectory,
         rewards=turn_rewards(trajectory, RewardConfig(), scores, max_new_tokens=AGENT.max_new_tokens),
-        exact_match=right,
+        correct=right,
     )

@@ -74,7 +74,7 @@ def _episode(
         status=TrajectoryStatus.COMPLETED,
         turns=tuple(turns),
         rewards=tuple(rewards),
-        exact_match=rewards[-1] == 1.0,
+        correct=rewards[-1] == 1.0,
     )
 
 

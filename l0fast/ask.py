@@ -93,7 +93,7 @@ async def ask(
     Raises:
         UsageError: something to set right.
     """
-    task = _task(question, files)
+    task = task_of(question, files)
     async with AsyncExitStack() as stack:
         chat = None
         if endpoint is not None:
@@ -148,7 +148,8 @@ def config_of(trained_with: RunConfig | None) -> AskConfig:
     )
 
 
-def _task(question: str, files: Iterable[str | Path]) -> Task:
+def task_of(question: str, files: Iterable[str | Path]) -> Task:
+    """A question, with its files. Raises UsageError."""
     if not question.strip():
         raise UsageError("there is no question: write it in quotation marks")
     named: dict[str, str] = {}

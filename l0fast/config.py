@@ -86,7 +86,7 @@ class RolloutConfig(Config):
     turn_timeout_s: PositiveFloat = 120.0
     """Wall clock of one turn of it: the response, once it is admitted, and the cell with its session and tools [s]."""
     drop_rate: float = Field(default=0.0, ge=0, le=1)
-    """Dynamic sampling: probability that a group whose exact matches are all equal is dropped and replaced. L0: 0.5."""
+    """Dynamic sampling: probability that a group whose answers are all right or all wrong is dropped and replaced. L0: 0.5."""
     max_drop_rounds: PositiveInt = 3
     """A step drops at most this many times `groups_per_step` groups."""
     max_refills: NonNegativeInt = 3

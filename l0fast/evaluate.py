@@ -10,6 +10,9 @@
 MODEL is a policy that ships, a model folder, a run or a checkpoint, and runs here; with --endpoint it is a name there. It is
 asked with the settings it was trained with, where those are known; --section.key VALUE changes any, as for l0fast.run. The
 same command goes on where it was. Failed episodes have no vote; they are counted, and played again by the next command.
+
+The report says how late the event loop was. `--engine.kind simulated --questions 1000 --max-open 1000` plays demonstrations at
+the speed of a model of some size: what a thousand episodes cost besides one.
 """
 
 import argparse
@@ -32,14 +35,16 @@ from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.cli import changed
 from l0fast.config import RunConfig
 from l0fast.engine.base import Engine, TextEngine
+from l0fast.engine.clock import CompressedClock
 from l0fast.engine.openai import EndpointConfig, openai_engine
-from l0fast.engine.simulated import SimulatedEngine
+from l0fast.engine.simulated import SimulatedEngine, Speed
 from l0fast.engine.transformers import transformers_engine
 from l0fast.errors import L0fastError, UsageError, WorldError
 from l0fast.evaluation.benchmarks import Benchmark, load_benchmarks
 from l0fast.evaluation.direct import DirectAnswerer
 from l0fast.evaluation.episodes import Episodes, Outcome, read_outcomes
-from l0fast.evaluation.report import compared, comparison_table, figures, table, write_report
+from l0fast.evaluation.report import compared, comparison_table, figures, summary, write_report
+from l0fast.garbage import OldObjects, old_objects_aside
 from l0fast.loop_lag import LoopLag
 from l0fast.policies import Policy, open_policy
 from l0fast.sandbox import open_sandbox
@@ -54,6 +59,10 @@ from l0fast.types import Task, Trajectory, TrajectoryStatus
 from l0fast.warm_start.demonstrations import Demonstrator
 
 SAY_EVERY_S = 10.0
+SIMULATED = Speed(step_s=0.02)
+"""Of a simulated engine: 50 tokens/s for each of `engine.slots` conversations."""
+BEGIN_EVERY_S = 0.001
+"""Between the first episodes [s]."""
 
 
 class Answerer(Protocol):
@@ -111,19 +120,24 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
         }
         episodes = await enter(Episodes(plan.out / "episodes.jsonl"))
         lag = LoopLag()
-        beat = asyncio.create_task(lag.run())
-        stack.callback(beat.cancel)
-        began = time.monotonic()
-        failed = await _play(plan, benchmarks, answerers, scorer, episodes, say)
-        wall_s = time.monotonic() - began
+        with old_objects_aside() as old_objects:
+            beat = asyncio.create_task(lag.run())
+            stack.callback(beat.cancel)
+            began = time.monotonic()
+            played, failed = await _play(plan, benchmarks, answerers, scorer, episodes, old_objects, say)
+            wall_s = time.monotonic() - began
+        # before the report is worked out, which may take the loop a while
+        late = {name: value for name, value in lag.take_step().items() if name.startswith("loop/blocked")}
+        late |= lag.take_run()
         report = {
             "model": plan.model,
             "endpoint": plan.endpoint.url if plan.endpoint else None,
             "with": "direct answers" if plan.direct else "NB-Agent",
             "temperature": plan.temperature,
             "benchmarks": {b.name: figures(_of(b, plan, episodes), failed=failed.get(b.name, 0)) for b in benchmarks},
+            "played": played,
             "wall_s": wall_s,
-            **lag.take_run(),
+            **late,
         }
     await asyncio.to_thread(write_report, plan.out, report)
     return report
@@ -140,9 +154,10 @@ async def _play(
     answerers: Mapping[str, Answerer],
     scorer: Scorer,
     episodes: Episodes,
+    old_objects: OldObjects,
     say: Callable[[str], None],
-) -> dict[str, int]:
-    """All that is missing; how many failed, by benchmark."""
+) -> tuple[int, dict[str, int]]:
+    """All that is missing; how many were played, and how many failed, by benchmark."""
     todo = [
         (b.name, task, n)
         for b in benchmarks
@@ -165,6 +180,7 @@ async def _play(
         done += 1
         if time.monotonic() - told > SAY_EVERY_S:
             told = time.monotonic()
+            old_objects.sweep()
             say(f"{done:,} of {len(todo):,} episodes, {sum(failed.values()):,} failed")
 
     # workers, not a task for each of what may be a million episodes
@@ -177,7 +193,9 @@ async def _play(
     async with asyncio.TaskGroup() as tg:
         for _ in range(min(plan.max_open, len(todo))):
             tg.create_task(worker())
-    return failed
+            # a thousand that begin at once would stall the loop, and go on in step
+            await asyncio.sleep(BEGIN_EVERY_S)
+    return done, failed
 
 
 async def _scored(trajectory: Trajectory, scorer: Scorer) -> tuple[Trajectory, dict[str, float]]:
@@ -187,7 +205,7 @@ async def _scored(trajectory: Trajectory, scorer: Scorer) -> tuple[Trajectory, d
         score = await scorer.score(trajectory)
     except WorldError as e:
         return replace(trajectory, status=TrajectoryStatus.FAILED_JUDGE, cause=str(e)), {}
-    return replace(trajectory, rewards=score.rewards, exact_match=score.correct), score.answer
+    return replace(trajectory, rewards=score.rewards, correct=score.correct), score.answer
 
 
 @asynccontextmanager
@@ -211,9 +229,12 @@ async def _engine(
         yield SimulatedEngine(
             vocab_size=chat.vocab_size,
             max_tokens=config.agent.context_tokens,
-            slots=plan.max_open,
+            slots=config.engine.slots,
             seed=plan.seed,
             script=Demonstrator(chat, worlds, good_rate=0.5, seed=plan.seed),
+            # the time that an engine takes: one that took none would keep the loop busy without a pause
+            speed=SIMULATED,
+            clock=CompressedClock(),
         )
     else:
         slots = config.engine.model_copy(update={"slots": min(config.engine.slots, plan.max_open)})
@@ -362,7 +383,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         assert plan is not None
         report = uvloop.run(evaluate(plan, partial(errors.print, markup=False, soft_wrap=True)))
-        console.print(table(report), soft_wrap=True, markup=False)
+        console.print(summary(report), soft_wrap=True, markup=False)
         errors.print(f"written to {plan.out}", markup=False)
     except L0fastError as e:
         errors.print(f"l0fast: {e}", markup=False, soft_wrap=True)

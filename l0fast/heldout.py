@@ -118,7 +118,7 @@ class HeldOut:
 
 def accuracy(trajectories: Sequence[Trajectory]) -> float:
     """Share of right answers among the trajectories that were not lost."""
-    counted = [t.exact_match for t in trajectories if not t.status.failed]
+    counted = [t.correct for t in trajectories if not t.status.failed]
     return sum(counted) / len(counted) if counted else 0.0
 
 

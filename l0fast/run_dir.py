@@ -33,7 +33,7 @@ from typing import Any
 
 import orjson
 import tomli_w
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
@@ -45,6 +45,9 @@ _SLICE_S = 0.0005
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedTrajectory(Trajectory):
     """A trajectory as it stands in a file."""
+
+    # what stands in a file and isn't known here is of another version, whose figures may mean something else
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     advantages: tuple[float, ...] = ()
     """One a turn, as the learner used them; empty where nothing was learned from it."""

@@ -473,7 +473,7 @@ class Training:
         n = len(trajectories)
         turns = [turn for t in trajectories for turn in t.turns]
         return {
-            "rollout/exact_match": accuracy(trajectories),
+            "rollout/correct": accuracy(trajectories),
             "rollout/reward": sum(t.reward for t in trajectories) / n,
             "rollout/turns_mean": len(turns) / n,
             "rollout/episodes": n + len(failures),

@@ -84,7 +84,7 @@ def render_list(pool: list[Placed]) -> Table:
     for name in ("outcome", "task", "question", "answer"):
         table.add_column(name, no_wrap=True, overflow="ellipsis")
     for i, t in pool:
-        outcome = Text("right", "green") if t.exact_match else Text("wrong" if not t.status.failed else t.status, "red")
+        outcome = Text("right", "green") if t.correct else Text("wrong" if not t.status.failed else t.status, "red")
         answer = _line(t.answer) if t.answer is not None else (t.cause and _line(t.cause)) or str(t.status)
         figures = (str(i + 1), f"{t.reward:.3f}", str(len(t.turns)), f"{t.wall_s:.2f}")
         table.add_row(*figures, outcome, Text(_line(t.task.id)), Text(_line(t.task.question)), Text(answer))
@@ -97,7 +97,7 @@ def render(trajectory: SavedTrajectory) -> Group:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim")
     facts.add_column()
-    verdict = Text("right", "bold green") if t.exact_match else Text("wrong", "bold red")
+    verdict = Text("right", "bold green") if t.correct else Text("wrong", "bold red")
     if t.status.failed:
         verdict = Text(f"failed: {plain(t.cause or 'no cause recorded')}", "bold red")
     facts.add_row("question", Text(plain(t.task.question), "bold"))

@@ -44,6 +44,8 @@ class TrajectoryStatus(StrEnum):
     """The episode's own wall clock ran out."""
     FAILED_JUDGE = "failed_judge"
     """Nobody could say whether its answer is right."""
+    FAILED_INTERRUPTED = "failed_interrupted"
+    """Somebody who watched has ended it."""
 
     @property
     def failed(self) -> bool:
@@ -121,7 +123,8 @@ class Trajectory:
     """The first answer submitted."""
     rewards: tuple[float, ...] = ()
     """One a turn; their sum is the episode's reward."""
-    exact_match: bool = False
+    correct: bool = False
+    """By the check of its task; of one that was scored."""
     cause: str | None = None
     """Why a failed one failed."""
     started_s: float = 0.0
@@ -154,7 +157,7 @@ class Group:
     @property
     def all_equal(self) -> bool:
         """All right or all wrong: a group-relative advantage sees nothing in it."""
-        return len({t.exact_match for t in self.trajectories}) == 1
+        return len({t.correct for t in self.trajectories}) == 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,10 @@
 
 import asyncio
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +22,9 @@ from l0fast.errors import UsageError
 from l0fast.types import TrajectoryStatus
 
 KEY = "sk-not-to-be-seen"
+STOPS = "<think>Now half a thought"
+FURTHER = ["--answer", "answer.txt", "--agent.max-new-tokens", "99"]
+ROOT = Path(__file__).parents[1]
 
 
 class Endpoint:
@@ -27,6 +34,7 @@ class Endpoint:
         self.answers: list[str | int] = []
         self.requests: list[dict[str, Any]] = []
         self.url = ""
+        self.go_on = asyncio.Event()
         self._ready, self._loop = threading.Event(), asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -36,6 +44,9 @@ class Endpoint:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def let_go(self) -> None:
+        self._loop.call_soon_threadsafe(self.go_on.set)
 
     def _run(self) -> None:
         self._loop.run_until_complete(self._start())
@@ -66,6 +77,11 @@ class Endpoint:
             return web.json_response({"choices": [choice]})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        if answer.startswith(STOPS):
+            # says that much, and then nothing more
+            await response.write(b"data: " + orjson.dumps({"choices": [{"delta": {"content": answer}}]}) + b"\n\n")
+            await self.go_on.wait()
+            return response
         for i in range(0, len(answer), 5):
             await response.write(
                 b"data: " + orjson.dumps({"choices": [{"delta": {"content": answer[i : i + 5]}}]}) + b"\n\n"
@@ -128,7 +144,7 @@ def test_the_terminal_shows_it_and_the_notebook_keeps_it(
         say("submit_final_answer(rows[-2])"),
     ]
     words = ["What is b?", "--endpoint", endpoint.url, "--model", "m", "--file", "data.csv", "--notebook", "out.ipynb"]
-    assert main([*words, "--max-turns", "5", "--temperature", "0.25", "--body", "top_p=0.5"]) == 0
+    assert main([*words, "--max-turns", "5", "--temperature", "0.25", "--body", "top_p=0.5", *FURTHER]) == 0
     captured = capsys.readouterr()
     for part in (
         "<think>Look \\x1b[2J at it.</think>",
@@ -144,6 +160,8 @@ def test_the_terminal_shows_it_and_the_notebook_keeps_it(
     assert KEY not in captured.out + captured.err
     request = endpoint.requests[0]
     assert request["messages"][1]["content"] == "What is b?\n\nFiles in the working directory: data.csv"
+    assert request["max_tokens"] == 99
+    assert (tmp_path / "answer.txt").read_text() == "2"
     assert (request["temperature"], request["top_p"], request["stream"]) == (0.25, 0.5, True)
     assert "You have 5 turns" in request["messages"][0]["content"]
     book = json.loads((tmp_path / "out.ipynb").read_text())
@@ -170,6 +188,49 @@ def test_without_an_answer_it_says_why_and_keeps_what_there_is(
 
 
 @pytest.mark.parametrize(
+    ("last", "kept"),
+    [
+        (STOPS, f"No code ran. The model wrote:\n\n```\n{STOPS}\n```\n\n*interrupted here*"),
+        (None, "This cell ended with Interrupted:\n\n```\nwait()\n```"),
+    ],
+    ids=["while it thinks", "while its code runs"],
+)
+def test_ctrl_c_saves_what_there_is_and_says_where(endpoint: Endpoint, tmp_path: Path, last: str | None, kept: str):
+    (tmp_path / "my_tools.py").write_text(
+        "import asyncio\n\nasync def wait() -> None:\n    'Wait.'\n    print('it waits', flush=True)\n    await asyncio.Event().wait()\n"
+    )
+    endpoint.answers = [say("6 * 7"), last or say("wait()")]
+    command = ["-m", "l0fast.agent", "Why?", "--endpoint", endpoint.url, "--model", "m", "--notebook", "out.ipynb"]
+    process = subprocess.Popen(
+        [sys.executable, *command, "--tools", "my_tools:wait", "--sandbox", "process"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(tmp_path)])},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    said = ""
+    until = last or "it waits"
+    while until not in said:
+        said += (character := process.stdout.read(1))
+        assert character, process.communicate()
+    process.send_signal(signal.SIGINT)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        endpoint.let_go()
+    assert process.returncode == 130, errors
+    assert "interrupted in turn 2: what there is was written to out.ipynb" in errors
+    assert "Traceback" not in errors
+    book = json.loads((tmp_path / "out.ipynb").read_text())
+    assert book["metadata"]["l0fast"]["status"] == "failed_interrupted"
+    sources = [cell["source"] for cell in book["cells"]]
+    assert "6 * 7" in sources
+    assert kept in sources[-1]
+
+
+@pytest.mark.parametrize(
     ("words", "part"),
     [
         (["--tools", "serach"], "did you mean search"),
@@ -178,6 +239,11 @@ def test_without_an_answer_it_says_why_and_keeps_what_there_is(
         (["--max-turns", "0"], "max_turns = 0"),
         (["--endpoint", "nonsense"], "is no address"),
         (["--api-key-env", "NO_SUCH_KEY"], "no NO_SUCH_KEY"),
+        (["--nonsense", "1"], "--nonsense is no flag"),
+        (["--web.search-provider"], "--web.search-provider is no flag, or has no value"),
+        (["--web.search-provider", "bing"], "web.search_provider = 'bing'"),
+        (["--wab.search-provider=bing"], "wab"),
+        (["--answer", "no/such/a.md"], "there is no folder no/such"),
     ],
 )
 def test_what_can_be_set_right_is_one_sentence(

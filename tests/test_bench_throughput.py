@@ -168,7 +168,7 @@ def test_a_node_is_measured_from_its_metrics_without_the_first_step():
     def row(step_s: float, evaluate: float) -> dict[str, float]:
         return {
             "time/step_s": step_s, "share/evaluate": evaluate, "share/decode": 1 - evaluate, "rollout/tokens": 1000,
-            "rollout/episodes": 9, "rollout/failed": 1, "rollout/exact_match": 0.5, "loop/lag_p50_ms": 1.0,
+            "rollout/episodes": 9, "rollout/failed": 1, "rollout/correct": 0.5, "loop/lag_p50_ms": 1.0,
             "loop/lag_p99_ms": 2.0, "loop/lag_p999_ms": 3.0, "loop/lag_max_ms": 4.0,
         }  # fmt: skip
 

@@ -3,8 +3,11 @@
     python -m l0fast.agent "QUESTION" --endpoint URL --model NAME [--tools search=FOLDER] [--file data.csv]
     python -m l0fast.agent "QUESTION" [--model FOLDER]                       # the model runs here
 
-What it thinks, runs and sees comes to the terminal as it comes; the whole is saved as a notebook that runs again. The key of
-an endpoint is read from OPENAI_API_KEY, or the variable that --api-key-env names.
+After the question every other setting of AskConfig may follow, as --web.search-provider searxng. --answer FILE keeps the
+answer as it is, for one that is a report.
+
+What it thinks, runs and sees comes to the terminal as it comes; the whole is saved as a notebook that runs again, and what
+there is when Ctrl-C ends it, too. The key of an endpoint is read from OPENAI_API_KEY, or the variable that --api-key-env names.
 
 Exit codes: 0 answered, 1 not answered, 2 something to set right, 130 interrupted.
 """
@@ -14,46 +17,108 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from l0fast.ask import ask
+from l0fast.agent.parsing import parse_action
+from l0fast.ask import ask, task_of
 from l0fast.engine.openai import EndpointConfig
 from l0fast.errors import L0fastError, UsageError
-from l0fast.report.notebook import save_notebook
+from l0fast.report.notebook import INTERRUPTED, save_notebook
 from l0fast.tools.registry import known_tools
 from l0fast.tools.toolbox import OWN as OWN_TOOLS
 from l0fast.trajectory import plain
-from l0fast.types import Trajectory, Turn
+from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
 
 def main(argv: Sequence[str]) -> int:
-    args = _parser().parse_args(argv)
+    args, further = _parser().parse_known_args(argv)
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     notebook = args.notebook or Path(f"agent-{time.strftime('%Y%m%d-%H%M%S')}.ipynb")
+    seen = _Seen()
     try:
+        settings = _merged(_settings(args), _further(further))
+        if args.answer is not None and not args.answer.parent.is_dir():
+            raise UsageError(
+                f"--answer {args.answer}: there is no folder {args.answer.parent}: make it, or name another"
+            )
         if notebook.exists():
             raise UsageError(f"{notebook} is there already, and a notebook never overwrites: name another, or move it")
-        trajectory = asyncio.run(_ask(args, console, errors))
+        try:
+            trajectory = asyncio.run(_ask(args, settings, console, errors, seen))
+        except KeyboardInterrupt:
+            return _interrupted(seen.trajectory(task_of(args.question, args.file)), notebook, errors)
         save_notebook(notebook, trajectory)
+        if args.answer is not None and trajectory.answer is not None:
+            args.answer.write_text(trajectory.answer, encoding="utf-8")
     except L0fastError as e:
         errors.print(Text(f"l0fast: {plain(str(e))}"), soft_wrap=True)
         return 2 if isinstance(e, UsageError) else 1
-    except KeyboardInterrupt:
-        errors.print("interrupted: nothing was saved")
-        return 130
     return _conclude(trajectory, notebook, console)
 
 
-async def _ask(args: argparse.Namespace, console: Console, errors: Console) -> Trajectory:
+@dataclass
+class _Seen:
+    """What came to the terminal so far."""
+
+    turns: list[Turn] = field(default_factory=list)
+    text: str = ""
+    """Of the turn under way."""
+    started: float = field(default_factory=time.monotonic)
+
+    def trajectory(self, task: Task) -> Trajectory:
+        """Of an episode that ends here."""
+        turns = tuple(self.turns)
+        if self.text.strip():
+            runs = parse_action(self.text).complaint is None
+            unfinished = Turn(
+                prompt_ids=(),
+                response_ids=(),
+                sampler_logprobs=(),
+                finish_reason="abort",
+                policy_version=0,
+                text=self.text,
+                output="" if runs else None,
+                complaint=None if runs else "interrupted here",
+                well_formed=False,
+                error=INTERRUPTED if runs else None,
+            )
+            turns = (*turns, unfinished)
+        return Trajectory(
+            task=task,
+            index=0,
+            status=TrajectoryStatus.FAILED_INTERRUPTED,
+            turns=turns,
+            answer=None,
+            cause=f"interrupted in turn {len(self.turns) + 1}",
+            wall_s=time.monotonic() - self.started,
+        )
+
+
+def _interrupted(trajectory: Trajectory, notebook: Path, errors: Console) -> int:
+    if trajectory.turns:
+        save_notebook(notebook, trajectory)
+        errors.print(Text(f"\n{trajectory.cause}: what there is was written to {notebook}"), soft_wrap=True)
+    else:
+        errors.print("\ninterrupted before it said anything: nothing was saved", soft_wrap=True)
+    return 130
+
+
+async def _ask(
+    args: argparse.Namespace, settings: Mapping[str, Any], console: Console, errors: Console, seen: _Seen
+) -> Trajectory:
     def on_text(text: str) -> None:
+        seen.text += text
         console.print(Text(plain(text)), end="", soft_wrap=True)
 
     def on_turn(turn: Turn) -> None:
+        seen.turns.append(turn)
+        seen.text = ""
         shown = turn.complaint if turn.output is None else turn.output
         console.print(Text(f"\n<output>\n{plain(shown or '').strip()}\n</output>\n", "yellow"), soft_wrap=True)
 
@@ -63,7 +128,7 @@ async def _ask(args: argparse.Namespace, console: Console, errors: Console) -> T
         endpoint=_endpoint(args),
         tools=args.tools,
         files=args.file,
-        settings=_settings(args),
+        settings=settings,
         on_text=on_text,
         on_turn=on_turn,
         log=lambda line: errors.print(Text(line, "dim"), soft_wrap=True),
@@ -104,19 +169,43 @@ OWN = ("max_turns", "timeout_s", "temperature", "seed")
 AGENT = ("prompt", "context_tokens", "max_new_tokens", "cell_timeout_s")
 
 
+def _further(words: Sequence[str]) -> dict[str, Any]:
+    """--section.key VALUE or --section.key=VALUE, as `ask` takes it. Raises UsageError."""
+    settings: dict[str, dict[str, Any]] = {}
+    rest = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else (word,))]
+    for flag, value in zip(rest[::2], [*rest[1::2], None], strict=False):
+        section, dot, key = flag.removeprefix("--").replace("-", "_").partition(".")
+        if not flag.startswith("--") or not dot or value is None or value.startswith("--"):
+            raise UsageError(
+                f"{flag} is no flag, or has no value: --help lists flags, and AskConfig what --section.key VALUE sets"
+            )
+        settings.setdefault(section, {})[key] = _value(value)
+    return settings
+
+
+def _merged(settings: dict[str, Any], further: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return settings | {section: {**settings.get(section, {}), **values} for section, values in further.items()}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _field(word: str) -> tuple[str, Any]:
     """NAME=JSON"""
     name, equals, value = word.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{word!r} is not NAME=JSON, for example top_p=0.9")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+    return name, _value(value)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m l0fast.agent", description="Ask NB-Agent one question.")
+    parser = argparse.ArgumentParser(
+        prog="python -m l0fast.agent", description="Ask NB-Agent one question.", allow_abbrev=False
+    )
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument(
         "--model",
@@ -149,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--notebook", type=Path, metavar="OUT", help="where the notebook goes (default: agent-TIME.ipynb)"
     )
+    parser.add_argument("--answer", type=Path, metavar="OUT", help="a file that the answer is written to")
     parser.add_argument(
         "--prompt", choices=("compact", "full"), help="full tells a general model all about the session"
     )

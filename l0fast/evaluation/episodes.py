@@ -100,7 +100,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not line.endswith(b"\n"):
                     return
                 row = orjson.loads(line)
-                if not isinstance(row, dict) or "benchmark" not in row:
+                if not isinstance(row, dict) or not {"benchmark", "correct"} <= row.keys():
                     raise UsageError(f"{path}, line {number} is not what an evaluation writes: give another folder")
                 yield end, row
     except OSError as e:
@@ -111,7 +111,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _outcome(trajectory: Trajectory, scores: Mapping[str, float]) -> Outcome:
     return Outcome(
-        correct=trajectory.exact_match,
+        correct=trajectory.correct,
         scores=scores,
         turns=len(trajectory.turns),
         tokens=sum(len(turn.response_ids) for turn in trajectory.turns),
@@ -123,7 +123,7 @@ def _outcome(trajectory: Trajectory, scores: Mapping[str, float]) -> Outcome:
 
 def _outcome_of_row(row: Mapping[str, Any]) -> Outcome:
     return Outcome(
-        correct=row["exact_match"],
+        correct=row["correct"],
         scores=row["scores"],
         turns=len(row["turns"]),
         tokens=sum(len(turn["response_ids"]) for turn in row["turns"]),

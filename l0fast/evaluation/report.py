@@ -63,12 +63,24 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     for name, of in flat.items():
         writer.writerow([name, *("" if of.get(column) is None else of[column] for column in names)])
     (folder / "report.csv").write_text(out.getvalue())
-    (folder / "report.md").write_text(table(report) + "\n")
+    (folder / "report.md").write_text(summary(report) + "\n")
 
 
 def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
     flat = {name: value for name, value in figures.items() if name != "pass_at_k"}
     return flat | {f"pass_at_{k}": value for k, value in figures["pass_at_k"].items()}
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """The table, and how the episodes that were played for it went."""
+    if not report["played"]:
+        return table(report)
+    p50, p99, most = (report[f"loop/lag_{name}_ms"] for name in ("p50", "p99", "max"))
+    held = f", held by {report['loop/blocked_by']}" if "loop/blocked_by" in report else ""
+    return (
+        f"{table(report)}\n\n{report['played']:,} episodes in {report['wall_s']:.1f} s; the event loop was late by "
+        f"{p50:.1f} ms (p50), {p99:.1f} ms (p99), {most:.1f} ms at most{held}"
+    )
 
 
 def table(report: Mapping[str, Any]) -> str:

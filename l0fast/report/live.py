@@ -167,7 +167,7 @@ def _row(metrics: Metrics, num_steps: int, held_out: str, left_s: float) -> list
 
     return [
         f"{metrics['step']}/{num_steps}",
-        show("rollout/exact_match", ".3f"),
+        show("rollout/correct", ".3f"),
         show("rollout/reward", ".3f"),
         held_out,
         show("rollout/episodes_per_s", ".1f"),

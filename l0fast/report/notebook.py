@@ -24,7 +24,9 @@ from l0fast.agent.parsing import parse_action
 from l0fast.errors import UsageError
 from l0fast.types import ToolCall, Trajectory, Turn
 
-UNFIT = ("SyntaxError", "IndentationError", "TabError", "Timeout")
+INTERRUPTED = "Interrupted"
+"""What a cell ended with that was running when somebody ended the episode."""
+UNFIT = ("SyntaxError", "IndentationError", "TabError", "Timeout", INTERRUPTED)
 """Cells that ended so are quoted: Jupyter would take them for commands of its own, or never come to an end."""
 SESSION = (
     "submit_final_answer",
@@ -113,7 +115,7 @@ def notebook(trajectory: Trajectory, advantages: Sequence[float] = ()) -> dict[s
                 "status": str(t.status),
                 "cause": t.cause,
                 "answer": t.answer,
-                "exact_match": t.exact_match,
+                "correct": t.correct,
                 "reward": t.reward,
                 "rewards": list(t.rewards),
                 "advantages": list(advantages),
@@ -152,7 +154,7 @@ def _heading(t: Trajectory) -> str:
     if t.task.answers:
         facts += [
             f"right answers: {_safe(', '.join(t.task.answers))}",
-            f"{'right' if t.exact_match else 'wrong'}, reward {t.reward:.3f}",
+            f"{'right' if t.correct else 'wrong'}, reward {t.reward:.3f}",
         ]
     if t.task.files:
         facts += [f"the cells look for these files beside the notebook: {_safe(', '.join(t.task.files))}"]

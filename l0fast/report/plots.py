@@ -118,9 +118,9 @@ def compare_plot(run_dirs: Mapping[str, Path], out: Path) -> Path:
         colours = itertools.cycle((BLUE, VERMILION, GREEN, PURPLE, ORANGE))
         for i, ((label, run_dir), colour) in enumerate(zip(run_dirs.items(), colours, strict=False)):
             rows, summary = read_metrics(run_dir), read_summary(run_dir)
-            ax.plot(*_series(rows, "rollout/exact_match"), color=colour, alpha=0.3, lw=1)
+            ax.plot(*_series(rows, "rollout/correct"), color=colour, alpha=0.3, lw=1)
             _held_out_curves(ax, curve_points(rows, summary), colour, f"{label}, ", name_start=i == 0)
-        ax.plot([], [], color="black", alpha=0.3, lw=1, label="exact match in training")
+        ax.plot([], [], color="black", alpha=0.3, lw=1, label="right answers in training")
         _finish_accuracy(ax)
         ax.set(xlabel="optimizer step", ylabel="held-out accuracy (share right)")
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -145,7 +145,7 @@ def curve_points(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) 
 def learning_curve(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> "Figure":
     import matplotlib.pyplot as plt
 
-    outcomes = [row for row in rows if "rollout/exact_match" in row and any(f"outcome/{o}" in row for o in OUTCOMES)]
+    outcomes = [row for row in rows if "rollout/correct" in row and any(f"outcome/{o}" in row for o in OUTCOMES)]
     heights = [3, 1.7] if outcomes else [1]
     fig, axes = plt.subplots(
         len(heights),
@@ -158,7 +158,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
     ax, *below = axes if outcomes else [axes]
     points = curve_points(rows, summary)
     ax.plot(*_series(rows, "rollout/reward"), color=GREY, lw=1, label="training, reward")
-    ax.plot(*_series(rows, "rollout/exact_match"), color=SKY, lw=1.2, label="training, exact match")
+    ax.plot(*_series(rows, "rollout/correct"), color=SKY, lw=1.2, label="training, right answers")
     _held_out_curves(ax, points, BLUE, "held-out, ")
     _finish_accuracy(ax)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,6 +1,6 @@
 """Dynamic sampling: which finished groups a step learns from. Pure: no tasks, no clock, no memory.
 
-A group whose exact matches are all equal carries no group-relative signal. It is dropped with probability `drop_rate`
+A group whose answers are all right or all wrong carries no group-relative signal. It is dropped with probability `drop_rate`
 and another task is played in its place (L0's "filter groups": 0.5, at most 3 rounds; DAPO, arXiv 2503.14476, section 3.2,
 drops all of them). Only the first `max_drops` groups played for a step may be dropped, so a step ends. Groups are judged
 when complete, so a short episode is no more likely to be kept than a long one; the verdict depends on the group's number

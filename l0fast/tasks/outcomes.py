@@ -17,7 +17,7 @@ def outcome(trajectory: Trajectory, plan: Plan) -> str:
     """
     if trajectory.status.failed:
         return "failed"
-    if trajectory.exact_match:
+    if trajectory.correct:
         return "right"
     answer = normalize_answer(trajectory.answer or "")
     if answer in ("", "unknown"):
@@ -46,13 +46,7 @@ def plain_outcome_shares(trajectories: Iterable[Trajectory]) -> dict[str, float]
     counts = dict.fromkeys(PLAIN_OUTCOMES, 0)
     for t in trajectories:
         name = (
-            "failed"
-            if t.status.failed
-            else "right"
-            if t.exact_match
-            else "wrong"
-            if has_answer(t.answer)
-            else "no_answer"
+            "failed" if t.status.failed else "right" if t.correct else "wrong" if has_answer(t.answer) else "no_answer"
         )
         counts[name] += 1
     total = sum(counts.values()) or 1

@@ -66,7 +66,7 @@ class Scorer:
             score = await self.score(trajectory)
         except WorldError as e:
             return replace(trajectory, status=TrajectoryStatus.FAILED_JUDGE, cause=str(e))
-        return replace(trajectory, rewards=score.rewards, exact_match=score.correct)
+        return replace(trajectory, rewards=score.rewards, correct=score.correct)
 
     async def score(self, trajectory: Trajectory) -> Score:
         """Raises WorldError where nobody could say; UsageError for a reward of the user's own that gives no numbers."""

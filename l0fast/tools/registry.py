@@ -161,18 +161,15 @@ def _imported(module: str, name: str) -> Callable[..., Any]:
 @asynccontextmanager
 async def search_corpus(place: str) -> AsyncIterator[ToolSpec]:
     """`search(query)` over an index that `python -m l0fast.corpus build` has made."""
-    from l0fast.corpus.index import Corpus
+    from l0fast.corpus.index import open_corpus
 
-    corpus = await asyncio.to_thread(Corpus, Path(place))
+    async with open_corpus(Path(place)) as corpus:
 
-    async def search(query: str) -> list[str]:
-        found = await corpus.search(query, SEARCH_RESULTS)
-        return [f"{f.passage.title}: {f.passage.text}" if f.passage.title else f.passage.text for f in found]
+        async def search(query: str) -> list[str]:
+            found = await corpus.search(query, SEARCH_RESULTS)
+            return [f"{f.passage.title}: {f.passage.text}" if f.passage.title else f.passage.text for f in found]
 
-    try:
         yield replace(_shown["corpus"], call=search)
-    finally:
-        corpus.close()
 
 
 async def _not_called(query: str) -> list[str]:

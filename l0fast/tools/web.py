@@ -86,6 +86,7 @@ PROVIDERS = {
 }
 READER_URL = "https://r.jina.ai/"
 READER_KEY = "JINA_API_KEY"
+RETRIEVER_KEYS = ("ELASTICSEARCH_API_KEY", "EMBEDDINGS_API_KEY")
 
 
 def web_search_tool(config: WebConfig, http: Http, *, replay: bool = False) -> ToolSpec:
@@ -162,7 +163,7 @@ def webpage_tool(config: WebConfig, http: Http, converter: Converter) -> ToolSpe
 
 def secrets() -> tuple[str, ...]:
     """Every key that these tools may hold; the broker keeps them out of answers and errors."""
-    names = [provider.key_env for provider in PROVIDERS.values() if provider.key_env] + [READER_KEY]
+    names = [provider.key_env for provider in PROVIDERS.values() if provider.key_env] + [READER_KEY, *RETRIEVER_KEYS]
     return tuple(value for name in names if (value := os.environ.get(name, "").strip()))
 
 

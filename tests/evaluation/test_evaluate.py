@@ -9,7 +9,7 @@ import pytest
 from l0fast.evaluate import main, plan_of
 from l0fast.evaluation.direct import final_answer
 from l0fast.evaluation.episodes import read_outcomes
-from l0fast.evaluation.report import figures
+from l0fast.evaluation.report import figures, summary, table
 
 QUESTIONS = 6
 COMMAND = ["geography", "--on", "geography", "--questions", str(QUESTIONS), "--samples", "2"] + (
@@ -33,12 +33,24 @@ def test_every_question_is_asked_as_often_as_wanted_and_the_report_counts_them(d
     assert len({(row["task"]["id"], row["sample"]) for row in rows}) == len(rows) == 2 * QUESTIONS
     of = json.loads((done / "report.json").read_text())["benchmarks"]["geography"]
     assert (of["questions"], of["samples"], of["failed"]) == (QUESTIONS, 2 * QUESTIONS, 0)
-    assert of["accuracy"] == pytest.approx(sum(row["exact_match"] for row in rows) / len(rows))
+    assert of["accuracy"] == pytest.approx(sum(row["correct"] for row in rows) / len(rows))
     assert of["accuracy"] == of["exact_match"]
     assert of["pass_at_k"]["2"] >= of["pass_at_k"]["1"] == pytest.approx(of["accuracy"])
     [head, row] = csv.reader((done / "report.csv").read_text().splitlines())
     assert dict(zip(head, row, strict=True))["benchmark"] == "geography"
     assert (done / "report.md").read_text().startswith("| benchmark | questions | samples | accuracy | ± |")
+
+
+def test_the_summary_says_how_late_the_loop_was(done):
+    report = json.loads((done / "report.json").read_text())
+    p50, p99, most = (report[f"loop/lag_{name}_ms"] for name in ("p50", "p99", "max"))
+    assert 0 <= p50 <= p99 <= most
+    assert most > 0
+    told = f"{2 * QUESTIONS} episodes in {report['wall_s']:.1f} s; the event loop was late by {p50:.1f} ms (p50), "
+    assert f"\n\n{told}{p99:.1f} ms (p99), {most:.1f} ms at most" in (done / "report.md").read_text()
+    held = summary(report | {"loop/blocked_by": "l0fast/x.py:1 f", "loop/lag_max_ms": 70.0})
+    assert held.endswith("70.0 ms at most, held by l0fast/x.py:1 f")
+    assert summary(report | {"played": 0}) == table(report)
 
 
 def test_the_same_command_goes_on_after_a_kill_that_cut_a_line_off(done, tmp_path, capsys):

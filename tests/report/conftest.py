@@ -38,7 +38,7 @@ def played(index: int, *, right: bool, turns: int = 2) -> Trajectory:
         )[:turns],
         answer="krone" if right else "euro",
         rewards=(0.05, 0.85 if right else 0.05)[:turns],
-        exact_match=right,
+        correct=right,
         started_s=10.0 + index,
         wall_s=1.0,
     )
@@ -71,7 +71,7 @@ def row(step: int) -> dict[str, float]:
     shares = {"decode": 0.2, "prefill": 0.05, "sandbox": 0.125, "learn": 0.5, "sync": 0.0625, "other": 0.0625}
     return {
         "step": step,
-        "rollout/exact_match": 0.2 + 0.1 * step,
+        "rollout/correct": 0.2 + 0.1 * step,
         "rollout/reward": 0.3 + 0.05 * step,
         "rollout/episodes_per_s": 30.0,
         "rollout/tokens_per_s": 2250.0,

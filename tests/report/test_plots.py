@@ -63,7 +63,7 @@ def test_the_learning_curve_shows_accuracy_reward_and_what_went_wrong(run_dir: P
     accuracy, wrong = fig.axes
     lines = {line.get_label(): line for line in accuracy.lines}
     assert list(lines["held-out, sampled"].get_ydata()) == [0.2, 0.45, 0.7]
-    assert list(lines["training, exact match"].get_xdata()) == [1, 2, 3, 4]
+    assert list(lines["training, right answers"].get_xdata()) == [1, 2, 3, 4]
     assert "training, reward" in lines
     assert "warm start" in lines
     assert wrong.get_xlabel() == "optimizer step"

@@ -39,7 +39,7 @@ def trajectory(text: str = "Norway") -> Trajectory:
         turns=(turn(), turn()),
         answer=text,
         rewards=(0.05, 0.9),
-        exact_match=True,
+        correct=True,
         started_s=1.5,
         wall_s=0.7,
     )
@@ -153,6 +153,14 @@ def test_trajectories_read_back_as_they_were(tmp_path_factory, question: str, an
     assert [t.advantages for t in read] == [(advantage, 0.5), ()]
     assert read[0].turns[0].response_ids == (0, 1, 2)
     assert read[0].reward == pytest.approx(0.95)
+
+
+def test_a_trajectory_of_another_version_is_not_read_as_a_wrong_one(tmp_path: Path):
+    with RunDir.create(tmp_path / "run", RunConfig()) as run_dir:
+        path = asyncio.run(run_dir.trajectories("step_0001", [trajectory()]))
+    path.write_text(path.read_text().replace('"correct":', '"exact_match":'))
+    with pytest.raises(UsageError, match="line 1 is not what a run writes"):
+        read_trajectories(path)
 
 
 def test_a_line_is_plain_json(tmp_path: Path):

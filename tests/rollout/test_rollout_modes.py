@@ -96,7 +96,7 @@ class World:
             index=index,
             status=TrajectoryStatus.FAILED_ENGINE if failed else TrajectoryStatus.COMPLETED,
             turns=tuple(turns),
-            exact_match=not failed and rng.random() < 0.7,
+            correct=not failed and rng.random() < 0.7,
             cause="gone" if failed else None,
         )
 

@@ -45,7 +45,7 @@ class World:
                 index=index,
                 status=TrajectoryStatus.FAILED_SANDBOX if failed else TrajectoryStatus.COMPLETED,
                 turns=(),
-                exact_match=not failed and self.right(task, index),
+                correct=not failed and self.right(task, index),
                 cause="gone" if failed else None,
             )
         finally:
@@ -211,7 +211,7 @@ def test_play_all_keeps_the_order_and_the_limit():
 
 def group(*right: bool) -> Group:
     trajectories = tuple(
-        Trajectory(task=task(0), index=i, status=TrajectoryStatus.COMPLETED, turns=(), exact_match=r)
+        Trajectory(task=task(0), index=i, status=TrajectoryStatus.COMPLETED, turns=(), correct=r)
         for i, r in enumerate(right)
     )
     return Group(task=task(0), trajectories=trajectories)
@@ -247,7 +247,7 @@ def taken(
         for _ in range(durations[number % len(durations)]):
             await asyncio.sleep(0)
         right = number % 2 == 0 or index == 0
-        return Trajectory(task=task, index=index, status=TrajectoryStatus.COMPLETED, turns=(), exact_match=right)
+        return Trajectory(task=task, index=index, status=TrajectoryStatus.COMPLETED, turns=(), correct=right)
 
     async def main():
         async with start(
@@ -308,7 +308,7 @@ def test_a_finished_group_is_streamed_while_another_is_still_played():
     async def play(task: Task, number: int, index: int, attempt: int) -> Trajectory:
         if number == 0:
             await slow.wait()
-        return Trajectory(task=task, index=index, status=TrajectoryStatus.COMPLETED, turns=(), exact_match=index == 0)
+        return Trajectory(task=task, index=index, status=TrajectoryStatus.COMPLETED, turns=(), correct=index == 0)
 
     async def main():
         order = []

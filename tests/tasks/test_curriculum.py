@@ -57,7 +57,7 @@ def test_what_became_of_them_is_told_in_shares(files):
     task = next(asked.questions(0))
 
     def played(status=TrajectoryStatus.COMPLETED, answer="x", right=False):
-        return Trajectory(task=task, index=0, status=status, turns=(), answer=answer, exact_match=right)
+        return Trajectory(task=task, index=0, status=status, turns=(), answer=answer, correct=right)
 
     shares = asked.outcomes(
         [played(right=True), played(), played(answer=" "), played(status=TrajectoryStatus.FAILED_ENGINE)]

@@ -53,6 +53,12 @@ def test_a_task_is_judged_by_its_own_check():
     assert [s.correct for s in scores] == [True, False, True]
 
 
+def test_what_is_correct_by_its_own_check_need_be_no_exact_match():
+    config = RewardConfig(exact_match=1.0)
+    [score] = scored(episode("about 12 km", "12", check="numeric"), config=config)
+    assert (score.correct, score.answer["correct"], score.answer["exact_match"]) == (True, 1.0, 0.0)
+
+
 @pytest.mark.slow
 def test_equal_expressions_are_right_and_what_goes_on_for_ever_is_wrong_and_leaves_the_others_alone():
     config = RewardConfig(timeout_s=20)
