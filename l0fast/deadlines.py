@@ -10,12 +10,22 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Protocol
 
-_deadlines: ContextVar[tuple[asyncio.Timeout, ...]] = ContextVar("deadlines", default=())
+
+class Deadline(Protocol):
+    """What of `asyncio.Timeout` is used here."""
+
+    def when(self) -> float | None: ...
+    def reschedule(self, when: float | None) -> None: ...
+    def expired(self) -> bool: ...
+
+
+_deadlines: ContextVar[tuple[Deadline, ...]] = ContextVar("deadlines", default=())
 
 
 @contextmanager
-def deadlines_of(*deadlines: asyncio.Timeout) -> Iterator[None]:
+def deadlines_of(*deadlines: Deadline) -> Iterator[None]:
     """These, entered already, are the running task's while the block runs."""
     token = _deadlines.set(deadlines)
     try:

@@ -4,9 +4,9 @@
 
 One coroutine an episode. It waits for the engine and for its own session (leased at its first cell), never for another
 episode. An episode ends when its code has called submit_final_answer, at `max_turns`, when the context can't take another
-turn, or at a deadline: its own, or that of one turn, neither of which goes on while it waits to be admitted. What the world breaks (engine, sandbox, deadline) is recorded on the
-trajectory, a deadline with what was waited for; a bug propagates. However it ends, its session is given back and the engine
-told to forget it.
+turn, or at a deadline: its own, or that of one turn, which both stand still while it waits to be admitted. What the world
+breaks (engine, sandbox, deadline) is recorded on the trajectory, a deadline with what was waited for; a bug propagates.
+However it ends, its session is given back and the engine told to forget it.
 """
 
 import asyncio
@@ -294,14 +294,21 @@ class _TurnDeadline:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._limit = asyncio.timeout(None)
-        self._due = 0.0
+        self._due: float | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def move(self, timeout_s: float) -> None:
         """Cancel the block when so much time has passed from now [s]."""
-        self._due = self._loop.time() + timeout_s
-        if self._timer is None:
-            self._timer = self._loop.call_at(self._due, self._look)
+        self.reschedule(self._loop.time() + timeout_s)
+
+    def when(self) -> float | None:
+        return self._due
+
+    def reschedule(self, when: float | None) -> None:
+        """As `asyncio.Timeout` does, but never to an earlier time than before."""
+        self._due = when
+        if when is not None and self._timer is None:
+            self._timer = self._loop.call_at(when, self._look)
 
     def expired(self) -> bool:
         return self._limit.expired()
@@ -319,6 +326,8 @@ class _TurnDeadline:
     def _look(self) -> None:
         self._timer = None
         now = self._loop.time()
+        if self._due is None:
+            return
         if now < self._due:
             self._timer = self._loop.call_at(self._due, self._look)
         else:
