@@ -17,7 +17,7 @@ settings.load_profile("l0fast")
 
 MAX_WORKERS = 4
 """Processes that share the suite with `-n auto`: each imports torch, and its tests have children of their own."""
-LONGEST = ("sandbox/test_pool.py", "test_resume.py", "test_run.py")
+LONGEST = ("test_resume.py", "test_run.py", "learner/test_rank.py", "learner/test_client.py")
 """Files that come first: whoever began one of them last would be waited for."""
 
 

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         make(options, console)
     except (UsageError, WorldError) as e:
-        console.print(str(e), style="red", highlight=False, markup=False)
+        console.print(str(e), style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
     return 0
 
@@ -114,7 +114,7 @@ def make(options: Options, console: Console) -> None:
 
         train(model, rows, TrainSettings(seed=options.seed), show)
     save_policy(model, options.out)
-    console.print(f"policy in {options.out}; try it: python -m l0fast.run --model.path {options.out}")
+    console.print(f"policy in {options.out}; try it: python -m l0fast.run --model.path {options.out}", soft_wrap=True)
 
 
 def _world(kind: str, seed: int, n: int, pieces: tuple[str, ...] = ()) -> World:
