@@ -12,7 +12,7 @@ asked with the settings it was trained with, where those are known; --section.ke
 same command goes on where it was. Failed episodes have no vote; they are counted, and played again by the next command.
 
 The report says how late the event loop was. `--engine.kind simulated --questions 1000 --max-open 1000` plays demonstrations at
-the speed of a model of some size: what a thousand episodes cost besides one.
+the speed of a model of some size, to see how late it is beside a thousand; `--engine.slots` of them are answered at once.
 """
 
 import argparse

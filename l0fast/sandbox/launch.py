@@ -47,6 +47,8 @@ def guest_config(config: SandboxConfig) -> dict[str, Any]:
 def environment() -> dict[str, str]:
     """All that a session sees of an environment. Libraries must not start threads before a fork."""
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
+    # of pyarrow, which pandas imports where it is installed
+    threads["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     return {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", **threads}
 
 
