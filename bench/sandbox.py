@@ -108,7 +108,8 @@ class Ours:
         async with self.pool.session(PING, seed=1) as session:
             await round_trips(session, 50)
             cpu = time.process_time()
-            self.round_trips.append(await round_trips(session, 500))
+            # means of as many cells as the peers'
+            self.round_trips += [await round_trips(session, 50) for _ in range(10)]
             self.cpu_per_cell.append((time.process_time() - cpu) / 500)
             calls = 50
             with_calls = await round_trips(session, 10, f"for _ in range({calls}): ping()")

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,7 +39,7 @@ from l0fast.engine.clock import CompressedClock
 from l0fast.engine.openai import EndpointConfig, openai_engine
 from l0fast.engine.simulated import SimulatedEngine, Speed
 from l0fast.engine.transformers import transformers_engine
-from l0fast.errors import L0fastError, UsageError, WorldError
+from l0fast.errors import L0fastError, UsageError
 from l0fast.evaluation.benchmarks import Benchmark, load_benchmarks
 from l0fast.evaluation.direct import DirectAnswerer
 from l0fast.evaluation.episodes import Episodes, Outcome, read_outcomes
@@ -55,7 +55,7 @@ from l0fast.tasks.scoring import Scorer, open_scorer
 from l0fast.tools.broker import Broker, open_broker
 from l0fast.tools.local_search import LocalSearch, search_tool
 from l0fast.tools.toolbox import Toolbox, open_toolbox
-from l0fast.types import Task, Trajectory, TrajectoryStatus
+from l0fast.types import Task, Trajectory
 from l0fast.warm_start.demonstrations import Demonstrator
 
 SAY_EVERY_S = 10.0
@@ -174,7 +174,7 @@ async def _play(
         nonlocal done, told
         seed = derive_seed(plan.seed, "evaluation", name, task.id, n)
         trajectory = await answerers[name].run_episode(task, index=n, temperature=plan.temperature, seed=seed)
-        trajectory, scores = await _scored(trajectory, scorer)
+        trajectory, scores = await scorer.scored(trajectory)
         await episodes.add(name, n, trajectory, scores)
         failed[name] = failed.get(name, 0) + trajectory.status.failed
         done += 1
@@ -196,16 +196,6 @@ async def _play(
             # a thousand that begin at once would stall the loop, and go on in step
             await asyncio.sleep(BEGIN_EVERY_S)
     return done, failed
-
-
-async def _scored(trajectory: Trajectory, scorer: Scorer) -> tuple[Trajectory, dict[str, float]]:
-    if trajectory.status.failed:
-        return trajectory, {}
-    try:
-        score = await scorer.score(trajectory)
-    except WorldError as e:
-        return replace(trajectory, status=TrajectoryStatus.FAILED_JUDGE, cause=str(e)), {}
-    return replace(trajectory, rewards=score.rewards, correct=score.correct), score.answer
 
 
 @asynccontextmanager

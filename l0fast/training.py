@@ -459,7 +459,7 @@ class Training:
     ) -> Trajectory:
         """One episode with its rewards, counted."""
         trajectory = await agent.run_episode(task, index=index, temperature=temperature, seed=seed)
-        trajectory = await scorer.scored(trajectory)
+        trajectory, _ = await scorer.scored(trajectory)
         self.episodes += 1
         self.failed_episodes += trajectory.status.failed
         self.tokens_generated += sum(len(turn.response_ids) for turn in trajectory.turns)

@@ -15,7 +15,7 @@ import asyncio
 import importlib
 import inspect
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -58,15 +58,15 @@ class Scorer:
     custom: tuple[tuple[float, CustomReward], ...] = ()
     _math: ChildPool = field(repr=False)
 
-    async def scored(self, trajectory: Trajectory) -> Trajectory:
-        """With its rewards; where nobody could say what it is worth, a failed one."""
+    async def scored(self, trajectory: Trajectory) -> tuple[Trajectory, Mapping[str, float]]:
+        """With its rewards, and its answer's scores; where nobody could say what it is worth, a failed one and none."""
         if trajectory.status.failed:
-            return trajectory
+            return trajectory, {}
         try:
             score = await self.score(trajectory)
         except WorldError as e:
-            return replace(trajectory, status=TrajectoryStatus.FAILED_JUDGE, cause=str(e))
-        return replace(trajectory, rewards=score.rewards, correct=score.correct)
+            return replace(trajectory, status=TrajectoryStatus.FAILED_JUDGE, cause=str(e)), {}
+        return replace(trajectory, rewards=score.rewards, correct=score.correct), score.answer
 
     async def score(self, trajectory: Trajectory) -> Score:
         """Raises WorldError where nobody could say; UsageError for a reward of the user's own that gives no numbers."""
