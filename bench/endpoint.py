@@ -22,6 +22,7 @@ import orjson
 from bench.machine import machine
 from l0fast.config import RunConfig
 from l0fast.engine.openai import EndpointConfig
+from l0fast.errors import UsageError
 from l0fast.evaluate import Plan, evaluate
 from l0fast.evaluation.episodes import read_outcomes
 from l0fast.evaluation.report import compared
@@ -97,7 +98,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             seed=0,
             out=Path(folder),
         )
-        result = asyncio.run(measure(plan, options.temperature, flags))
+        try:
+            result = asyncio.run(measure(plan, options.temperature, flags))
+        except UsageError as e:
+            parser.error(str(e))
     for figures in result["temperatures"]:
         print(
             "temperature {temperature:g}, {questions} questions: {in_process:.3f} here, {endpoint:.3f} over HTTP; difference "

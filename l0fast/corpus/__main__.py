@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
         errors.print(f"l0fast: {e}", markup=False, soft_wrap=True)
         return 2 if isinstance(e, UsageError) else 1
     except KeyboardInterrupt:
-        errors.print("interrupted; embedding goes on with python -m l0fast.corpus embed", markup=False, soft_wrap=True)
+        goes_on = "; the same command goes on" if options.command == "embed" else ""
+        errors.print(f"interrupted{goes_on}", markup=False, soft_wrap=True)
         return 130
     return 0
 
