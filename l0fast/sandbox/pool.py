@@ -10,6 +10,7 @@ shard that fails to start `MAX_FAILURES` times in a row closes its slot, and wit
 
 import ast
 import asyncio
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import lru_cache
@@ -27,8 +28,10 @@ BACKOFF_S = 0.1
 """Wait after the first failed start, doubled after each: some 6 s in all, in which a daemon may restart [s]."""
 LAUNCHES_AT_ONCE = 8
 """Shards being started at once."""
-STARTS_AT_ONCE = 8
-"""Sessions being started at once; a zygote forks one after the other, so more would only wait there [sessions]."""
+STARTS_AT_ONCE = max(2, len(os.sched_getaffinity(0)))
+"""Sessions being started at once [sessions]. A start is a processor's work from end to end (a fork, and the page faults
+that follow it, most of it in the kernel): more of them than processors come up no sooner, and keep the loop waiting for
+one. Two, so that one that hangs doesn't stop the others."""
 CELL_TIMEOUT_S = 30.0
 """Soft limit of a cell that names none [s]."""
 GRACE_S = 3.0
