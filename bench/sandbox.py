@@ -10,6 +10,11 @@ Ours in four variants: docker and bwrap, bare and with numpy and pandas preloade
 
 Start is the time from nothing to the result of the first cell, "1 + 1". Every ratio is theirs / ours of medians in this
 run. Memory is PSS of all processes that n live sessions add, divided by n; a container's shim counts as its own.
+
+Round trips of a cell are measured twice, for ours and the peers alike: with all that takes part on one core, and (`_apart`)
+where the kernel puts them. A virtual machine takes 40 us to wake a core that has halted, and whether both ends share a core
+is the scheduler's choice, which changes from session to session: a bare byte there and back is 15 us or 95 us on one host.
+
 The crowd: so many sessions alive at once, each with 5 cells and 4 tool calls of 50 ms. The last line is JSON; its top
 level is docker, bare, and `variants` has the same keys for each.
 Needs bubblewrap, `pip install -e '.[bench]'`, and a Docker daemon: --own-daemon starts one (root), builds the image and stops it.
@@ -27,8 +32,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -39,7 +44,7 @@ from bench.machine import machine
 from bench.own_daemon import own_daemon
 from l0fast.config import SandboxConfig
 from l0fast.loop_lag import LoopLag
-from l0fast.metrics import ProcessTreeMemory
+from l0fast.metrics import ProcessTreeMemory, descendants
 from l0fast.sandbox.base import Session, ToolSpec
 from l0fast.sandbox.daemon import Daemon, daemon
 from l0fast.sandbox.docker import LABEL
@@ -92,6 +97,26 @@ async def round_trips(session: Session, n: int, code: str = "1") -> float:
     return (time.perf_counter() - began) / n
 
 
+@contextmanager
+def one_core(*roots: int) -> Iterator[None]:
+    """This process, all processes from these roots down, and what they start meanwhile on one core."""
+    before = os.sched_getaffinity(0)
+    pids = [int(name) for name in os.listdir("/proc/self/task")]
+    pids += [pid for root in roots for pid in (root, *descendants(root))]
+    try:
+        _move(pids, {min(before)})
+        yield
+    finally:
+        _move(pids, before)
+
+
+def _move(pids: list[int], cores: set[int]) -> None:
+    for pid in pids:
+        # some end meanwhile
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(pid, cores)
+
+
 class Ours:
     """One variant's pool and what was measured of it."""
 
@@ -99,12 +124,25 @@ class Ours:
         self.name, self.pool = name, pool
         self.starts: list[float] = []
         self.round_trips: list[float] = []
+        self.round_trips_apart: list[float] = []
         self.tool_calls: list[float] = []
         self.cpu_per_cell: list[float] = []
         self.starts_per_s: list[float] = []
 
     async def round(self) -> None:
         self.starts += [await start_of(self.pool) for _ in range(30)]
+        async with self.pool.session({}, seed=1) as session:
+            await round_trips(session, 50)
+            self.round_trips_apart += [await round_trips(session, 50) for _ in range(10)]
+        with one_core(*self.zygotes):
+            await self._round_trips()
+        began, total = time.perf_counter(), 100
+        async with asyncio.TaskGroup() as tg:
+            for _ in range(total):
+                tg.create_task(start_of(self.pool))
+        self.starts_per_s.append(total / (time.perf_counter() - began))
+
+    async def _round_trips(self) -> None:
         async with self.pool.session(PING, seed=1) as session:
             await round_trips(session, 50)
             cpu = time.process_time()
@@ -115,15 +153,14 @@ class Ours:
             with_calls = await round_trips(session, 10, f"for _ in range({calls}): ping()")
             without = await round_trips(session, 10, f"for _ in range({calls}): None")
             self.tool_calls.append((with_calls - without) / calls)
-        began, total = time.perf_counter(), 100
-        async with asyncio.TaskGroup() as tg:
-            for _ in range(total):
-                tg.create_task(start_of(self.pool))
-        self.starts_per_s.append(total / (time.perf_counter() - began))
+
+    @property
+    def zygotes(self) -> list[int]:
+        return [shard.launched.pid for shard in self.pool.shards]
 
     async def memory_mb(self, n: int = 64) -> float:
         """PSS that one of `n` live sessions adds [MB]."""
-        zygotes = [shard.launched.pid for shard in self.pool.shards]
+        zygotes = self.zygotes
         before = pss_mb(zygotes)
         async with contextlib.AsyncExitStack() as stack:
             for i in range(n):
@@ -250,40 +287,64 @@ class Peers:
         self._daemon, self._image = found, image
         self.starts: dict[str, list[float]] = {"l0_style": [], "container": [], "fork": []}
         self.round_trips: dict[str, list[float]] = {"ipykernel": [], "container": [], "fork": []}
+        self.round_trips_apart: dict[str, list[float]] = {"ipykernel": [], "container": [], "fork": []}
 
     async def round(self) -> None:
         for _ in range(2):
-            began = time.perf_counter()
-            async with l0_style() as (run, _):
-                assert (await run("1 + 1", 1))["out"] == "2"
-                self.starts["l0_style"].append(time.perf_counter() - began)
-                self.round_trips["ipykernel"].append((await run("1", 50))["s"])
+            await self._l0_style(self.round_trips_apart, self.starts["l0_style"])
         for _ in range(3):
-            began = time.perf_counter()
-            async with container_of(self._daemon, self._image) as (run, _):
-                assert await run("1 + 1") == "2\n"
-                self.starts["container"].append(time.perf_counter() - began)
+            await self._container(self.round_trips_apart, self.starts["container"])
+        for _ in range(10):
+            self._fork(self.round_trips_apart, self.starts["fork"])
+        with one_core():
+            for _ in range(2):
+                await self._l0_style(self.round_trips)
+            for _ in range(3):
+                await self._container(self.round_trips, together=True)
+            for _ in range(10):
+                self._fork(self.round_trips)
+
+    async def _l0_style(self, trips: dict[str, list[float]], starts: list[float] | None = None) -> None:
+        began = time.perf_counter()
+        async with l0_style() as (run, _):
+            assert (await run("1 + 1", 1))["out"] == "2"
+            if starts is not None:
+                starts.append(time.perf_counter() - began)
+            trips["ipykernel"].append((await run("1", 50))["s"])
+
+    async def _container(
+        self, trips: dict[str, list[float]], starts: list[float] | None = None, together: bool = False
+    ) -> None:
+        began = time.perf_counter()
+        async with container_of(self._daemon, self._image) as (run, pid):
+            assert await run("1 + 1") == "2\n"
+            if starts is not None:
+                starts.append(time.perf_counter() - began)
+            # the daemon and the shim between us are several threads each, and stay where they are
+            with one_core(pid) if together else contextlib.nullcontext():
                 began = time.perf_counter()
                 for _ in range(50):
                     await run("1")
-                self.round_trips["container"].append((time.perf_counter() - began) / 50)
-        for _ in range(10):
-            began = time.perf_counter()
-            ours, theirs = get_context("fork").Pipe()
-            process = get_context("fork").Process(target=_forked, args=(theirs,))
-            process.start()
-            ours.send("1 + 1")
-            assert ours.recv() == "2"
-            self.starts["fork"].append(time.perf_counter() - began)
-            began = time.perf_counter()
-            for _ in range(200):
-                ours.send("1")
-                ours.recv()
-            self.round_trips["fork"].append((time.perf_counter() - began) / 200)
-            ours.send(None)
-            process.join()
-            ours.close()
-            theirs.close()
+                trips["container"].append((time.perf_counter() - began) / 50)
+
+    def _fork(self, trips: dict[str, list[float]], starts: list[float] | None = None) -> None:
+        began = time.perf_counter()
+        ours, theirs = get_context("fork").Pipe()
+        process = get_context("fork").Process(target=_forked, args=(theirs,))
+        process.start()
+        ours.send("1 + 1")
+        assert ours.recv() == "2"
+        if starts is not None:
+            starts.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        for _ in range(200):
+            ours.send("1")
+            ours.recv()
+        trips["fork"].append((time.perf_counter() - began) / 200)
+        ours.send(None)
+        process.join()
+        ours.close()
+        theirs.close()
 
     async def memory_mb(self, n: int = 3) -> dict[str, float]:
         """PSS of one of `n` live agents; a container's shim is its process's parent."""
@@ -492,6 +553,10 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             "peers": {
                 **{f"{name}_start_ms": 1e3 * statistics.median(values) for name, values in peers.starts.items()},
                 **{f"{name}_rtt_us": 1e6 * statistics.median(values) for name, values in peers.round_trips.items()},
+                **{
+                    f"{name}_rtt_apart_us": 1e6 * statistics.median(values)
+                    for name, values in peers.round_trips_apart.items()
+                },
                 **{f"{name}_memory_mb": value for name, value in theirs_memory.items()},
             },
             "machine": machine(),
@@ -509,7 +574,7 @@ async def _pool(kind: str, preload: tuple[str, ...], sessions: int) -> AsyncIter
 
 
 def _result(ours: Ours, memory_mb: float, peers: Peers, theirs_memory: dict[str, float]) -> dict[str, Any]:
-    start, rtt = statistics.median(ours.starts), statistics.median(ours.round_trips)
+    start, rtt, apart = map(statistics.median, (ours.starts, ours.round_trips, ours.round_trips_apart))
     return {
         "backend": ours.pool.kind,
         "start_ms": 1e3 * start,
@@ -518,6 +583,8 @@ def _result(ours: Ours, memory_mb: float, peers: Peers, theirs_memory: dict[str,
         "start_ratio_fork": statistics.median(peers.starts["fork"]) / start,
         "rtt_us": 1e6 * rtt,
         "rtt_ratio_ipykernel": statistics.median(peers.round_trips["ipykernel"]) / rtt,
+        "rtt_apart_us": 1e6 * apart,
+        "rtt_apart_ratio_ipykernel": statistics.median(peers.round_trips_apart["ipykernel"]) / apart,
         "tool_rpc_us": 1e6 * statistics.median(ours.tool_calls),
         "memory_mb": memory_mb,
         "memory_ratio_l0_style": theirs_memory["l0_style"] / memory_mb,

@@ -69,7 +69,7 @@ class ProcessTreeMemory:
     def sample(self) -> float:
         """Look once; the sum now [MB]."""
         total_kib = unreadable = 0
-        tree = [self._root, *_descendants(self._root, self._proc)]
+        tree = [self._root, *descendants(self._root, self._proc)]
         for pid in tree:
             try:
                 total_kib += _pss_kib((self._proc / str(pid) / "smaps_rollup").read_text())
@@ -84,7 +84,8 @@ class ProcessTreeMemory:
         return mb
 
 
-def _descendants(root: int, proc: Path) -> list[int]:
+def descendants(root: int, proc: Path = Path("/proc")) -> list[int]:
+    """Processes below this one, and below those; not itself."""
     children: dict[int, list[int]] = {}
     for entry in proc.iterdir():
         if not entry.name.isdigit():
