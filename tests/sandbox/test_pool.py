@@ -13,6 +13,7 @@ import pytest
 from l0fast.errors import SandboxError
 from l0fast.sandbox.daemon import daemon
 from l0fast.sandbox.docker import LABEL, driver_label
+from l0fast.sandbox.shard import Shard
 
 
 def zygote_pid(shard) -> int:
@@ -79,6 +80,36 @@ def test_a_hundred_sessions_at_once_keep_their_own_state(new_pool, kind):
             await pool.close()
 
     asyncio.run(main())
+
+
+def test_no_more_sessions_start_at_once_than_there_are_processors(new_pool, kind, monkeypatch):
+    # each start is a processor's work, and the loop is one more that needs one
+    starting = peak = 0
+    lease = Shard.lease
+
+    async def counted(self, *args):
+        nonlocal starting, peak
+        starting += 1
+        peak = max(peak, starting)
+        try:
+            return await lease(self, *args)
+        finally:
+            starting -= 1
+
+    monkeypatch.setattr(Shard, "lease", counted)
+
+    async def main():
+        pool = new_pool(kind, num_shards=2, sessions_per_shard=8)
+        await pool.start()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(16):
+                    group.create_task(one_cell(pool))
+        finally:
+            await pool.close()
+
+    asyncio.run(main())
+    assert peak == min(16, max(2, len(os.sched_getaffinity(0))))
 
 
 def test_a_lease_waits_for_a_place_and_the_pool_says_so_when_none_comes(new_pool, kind):
