@@ -27,7 +27,6 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
-import uvloop
 
 from bench.machine import machine
 from l0fast.engine.base import Engine, Sampling
@@ -74,9 +73,13 @@ class Result:
     """Requests the engine worked on, mean."""
 
 
-async def simulate(kv_tokens: int, limit: int | None, seconds: float) -> Result:
+def simulate(kv_tokens: int, limit: int | None, seconds: float) -> Result:
     """Play for so long on the simulated clock, from the first prompt on."""
     clock = SimulatedClock()
+    return clock.run(_simulate(clock, kv_tokens, limit, seconds))
+
+
+async def _simulate(clock: SimulatedClock, kv_tokens: int, limit: int | None, seconds: float) -> Result:
     engine = SimulatedEngine(
         vocab_size=256,
         max_tokens=32_768,
@@ -167,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{args.seconds:g} simulated seconds a row, {OFFERED} episodes offered")
     tables: dict[str, list[Result]] = {}
     for name, kv_tokens in CAPACITIES.items():
-        tables[name] = [uvloop.run(simulate(kv_tokens, limit, args.seconds)) for limit in (*LIMITS, None)]
+        tables[name] = [simulate(kv_tokens, limit, args.seconds) for limit in (*LIMITS, None)]
         show(name, kv_tokens, tables[name])
     gains = {}
     for name, results in tables.items():

@@ -1,7 +1,7 @@
 """An engine without a model, for tests, benchmarks and predictions: scripted or random ids, and time that is only counted.
 
     response     what `script` says, or: a length drawn from `response_tokens`, ids uniform, a stop id last
-    time         what a `Replica` says, SGLang's scheduler as arithmetic (simulated_replica.py), on `clock`
+    time         what a `Replica` says, SGLang's scheduler as arithmetic (simulated_replica.py), on `clock` (clock.py)
     replicas     several of them, side by side; placement.py says which one a turn goes to
     log-probs    -2 u
 
@@ -33,6 +33,8 @@ Script = Callable[[Sequence[int], Sampling, str], Sequence[int]]
 
 _POOL = 1 << 13
 """Random numbers that responses are slices of."""
+_NO_TIME = 1e6
+"""Compression that leaves nothing of a response's time but the loop's timers."""
 _TAIL = 64
 """Last ids of a prompt that stand for it in a draw."""
 
@@ -78,14 +80,14 @@ class SimulatedEngine:
             forgets: `forget` frees KV entries at once; SGLang's wait to be evicted.
             mean_response_tokens: of responses that no script gives and `response_tokens` does not say [tokens].
             response_tokens: their lengths (distributions.py).
-            clock: shared with whatever else is simulated; None makes a `SimulatedClock`.
+            clock: shared with whatever else is simulated; None is for a world that is real: on any loop, in next to no time.
         """
         kv_tokens = slots * max_tokens if kv_tokens is None else kv_tokens
         if kv_tokens < max_tokens:
             raise ValueError(
                 f"kv_tokens = {kv_tokens} can't hold one conversation of max_tokens = {max_tokens}: give more"
             )
-        self.clock: Clock = clock or SimulatedClock()
+        self.clock: Clock = clock or CompressedClock(_NO_TIME)
         self.policy_version = 0
         self._vocab_size, self._max_tokens = vocab_size, max_tokens
         self._seed, self._script, self._update_s = seed, script, update_s
@@ -176,7 +178,6 @@ class SimulatedEngine:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         served.futures[request] = future
         try:
-            self.clock.touch()
             served.replica.submit(request, self.clock.now_s)
             self._deliver(served)
             await future
@@ -188,10 +189,9 @@ class SimulatedEngine:
         finally:
             self._placement.done(place)
 
-    def _deliver(self, served: _Served) -> bool:
-        """Wake who is done, and be called again at the replica's next event. Returns whether anybody was woken."""
+    def _deliver(self, served: _Served) -> None:
+        """Wake who is done, and be called again at the replica's next event."""
         replica = served.replica
-        woken = bool(replica.finished)
         for request in replica.finished:
             # nobody waits for one that was done at the moment it was cancelled
             future = served.futures.pop(request, None)
@@ -202,17 +202,16 @@ class SimulatedEngine:
         if served.timer is not None:
             # firing early costs a look, and is rarer than moving the timer with every request
             if served.timer_s <= at_s < float("inf"):
-                return woken
+                return
             served.timer.cancel()
             served.timer = None
         if at_s < float("inf"):
             served.timer, served.timer_s = self.clock.call_at(at_s, lambda: self._wake(served)), at_s
-        return woken
 
-    def _wake(self, served: _Served) -> bool:
+    def _wake(self, served: _Served) -> None:
         served.timer = None
         served.replica.advance(self.clock.now_s)
-        return self._deliver(served)
+        self._deliver(served)
 
     def _matched(self, conversation: str, prompt: tuple[int, ...]) -> int:
         """Leading ids that were computed before."""
