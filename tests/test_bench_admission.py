@@ -19,5 +19,7 @@ def test_it_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     written = json.loads((tmp_path / "admission.json").read_text())
     assert written["gains"] == printed["gains"]
+    assert written["times_real_time"] > 0
+    assert all(row["turns"] > 0 < row["times_real_time"] for row in written["rows"]["little"])
     assert [row["limit"] for row in written["rows"]["little"]] == [16, 32, None]
     assert (tmp_path / "admission.png").stat().st_size > 10_000

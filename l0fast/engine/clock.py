@@ -37,7 +37,7 @@ class Clock(Protocol):
     def now_s(self) -> float: ...
 
     def call_at(self, at_s: float, call: Callable[[], Any]) -> Timer:
-        """Call when `now_s` has come to `at_s`; soon, where it has already."""
+        """Call when `now_s` has come to `at_s`; soon, where it has already. What returns False has set nothing going."""
         ...
 
     async def sleep(self, duration_s: float) -> None:
@@ -105,10 +105,12 @@ class SimulatedClock:
         return bool(self._events)
 
     def move(self) -> None:
-        """To the next event, which happens."""
-        self.now_s, _, event = heapq.heappop(self._events)
-        assert event.call is not None
-        event.call()
+        """To the next event that sets something going, or past the last."""
+        while self.has_events():
+            self.now_s, _, event = heapq.heappop(self._events)
+            assert event.call is not None
+            if event.call() is not False:
+                return
 
     def _new_loop(self) -> asyncio.AbstractEventLoop:
         self._loop = asyncio.SelectorEventLoop(_MovesInsteadOfWaiting(self))

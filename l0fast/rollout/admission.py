@@ -229,7 +229,8 @@ class Admission:
                 if needed is None:
                     needed = self._forecast()
                 needed = needed + self._forecast_of(episode)
-                if needed.max() > self.fill * self.max_tokens:
+                # of a dozen numbers Python finds the largest sooner than numpy
+                if max(needed.tolist()) > self.fill * self.max_tokens:
                     break
             if self._parked:
                 heapq.heappop(self._parked)
