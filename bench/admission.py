@@ -9,8 +9,9 @@ limit. kv: all of them ask, and the controller lets in whom it likes; it starts 
 The engine is SGLang's scheduler as arithmetic, with the same prompts, lengths and latencies in every run; a finished
 episode's KV entries stay until they are evicted, as there. The best fixed limit is chosen here in hindsight, after trying all.
 
-    1-8 turns, each as likely; response lognormal, median 300; output of a cell lognormal, median 150; tool lognormal, median
-    0.8 s, p99 8.2 s; first prompt 1,200 to 2,000 tokens. Qwen2.5-7B in bf16 on an 80 GB H100: arithmetic, not measured.
+    1-8 turns, each as likely; response lognormal, median 300, or up to the first stop id if that comes sooner (one id in 256:
+    170 on average); output of a cell lognormal, median 150; tool lognormal, median 0.8 s, p99 8.2 s; first prompt 1,200 to
+    2,000 tokens. Qwen2.5-7B in bf16 on an 80 GB H100: arithmetic, not measured.
 
 The last line is JSON.
 """
@@ -80,26 +81,34 @@ class Result:
     """Simulated seconds in one of these."""
 
 
-def simulate(kv_tokens: int, limit: int | None, seconds: float, replicas: int = 1) -> Result:
+def simulate(
+    kv_tokens: int,
+    limit: int | None,
+    seconds: float,
+    *,
+    replicas: int = 1,
+    median_response: int = 300,
+    vocab_size: int = 256,
+) -> Result:
     """Play for so long on the simulated clock, from the first prompt on. `kv_tokens` are those of each replica."""
     clock = SimulatedClock()
-    with old_objects_aside():
-        return clock.run(_simulate(clock, kv_tokens, limit, seconds, replicas))
-
-
-async def _simulate(clock: SimulatedClock, kv_tokens: int, limit: int | None, seconds: float, replicas: int) -> Result:
-    began = time.perf_counter()
     engine = SimulatedEngine(
-        vocab_size=256,
+        vocab_size=vocab_size,
         max_tokens=32_768,
         slots=OFFERED,
         kv_tokens=kv_tokens,
         replicas=replicas,
         speed=SPEED,
-        response_tokens=lognormal(300, 0.7),
+        response_tokens=lognormal(median_response, 0.7),
         forgets=False,
         clock=clock,
     )
+    with old_objects_aside():
+        return clock.run(_simulate(clock, engine, limit, seconds))
+
+
+async def _simulate(clock: SimulatedClock, engine: SimulatedEngine, limit: int | None, seconds: float) -> Result:
+    began = time.perf_counter()
     admission = Admission()
     front: Engine = engine
     if limit is None:

@@ -144,8 +144,9 @@ class Admission:
             episode.shared = cached_tokens
             episode.before -= cached_tokens
         tokens -= episode.shared
-        self._went_on[self._level(episode)] += 1
-        self._growth[self._level(episode)] += tokens - episode.before
+        level = self._level(episode)
+        self._went_on[level] += 1
+        self._growth[level] += tokens - episode.before
         self._count_out(episode)
         episode.turns, episode.tokens, episode.before = episode.turns + 1, tokens, tokens
         self._count_in(episode)
@@ -314,11 +315,13 @@ class Admission:
         self._count_in(episode)
 
     def _count_in(self, episode: _Episode) -> None:
-        self._count[self._level(episode)] += 1
-        self._tokens[self._level(episode)] += episode.tokens
+        level = self._level(episode)
+        self._count[level] += 1
+        self._tokens[level] += episode.tokens
         self.tokens_in_flight += episode.tokens
 
     def _count_out(self, episode: _Episode) -> None:
-        self._count[self._level(episode)] -= 1
-        self._tokens[self._level(episode)] -= episode.tokens
+        level = self._level(episode)
+        self._count[level] -= 1
+        self._tokens[level] -= episode.tokens
         self.tokens_in_flight -= episode.tokens
