@@ -194,7 +194,18 @@ def test_a_cache_that_holds_no_conversation_is_refused():
         engine(kv_tokens=399)
 
 
-def test_what_a_real_engine_refuses_is_refused():
+@pytest.mark.parametrize("odd", [100, -1, 2**32, 2**40])
+def test_what_a_real_engine_refuses_is_refused(odd: int):
     with pytest.raises(ExceptionGroup) as caught:
-        ask_all(engine(), [([100], sampling())])
-    assert caught.group_contains(ValueError, match="has id 100")
+        ask_all(engine(), [([1, 2, odd, 3], sampling())])
+    assert caught.group_contains(ValueError, match=f"has id {odd}, ")
+
+
+def test_a_prompt_that_grew_is_checked_where_it_is_new():
+    async def main():
+        simulated = engine()
+        one = await simulated.generate([1] * 20, sampling(), conversation="a")
+        with pytest.raises(ValueError, match="has id 100, "):
+            await simulated.generate([*[1] * 20, *one.response_ids, 100], sampling(), conversation="a")
+
+    asyncio.run(main())
