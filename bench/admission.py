@@ -9,8 +9,9 @@ limit. kv: all of them ask, and the controller lets in whom it likes; it starts 
 The engine is SGLang's scheduler as arithmetic, with the same prompts, lengths and latencies in every run; a finished
 episode's KV entries stay until they are evicted, as there. The best fixed limit is chosen here in hindsight, after trying all.
 
-    1-8 turns, each as likely; response lognormal, median 300; output of a cell lognormal, median 150; tool lognormal, median
-    0.8 s, p99 8.2 s; first prompt 1,200 to 2,000 tokens. Qwen2.5-7B in bf16 on an 80 GB H100: arithmetic, not measured.
+    1-8 turns, each as likely; response lognormal, median 300, or up to the first stop id if that comes sooner (one id in 256:
+    170 on average); output of a cell lognormal, median 150; tool lognormal, median 0.8 s, p99 8.2 s; first prompt 1,200 to
+    2,000 tokens. Qwen2.5-7B in bf16 on an 80 GB H100: arithmetic, not measured.
 
 The last line is JSON.
 """
@@ -27,13 +28,13 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
-import uvloop
 
 from bench.machine import machine
 from l0fast.engine.base import Engine, Sampling
 from l0fast.engine.distributions import lognormal
 from l0fast.engine.gate import gated
 from l0fast.engine.simulated import SimulatedClock, SimulatedEngine, Speed
+from l0fast.garbage import old_objects_aside
 from l0fast.rollout.admission import Admission
 
 matplotlib.use("Agg")
@@ -71,37 +72,60 @@ class Result:
     in_flight: float
     """Mean over the time."""
     running: float
-    """Requests the engine worked on, mean."""
+    """Requests the engines worked on, mean."""
+    turns: int
+    """Finished."""
+    wall_s: float
+    """That it took to simulate."""
+    times_real_time: float
+    """Simulated seconds in one of these."""
 
 
-async def simulate(kv_tokens: int, limit: int | None, seconds: float) -> Result:
-    """Play for so long on the simulated clock, from the first prompt on."""
+def simulate(
+    kv_tokens: int,
+    limit: int | None,
+    seconds: float,
+    *,
+    replicas: int = 1,
+    median_response: int = 300,
+    vocab_size: int = 256,
+) -> Result:
+    """Play for so long on the simulated clock, from the first prompt on. `kv_tokens` are those of each replica."""
     clock = SimulatedClock()
     engine = SimulatedEngine(
-        vocab_size=256,
+        vocab_size=vocab_size,
         max_tokens=32_768,
         slots=OFFERED,
         kv_tokens=kv_tokens,
+        replicas=replicas,
         speed=SPEED,
-        response_tokens=lognormal(300, 0.7),
+        response_tokens=lognormal(median_response, 0.7),
         forgets=False,
         clock=clock,
     )
+    with old_objects_aside():
+        return clock.run(_simulate(clock, engine, limit, seconds))
+
+
+async def _simulate(clock: SimulatedClock, engine: SimulatedEngine, limit: int | None, seconds: float) -> Result:
+    began = time.perf_counter()
     admission = Admission()
     front: Engine = engine
     if limit is None:
         # what waits is to be seen, not cut off
         front = await gated(engine, admission, timeout_s=86_400.0, clock=clock)
     output, latency = lognormal(150, 0.8), lognormal(0.8, 1.0)
-    numbers, finished, in_flight_s = itertools.count(), 0, 0.0
+    numbers, finished, turns, in_flight_s = itertools.count(), 0, 0, 0.0
 
     async def play(number: int) -> None:
+        nonlocal turns
         rng = random.Random(number)
         prompt = (number % 256,) * rng.randint(1200, 2000)
         for turn in range(rng.randint(1, 8)):
             sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=(0,), seed=number * 8 + turn)
             sampled = await front.generate(prompt, sampling, conversation=str(number))
-            prompt = (*prompt, *sampled.response_ids, *(1,) * int(output(rng.random())))
+            turns += 1
+            prompt += sampled.response_ids + (1,) * int(output(rng.random()))
             await clock.sleep(latency(rng.random()))
         front.forget(str(number))
 
@@ -116,7 +140,7 @@ async def simulate(kv_tokens: int, limit: int | None, seconds: float) -> Result:
         while clock.now_s < seconds:
             await clock.sleep(1.0)
             in_flight_s += limit or admission.num_in_flight
-        load, slot_s, ended = await engine.load(), engine.slot_s(), finished
+        load, slot_s, ended, wall_s = await engine.load(), engine.slot_s(), finished, time.perf_counter() - began
         for player_task in players:
             player_task.cancel()
     return Result(
@@ -126,17 +150,23 @@ async def simulate(kv_tokens: int, limit: int | None, seconds: float) -> Result:
         computed_again=load.recomputed_tokens / load.prefill_tokens,
         in_flight=in_flight_s / clock.now_s,
         running=slot_s / clock.now_s,
+        turns=turns,
+        wall_s=wall_s,
+        times_real_time=clock.now_s / wall_s,
     )
 
 
 def show(name: str, kv_tokens: int, results: list[Result]) -> None:
     print(f"\n{name}: {kv_tokens:,} KV entries")
-    print(f"{'in flight':>14} {'mean':>6} {'running':>8} {'tokens/s':>9} {'episodes/s':>11} {'computed again':>15}")
+    print(
+        f"{'in flight':>14} {'mean':>6} {'running':>8} {'tokens/s':>9} {'episodes/s':>11} {'computed again':>15} "
+        f"{'x real time':>12}"
+    )
     for r in results:
         limit = "kv" if r.limit is None else f"at most {r.limit}"
         print(
             f"{limit:>14} {r.in_flight:6.0f} {r.running:8.0f} {r.tokens_per_s:9,.0f} {r.episodes_per_s:11.2f} "
-            f"{r.computed_again:15.1%}"
+            f"{r.computed_again:15.1%} {r.times_real_time:12,.0f}"
         )
 
 
@@ -167,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{args.seconds:g} simulated seconds a row, {OFFERED} episodes offered")
     tables: dict[str, list[Result]] = {}
     for name, kv_tokens in CAPACITIES.items():
-        tables[name] = [uvloop.run(simulate(kv_tokens, limit, args.seconds)) for limit in (*LIMITS, None)]
+        tables[name] = [simulate(kv_tokens, limit, args.seconds) for limit in (*LIMITS, None)]
         show(name, kv_tokens, tables[name])
     gains = {}
     for name, results in tables.items():
@@ -181,12 +211,19 @@ def main(argv: list[str] | None = None) -> int:
         }
         print(f"\nengine with {name}: kv is {gains[name]['over_no_limit']:.2f}x of no limit ({OFFERED}), and ", end="")
         print(f"{gains[name]['over_best_fixed']:.2f}x of the best fixed one, {best.limit}")
+    runs = [r for results in tables.values() for r in results]
+    simulated_s, wall_s = args.seconds * len(runs), sum(r.wall_s for r in runs)
+    print(
+        f"\n{simulated_s:,.0f} simulated seconds in {wall_s:.1f} s: {simulated_s / wall_s:,.0f} times real time, "
+        f"{sum(r.turns for r in runs) / wall_s:,.0f} turns a second"
+    )
     result = {
         "bench": "admission",
         "machine": machine(),
         "wall_s": round(time.perf_counter() - began, 1),
         "cpu_s": round(time.process_time() - began_cpu, 1),
         "simulated_s": args.seconds,
+        "times_real_time": round(simulated_s / wall_s, 1),
         "speed": asdict(SPEED),
         "kv_tokens": CAPACITIES,
         "gains": gains,

@@ -1,19 +1,29 @@
-"""Two clocks for what is simulated: events that cost no time, and the loop's own time, compressed.
+"""Two clocks for what is simulated: one that moves when nothing else does, and the loop's own, compressed.
 
-    SimulatedClock     now_s jumps to the next event once the loop has nothing left to do: as fast as the host can
+    SimulatedClock     now_s jumps to the next event whenever its loop would have to wait: as fast as the host can
     CompressedClock    now_s = loop.time() x time_compression: whatever delays the loop delays the simulated world too
 
 Both wake sleepers and call back in the order of their times.
+
+How the first one knows: asyncio's loop asks its selector to wait exactly when no callback is ready. The selector of
+`SimulatedClock.run` looks for I/O without waiting, and where there is none lets the next event happen instead:
+
+    no callback is ready: select(timeout) -> I/O that has come, else the next event, else (no events) wait for I/O
+
+So an event happens when all that the last one set going has come to rest, however many turns of the loop that takes: the same
+program has the same times, and no turn is lost on finding out. The loop's own timers, deadlines in real seconds, run when
+they are due. A thread's work takes no time on this clock, which runs ahead of it.
 """
 
 import asyncio
 import heapq
 import itertools
-from collections.abc import Callable
-from typing import Any, Protocol
+import selectors
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
 
-_SETTLE_TURNS = 10
-"""Loop turns that what was woken has to go to sleep again, before time moves on."""
+T = TypeVar("T")
+
 _TIMER_S = 0.0005
 """uvloop rounds a timer to the nearest millisecond: asked for this much later, it never fires early [s]."""
 
@@ -27,11 +37,7 @@ class Clock(Protocol):
     def now_s(self) -> float: ...
 
     def call_at(self, at_s: float, call: Callable[[], Any]) -> Timer:
-        """Call when `now_s` has come to `at_s`; soon, where it has already. What returns False has woken nobody."""
-        ...
-
-    def touch(self) -> None:
-        """Something is going on: whoever moves time by hand waits a little longer."""
+        """Call when `now_s` has come to `at_s`; soon, where it has already. What returns False has set nothing going."""
         ...
 
     async def sleep(self, duration_s: float) -> None:
@@ -59,52 +65,69 @@ class _Event:
 
 
 class SimulatedClock:
-    """Event time, from 0.
-
-    Time moves when nothing was asked for or came for `_SETTLE_TURNS` turns of the loop; work that takes more turns than
-    that starts late on this clock.
-    """
+    """Event time, from 0. Made outside the loop, which it brings along: `clock.run(main(clock))`."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
         """[s]"""
         self._events: list[tuple[float, int, _Event]] = []
         self._order = itertools.count()
-        self._quiet_turns = 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        """The one that turns for us; none while there are no events."""
+        """The one that moves it; none outside `run`."""
+
+    def run(self, main: Coroutine[Any, Any, T]) -> T:
+        """What `asyncio.run` does, on a loop that moves this clock. An event that raises ends the run with that."""
+        try:
+            with asyncio.Runner(loop_factory=self._new_loop) as runner:
+                return runner.run(main)
+        finally:
+            # what had been left to happen would wake tasks of a loop that is closed
+            self._loop = None
+            self._events.clear()
 
     def call_at(self, at_s: float, call: Callable[[], Any]) -> Timer:
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            self._loop = loop
-            loop.call_soon(self._tick)
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(
+                "a SimulatedClock moves on no loop but its own: start with clock.run(main()) in place of asyncio.run(main()), "
+                "or use a CompressedClock"
+            )
         event = _Event(call)
         heapq.heappush(self._events, (max(at_s, self.now_s), next(self._order), event))
-        self._quiet_turns = 0
         return event
-
-    def touch(self) -> None:
-        self._quiet_turns = 0
 
     async def sleep(self, duration_s: float) -> None:
         await _sleep_on(self, duration_s)
 
-    def _tick(self) -> None:
-        # what was cancelled neither moves time nor keeps the loop turning
+    def has_events(self) -> bool:
+        """Whether anything is to happen; what was cancelled is not."""
         while self._events and self._events[0][2].call is None:
             heapq.heappop(self._events)
-        if not self._events:
-            self._loop = None
-            return
-        self._quiet_turns += 1
-        if self._quiet_turns > _SETTLE_TURNS:
-            self._quiet_turns = 0
+        return bool(self._events)
+
+    def move(self) -> None:
+        """To the next event that sets something going, or past the last."""
+        while self.has_events():
             self.now_s, _, event = heapq.heappop(self._events)
             assert event.call is not None
-            if event.call() is False:
-                self._quiet_turns = _SETTLE_TURNS
-        asyncio.get_running_loop().call_soon(self._tick)
+            if event.call() is not False:
+                return
+
+    def _new_loop(self) -> asyncio.AbstractEventLoop:
+        self._loop = asyncio.SelectorEventLoop(_MovesInsteadOfWaiting(self))
+        return self._loop
+
+
+class _MovesInsteadOfWaiting(selectors.DefaultSelector):
+    def __init__(self, clock: SimulatedClock):
+        super().__init__()
+        self._clock = clock
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout == 0 or not self._clock.has_events():
+            return super().select(timeout)
+        if not (ready := super().select(0)):
+            self._clock.move()
+        return ready
 
 
 class CompressedClock:
@@ -128,9 +151,6 @@ class CompressedClock:
         loop = asyncio.get_running_loop()
         delay_s = at_s / self.time_compression - self._loop_s(loop)
         return loop.call_later(max(0.0, delay_s) + _TIMER_S, call)
-
-    def touch(self) -> None:
-        pass
 
     async def sleep(self, duration_s: float) -> None:
         await _sleep_on(self, duration_s)

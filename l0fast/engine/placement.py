@@ -39,8 +39,9 @@ class Placement:
         return home
 
     def _should_leave(self, home: int) -> bool:
-        least = min(self._requests[engine] for engine in self._up)
-        return self._requests[home] >= self._slots and least <= (1 - FREE_SHARE) * self._slots
+        if self._requests[home] < self._slots:
+            return False
+        return min(self._requests[engine] for engine in self._up) <= (1 - FREE_SHARE) * self._slots
 
     def done(self, engine: int) -> None:
         """A request that was placed there is answered, or given up."""

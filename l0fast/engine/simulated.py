@@ -1,16 +1,19 @@
 """An engine without a model, for tests, benchmarks and predictions: scripted or random ids, and time that is only counted.
 
     response     what `script` says, or: a length drawn from `response_tokens`, ids uniform, a stop id last
-    time         what a `Replica` says, SGLang's scheduler as arithmetic (simulated_replica.py), on `clock`
+    time         what a `Replica` says, SGLang's scheduler as arithmetic (simulated_replica.py), on `clock` (clock.py)
     replicas     several of them, side by side; placement.py says which one a turn goes to
     log-probs    -2 u
 
 Every draw is a function of (engine seed, request seed, end of the prompt, position) alone: neither timing, nor who else
-asks, nor the policy version changes what is said. No token costs a turn of the loop; a request costs some 100 us of the
-host's CPU, and as much again where its prompt has thousands of ids, which have to be compared.
+asks, nor the policy version changes what is said. No token costs anything: a turn of an agent costs 0.13 to 0.5 ms of
+the host's CPU, more for long prompts, whose ids are compared. So time goes thousands of times as fast as real time where a
+few turns a second end, and hundreds of times for an engine that is full (`python -m bench.simulated_speed`, README.md).
 """
 
 import asyncio
+import math
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -33,6 +36,8 @@ Script = Callable[[Sequence[int], Sampling, str], Sequence[int]]
 
 _POOL = 1 << 13
 """Random numbers that responses are slices of."""
+_NO_TIME = 1e6
+"""Compression that leaves nothing of a response's time but the loop's timers."""
 _TAIL = 64
 """Last ids of a prompt that stand for it in a draw."""
 
@@ -78,14 +83,14 @@ class SimulatedEngine:
             forgets: `forget` frees KV entries at once; SGLang's wait to be evicted.
             mean_response_tokens: of responses that no script gives and `response_tokens` does not say [tokens].
             response_tokens: their lengths (distributions.py).
-            clock: shared with whatever else is simulated; None makes a `SimulatedClock`.
+            clock: shared with whatever else is simulated; None is for a world that is real: on any loop, in next to no time.
         """
         kv_tokens = slots * max_tokens if kv_tokens is None else kv_tokens
         if kv_tokens < max_tokens:
             raise ValueError(
                 f"kv_tokens = {kv_tokens} can't hold one conversation of max_tokens = {max_tokens}: give more"
             )
-        self.clock: Clock = clock or SimulatedClock()
+        self.clock: Clock = clock or CompressedClock(_NO_TIME)
         self.policy_version = 0
         self._vocab_size, self._max_tokens = vocab_size, max_tokens
         self._seed, self._script, self._update_s = seed, script, update_s
@@ -176,7 +181,6 @@ class SimulatedEngine:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         served.futures[request] = future
         try:
-            self.clock.touch()
             served.replica.submit(request, self.clock.now_s)
             self._deliver(served)
             await future
@@ -201,11 +205,11 @@ class SimulatedEngine:
         at_s = replica.next_event_s
         if served.timer is not None:
             # firing early costs a look, and is rarer than moving the timer with every request
-            if served.timer_s <= at_s < float("inf"):
+            if served.timer_s <= at_s < math.inf:
                 return woken
             served.timer.cancel()
             served.timer = None
-        if at_s < float("inf"):
+        if at_s < math.inf:
             served.timer, served.timer_s = self.clock.call_at(at_s, lambda: self._wake(served)), at_s
         return woken
 
@@ -232,9 +236,11 @@ class SimulatedEngine:
     def _check(self, prompt: tuple[int, ...], matched: int, sampling: Sampling) -> None:
         check_sampling(sampling, vocab_size=self._vocab_size)
         # what is known was checked before, and an array of a long prompt costs more than all the rest
-        new = prompt[matched:]
-        fits = new and min(new) >= 0 and max(new) < self._vocab_size
-        if not fits or len(prompt) + sampling.max_new_tokens > self._max_tokens:
+        if (
+            matched == len(prompt)
+            or _largest(prompt[matched:]) >= self._vocab_size
+            or len(prompt) + sampling.max_new_tokens > self._max_tokens
+        ):
             ids = np.array(prompt, np.int64)
             check_prompt(ids, sampling.max_new_tokens, vocab_size=self._vocab_size, max_tokens=self._max_tokens)
 
@@ -249,21 +255,32 @@ class SimulatedEngine:
         else:
             response = tuple(self._script(prompt, sampling, conversation))[: sampling.max_new_tokens]
         for stop in sampling.stop_token_ids:
-            if stop in response:
+            try:
                 response = response[: response.index(stop) + 1]
+            except ValueError:
+                # it is not in it
+                continue
         return response, bool(response) and response[-1] in sampling.stop_token_ids, (key >> 20) % _POOL
 
     def _draw(self, u: float, at: int, sampling: Sampling) -> tuple[int, ...]:
         length = 1 + int(self._response_tokens(u))
         response = self._ids[at : at + min(length, sampling.max_new_tokens)]
         if length <= sampling.max_new_tokens and sampling.stop_token_ids:
-            response = (*response[:-1], sampling.stop_token_ids[0])
+            response = response[:-1] + sampling.stop_token_ids[:1]
         return response
 
 
 def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     """Leading ids that are equal."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _largest(ids: tuple[int, ...]) -> int:
+    """Some three times as fast as `max`; too large to be any id where one is negative."""
+    try:
+        return int(np.frombuffer(array("I", ids), np.uint32).max())
+    except OverflowError:
+        return 2**32
 
 
 def _mix(z: int) -> int:

@@ -110,6 +110,8 @@ class Replica:
         self._finishes: list[tuple[int, int, Request]] = []
         self._order = itertools.count()
         self._steps = 0
+        self._next_steps, self._next_steps_s = 0, 0.0
+        """Until the next event, while requests run."""
         self._base_s = 0.0
         """When `_steps` were done, while requests run."""
         self._locked = 0
@@ -189,7 +191,7 @@ class Replica:
             if self._prefilling:
                 self._prefilled()
             elif self._running:
-                self._decode(self._next_steps)
+                self._decode(self._next_steps, self._next_steps_s)
                 self._finish()
                 if self._locked + len(self._running) > self.kv_tokens:
                     self._retract()
@@ -245,13 +247,14 @@ class Replica:
                 heapq.heappop(self._finishes)  # it left before
             steps = self._finishes[0][0] - self._steps
             steps = min(steps, max(1, (self.kv_tokens - self._locked) // len(self._running)))
+            first_s, growth_s = self._step_times()
             if tries:
                 # a batch forms between two steps
-                done = self._steps_in(self._now_s - self._base_s)
-                on_time = self._base_s + self._time_of(done) >= self._now_s - 1e-9
+                done = _steps_in(self._now_s - self._base_s, first_s, growth_s)
+                on_time = self._base_s + _time_of(done, first_s, growth_s) >= self._now_s - 1e-9
                 steps = min(steps, done if on_time and done else done + 1)
-            self._next_steps = steps
-            self.next_event_s = self._base_s + self._time_of(steps)
+            self._next_steps, self._next_steps_s = steps, _time_of(steps, first_s, growth_s)
+            self.next_event_s = self._base_s + self._next_steps_s
 
     def _admit(self) -> None:
         batch, new_tokens = self._prefilling, 0
@@ -270,7 +273,8 @@ class Replica:
             self._evictable -= prefix
             self._locked += total
             self._expected += expects
-            self._evict(self.kv_tokens - self._locked)
+            if self._evictable > self.kv_tokens - self._locked:
+                self._evict(self.kv_tokens - self._locked)
             computed_before = min(request.matched_tokens, total - 1)
             hit = min(prefix, computed_before)
             if not request.admitted:
@@ -329,11 +333,13 @@ class Replica:
     def _settle(self) -> None:
         """Count the steps done by now."""
         if self._running and not self._prefilling:
-            self._decode(self._steps_in(self._now_s - self._base_s))
+            first_s, growth_s = self._step_times()
+            steps = _steps_in(self._now_s - self._base_s, first_s, growth_s)
+            self._decode(steps, _time_of(steps, first_s, growth_s))
             self._plan()
 
-    def _decode(self, steps: int) -> None:
-        requests, duration_s = len(self._running), self._time_of(steps)
+    def _decode(self, steps: int, duration_s: float) -> None:
+        requests = len(self._running)
         self._steps += steps
         self._base_s += duration_s
         self._locked += requests * steps
@@ -342,7 +348,8 @@ class Replica:
         self._decoded_tokens += requests * steps
         self._decode_s += duration_s
         self._slot_s += duration_s * requests
-        self._evict(self.kv_tokens - self._locked)
+        if self._evictable > self.kv_tokens - self._locked:
+            self._evict(self.kv_tokens - self._locked)
 
     def _leave(self, request: Request) -> None:
         """Stop running."""
@@ -383,22 +390,22 @@ class Replica:
             speed.step_kv_s * requests,
         )
 
-    def _time_of(self, steps: int) -> float:
-        first_s, growth_s = self._step_times()
-        return steps * first_s + growth_s * steps * (steps - 1) / 2
 
-    def _steps_in(self, duration_s: float) -> int:
-        """Whole steps."""
-        first_s, growth_s = self._step_times()
-        duration_s = max(0.0, duration_s) + 1e-9
-        if growth_s * duration_s < 1e-9 * first_s * first_s:
-            steps = int(duration_s / first_s)
-        else:
-            b = first_s - growth_s / 2
-            steps = int((math.sqrt(b * b + 2 * growth_s * duration_s) - b) / growth_s)
-        while self._time_of(steps) > duration_s:
-            steps -= 1
-        return steps
+def _time_of(steps: int, first_s: float, growth_s: float) -> float:
+    return steps * first_s + growth_s * steps * (steps - 1) / 2
+
+
+def _steps_in(duration_s: float, first_s: float, growth_s: float) -> int:
+    """Whole steps."""
+    duration_s = max(0.0, duration_s) + 1e-9
+    if growth_s * duration_s < 1e-9 * first_s * first_s:
+        steps = int(duration_s / first_s)
+    else:
+        b = first_s - growth_s / 2
+        steps = int((math.sqrt(b * b + 2 * growth_s * duration_s) - b) / growth_s)
+    while _time_of(steps, first_s, growth_s) > duration_s:
+        steps -= 1
+    return steps
 
 
 def _expects(request: Request) -> int:

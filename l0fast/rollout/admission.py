@@ -144,8 +144,9 @@ class Admission:
             episode.shared = cached_tokens
             episode.before -= cached_tokens
         tokens -= episode.shared
-        self._went_on[self._level(episode)] += 1
-        self._growth[self._level(episode)] += tokens - episode.before
+        level = self._level(episode)
+        self._went_on[level] += 1
+        self._growth[level] += tokens - episode.before
         self._count_out(episode)
         episode.turns, episode.tokens, episode.before = episode.turns + 1, tokens, tokens
         self._count_in(episode)
@@ -229,7 +230,8 @@ class Admission:
                 if needed is None:
                     needed = self._forecast()
                 needed = needed + self._forecast_of(episode)
-                if needed.max() > self.fill * self.max_tokens:
+                # of a dozen numbers Python finds the largest sooner than numpy
+                if max(needed.tolist()) > self.fill * self.max_tokens:
                     break
             if self._parked:
                 heapq.heappop(self._parked)
@@ -313,11 +315,13 @@ class Admission:
         self._count_in(episode)
 
     def _count_in(self, episode: _Episode) -> None:
-        self._count[self._level(episode)] += 1
-        self._tokens[self._level(episode)] += episode.tokens
+        level = self._level(episode)
+        self._count[level] += 1
+        self._tokens[level] += episode.tokens
         self.tokens_in_flight += episode.tokens
 
     def _count_out(self, episode: _Episode) -> None:
-        self._count[self._level(episode)] -= 1
-        self._tokens[self._level(episode)] -= episode.tokens
+        level = self._level(episode)
+        self._count[level] -= 1
+        self._tokens[level] -= episode.tokens
         self.tokens_in_flight -= episode.tokens

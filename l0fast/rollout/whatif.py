@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import uvloop
 from pydantic import ValidationError
 
 from l0fast.children import output_of
@@ -177,7 +176,8 @@ def simulate(
     recording: Recording, config: RunConfig, timing: Timing, *, steps: int, first: int = 0, kv_tokens: int | None = None
 ) -> Simulated:
     """Play `steps` steps of a recording from its step `first` on, with these settings and this timing."""
-    return uvloop.run(_Replay(recording, config, timing, first, kv_tokens).run(steps))
+    replay = _Replay(recording, config, timing, first, kv_tokens)
+    return replay.clock.run(replay.run(steps))
 
 
 def _predict(recording: Recording, changed: RunConfig, kv_tokens: int | None) -> Prediction:

@@ -8,18 +8,18 @@ import pytest
 
 from l0fast.engine.base import Engine, Sampling, VersionSpan
 from l0fast.engine.distributions import lognormal, recorded
-from l0fast.engine.simulated import CompressedClock, SimulatedClock, SimulatedEngine, Speed
+from l0fast.engine.simulated import Clock, CompressedClock, SimulatedClock, SimulatedEngine, Speed
 
 
-def engine(**changes) -> SimulatedEngine:
-    return SimulatedEngine(**{"vocab_size": 100, "max_tokens": 400, **changes})
+def engine(clock: Clock | None = None, **changes) -> SimulatedEngine:
+    return SimulatedEngine(**{"vocab_size": 100, "max_tokens": 400, "clock": clock, **changes})
 
 
 def sampling(seed=0, *, max_new_tokens=64, stop=(7,)) -> Sampling:
     return Sampling(max_new_tokens=max_new_tokens, stop_token_ids=stop, seed=seed)
 
 
-def ask_all(simulated: Engine, jobs):
+def ask_all(simulated: Engine, jobs, run=asyncio.run):
     async def main():
         async with asyncio.TaskGroup() as tg:
             tasks = [
@@ -28,7 +28,7 @@ def ask_all(simulated: Engine, jobs):
             ]
         return [t.result() for t in tasks]
 
-    return asyncio.run(main())
+    return run(main())
 
 
 def test_the_same_seed_says_the_same_whoever_shares_the_engine():
@@ -63,29 +63,12 @@ def test_a_script_is_followed_to_its_first_stop_and_to_the_limit():
 def test_time_is_counted_in_slots_and_tokens_and_nobody_waits():
     clock = SimulatedClock()
     speed = Speed(prefill_tokens_per_s=1000, step_s=1)
-    simulated = engine(slots=2, clock=clock, script=lambda *_: [1] * 10, speed=speed)
+    simulated = engine(clock, slots=2, script=lambda *_: [1] * 10, speed=speed)
     started = time.monotonic()
-    ask_all(simulated, [([1] * 100, sampling(i)) for i in range(6)])
+    ask_all(simulated, [([1] * 100, sampling(i)) for i in range(6)], clock.run)
     # three rounds of two: 0.2 s for two prompts and the first id of each, 9 steps for the others
     assert clock.now_s == pytest.approx(3 * (0.2 + 9))
     assert time.monotonic() - started < 5
-
-
-def test_sleepers_wake_in_the_order_of_their_times():
-    async def main():
-        clock, woken = SimulatedClock(), []
-
-        async def sleeper(duration_s):
-            await clock.sleep(duration_s)
-            woken.append((duration_s, clock.now_s))
-
-        async with asyncio.TaskGroup() as tg:
-            tasks = [tg.create_task(sleeper(d)) for d in (3.0, 1.0, 2.0, 9.0)]
-            await asyncio.sleep(0)
-            tasks[0].cancel()
-        return woken
-
-    assert asyncio.run(main()) == [(1.0, 1.0), (2.0, 2.0), (9.0, 9.0)]
 
 
 def test_a_conversation_finds_its_prefix_until_the_weights_change():
@@ -107,8 +90,10 @@ def test_a_conversation_finds_its_prefix_until_the_weights_change():
 
 
 def test_cancelling_frees_the_slot():
+    clock = SimulatedClock()
+    simulated = engine(clock, slots=1)
+
     async def main():
-        simulated = engine(slots=1)
         tasks = [asyncio.create_task(simulated.generate([1], sampling(i), conversation=str(i))) for i in range(3)]
         await asyncio.sleep(0)
         before = await simulated.load()
@@ -117,21 +102,22 @@ def test_cancelling_frees_the_slot():
         await tasks[2]
         return before, await simulated.load()
 
-    before, after = asyncio.run(main())
+    before, after = clock.run(main())
     assert (before.running, before.waiting) == (1, 2)
     assert (after.running, after.waiting) == (0, 0)
 
 
 def test_weights_may_come_while_it_samples():
+    clock = SimulatedClock()
+    simulated = engine(clock, script=lambda *_: [1] * 10, speed=Speed(step_s=1.0), update_s=3.0)
+
     async def main():
-        clock = SimulatedClock()
-        simulated = engine(clock=clock, script=lambda *_: [1] * 10, speed=Speed(step_s=1.0), update_s=3.0)
         running = asyncio.create_task(simulated.generate([1] * 20, sampling(), conversation="a"))
         await clock.sleep(4.5)
         await simulated.update_weights(2)
         return await running, clock.now_s
 
-    sampled, now_s = asyncio.run(main())
+    sampled, now_s = clock.run(main())
     assert sampled.version_spans == (VersionSpan(0, 0, 5), VersionSpan(2, 5, 10))
     assert sampled.policy_version == 0
     assert sampled.response_ids == (1,) * 10
@@ -139,9 +125,8 @@ def test_weights_may_come_while_it_samples():
 
 
 def test_replicas_work_side_by_side_and_a_conversation_stays_where_it_was():
-    async def main(replicas: int):
-        clock = SimulatedClock()
-        simulated = engine(clock=clock, slots=1, replicas=replicas, script=lambda *_: [1] * 11, speed=Speed(step_s=1.0))
+    async def main(clock: Clock, replicas: int):
+        simulated = engine(clock, slots=1, replicas=replicas, script=lambda *_: [1] * 11, speed=Speed(step_s=1.0))
 
         async def talk(i: int):
             one = await simulated.generate([1] * 20, sampling(), conversation=str(i))
@@ -151,8 +136,9 @@ def test_replicas_work_side_by_side_and_a_conversation_stays_where_it_was():
         cached = await asyncio.gather(*(talk(i) for i in range(4)))
         return clock.now_s, cached, simulated.slot_s(), await simulated.load()
 
-    one_s, cached, slot_s, load = asyncio.run(main(1))
-    four_s, cached_4, slot_s_4, load_4 = asyncio.run(main(4))
+    one, four = SimulatedClock(), SimulatedClock()
+    one_s, cached, slot_s, load = one.run(main(one, 1))
+    four_s, cached_4, slot_s_4, load_4 = four.run(main(four, 4))
     assert one_s == pytest.approx(4 * four_s, rel=0.05)
     assert cached == cached_4 == [30] * 4
     assert slot_s == pytest.approx(slot_s_4, rel=0.05)
@@ -188,7 +174,7 @@ def test_on_the_loops_own_clock_time_passes_so_many_times_as_fast():
     async def main():
         loop = asyncio.get_running_loop()
         clock = CompressedClock(1000)
-        simulated = engine(clock=clock, script=lambda *_: [1] * 20, speed=Speed(step_s=1.0))
+        simulated = engine(clock, script=lambda *_: [1] * 20, speed=Speed(step_s=1.0))
         began = loop.time()
         await simulated.generate([1], sampling(), conversation="a")
         took = loop.time() - began
@@ -208,7 +194,18 @@ def test_a_cache_that_holds_no_conversation_is_refused():
         engine(kv_tokens=399)
 
 
-def test_what_a_real_engine_refuses_is_refused():
+@pytest.mark.parametrize("odd", [100, -1, 2**32, 2**40])
+def test_what_a_real_engine_refuses_is_refused(odd: int):
     with pytest.raises(ExceptionGroup) as caught:
-        ask_all(engine(), [([100], sampling())])
-    assert caught.group_contains(ValueError, match="has id 100")
+        ask_all(engine(), [([1, 2, odd, 3], sampling())])
+    assert caught.group_contains(ValueError, match=f"has id {odd}, ")
+
+
+def test_a_prompt_that_grew_is_checked_where_it_is_new():
+    async def main():
+        simulated = engine()
+        one = await simulated.generate([1] * 20, sampling(), conversation="a")
+        with pytest.raises(ValueError, match="has id 100, "):
+            await simulated.generate([*[1] * 20, *one.response_ids, 100], sampling(), conversation="a")
+
+    asyncio.run(main())

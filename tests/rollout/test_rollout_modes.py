@@ -406,7 +406,7 @@ def busy(schedule: Callable[[], Schedule], *, num_steps: int = 12) -> tuple[floa
                 groups.done()
             return (engine.slot_s() - from_slot_s) / (slots * (clock.now_s - from_s))
 
-    return asyncio.run(main()), batch
+    return clock.run(main()), batch
 
 
 def test_carrying_groups_over_keeps_an_engine_busy_that_on_policy_leaves_waiting():

@@ -36,9 +36,11 @@ CONFIG = RunConfig.model_validate(
 )
 
 
-async def record(folder: Path, *, steps: int, tool_s: float, learn_s_per_token: float, dropped: int) -> None:
+async def record(
+    clock: SimulatedClock, folder: Path, *, steps: int, tool_s: float, learn_s_per_token: float, dropped: int
+) -> None:
     """Play on-policy steps in a world of known speed, and write what a run would of them."""
-    clock, rng = SimulatedClock(), random.Random(0)
+    rng = random.Random(0)
     said: dict[str, tuple[int, ...]] = {}
     engine = SimulatedEngine(
         vocab_size=64, max_tokens=4000, slots=16, speed=SPEED, script=lambda p, s, name: said[name], clock=clock
@@ -111,7 +113,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for name, kind in kinds.items():
         folders[name] = tmp_path_factory.mktemp("runs") / name
-        asyncio.run(record(folders[name], steps=4, **kind))
+        clock = SimulatedClock()
+        clock.run(record(clock, folders[name], steps=4, **kind))
     return folders
 
 
