@@ -321,6 +321,8 @@ class _TurnDeadline:
     ) -> bool | None:
         if self._timer is not None:
             self._timer.cancel()
+            # a timer holds the context it was set in, and the episode's has its deadlines (l0fast/deadlines.py)
+            self._timer = None
         return await self._limit.__aexit__(kind, error, trace)
 
     def _look(self) -> None:
