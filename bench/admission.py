@@ -109,7 +109,8 @@ def simulate(
 
 async def _simulate(clock: SimulatedClock, engine: SimulatedEngine, limit: int | None, seconds: float) -> Result:
     began = time.perf_counter()
-    admission = Admission()
+    # as a run makes it (rooms.py)
+    admission = Admission(new_tokens=MAX_NEW_TOKENS // 4)
     front: Engine = engine
     if limit is None:
         # what waits is to be seen, not cut off

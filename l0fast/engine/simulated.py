@@ -100,9 +100,10 @@ class SimulatedEngine:
             for _ in range(replicas)
         ]
         # slices of these cost nothing, thousands of draws a turn would be most of what this engine costs
-        u = uniforms(np.array([seed % 2**64], np.uint64), np.arange(_POOL + max_tokens))
-        self._ids: tuple[int, ...] = tuple((u * vocab_size).astype(int).tolist()) if script is None else ()
-        self._logprobs: tuple[float, ...] = tuple((-2 * u).tolist())
+        self._uniforms = uniforms(np.array([seed % 2**64], np.uint64), np.arange(_POOL + max_tokens))
+        self._ids: dict[tuple[int, ...], tuple[int, ...]] = {}
+        """By stop ids: those of all others."""
+        self._logprobs: tuple[float, ...] = tuple((-2 * self._uniforms).tolist())
         self._placement = Placement(replicas, slots)
         for i in range(replicas):
             self._placement.up(i)
@@ -254,20 +255,29 @@ class SimulatedEngine:
             response = self._draw((key >> 40) / 2**24, key % _POOL, sampling)
         else:
             response = tuple(self._script(prompt, sampling, conversation))[: sampling.max_new_tokens]
-        for stop in sampling.stop_token_ids:
-            try:
-                response = response[: response.index(stop) + 1]
-            except ValueError:
-                # it is not in it
-                continue
+            for stop in sampling.stop_token_ids:
+                if stop in response:
+                    response = response[: response.index(stop) + 1]
         return response, bool(response) and response[-1] in sampling.stop_token_ids, (key >> 20) % _POOL
 
     def _draw(self, u: float, at: int, sampling: Sampling) -> tuple[int, ...]:
+        stops = sampling.stop_token_ids
+        if (ids := self._ids.get(stops)) is None:
+            ids = self._ids[stops] = self._ids_but(stops)
         length = 1 + int(self._response_tokens(u))
-        response = self._ids[at : at + min(length, sampling.max_new_tokens)]
-        if length <= sampling.max_new_tokens and sampling.stop_token_ids:
-            response = response[:-1] + sampling.stop_token_ids[:1]
-        return response
+        if length > sampling.max_new_tokens or not stops:
+            return ids[at : at + min(length, sampling.max_new_tokens)]
+        return ids[at : at + length - 1] + stops[:1]
+
+    def _ids_but(self, stops: tuple[int, ...]) -> tuple[int, ...]:
+        """A stop id among them would cut a response shorter than was drawn."""
+        left_out = sorted(set(stops))
+        if len(left_out) == self._vocab_size:
+            raise ValueError(f"stop_token_ids = {stops} are all the ids there are: leave one out")
+        ids = (self._uniforms * (self._vocab_size - len(left_out))).astype(int)
+        for stop in left_out:
+            ids += ids >= stop
+        return tuple(ids.tolist())
 
 
 def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:

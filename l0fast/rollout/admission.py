@@ -14,7 +14,8 @@ batch is small. How many fit depends on how long they get, which is known only a
 
 Both from all turns so far, those of episodes in flight included (a hazard a turn, as Kaplan and Meier do it, so that the
 first to finish don't make all look short), the older the fainter. What the forecast gets wrong shows in the engine's own figures:
-`fill` falls where it computes again what it had, and rises where it doesn't although somebody waits.
+`fill` falls where it computes again what it had, and rises where it doesn't although somebody waits. What it computed
+again while more was in flight than may be, or for those that were parked, says nothing about `fill`.
 
 Nobody starves: parked episodes go in the order of their admission, new ones in the order of their coming, and the first in
 line waits only for those in flight to end; one that neither ends nor returns counts no longer after `idle_limit_s`.
@@ -41,7 +42,7 @@ _STAYS, _PRIOR = 0.75, 4
 _FILL, _FILL_MIN, _FILL_MAX = 0.88, 0.5, 1.0
 """Share of the entries that the forecast may need: at first, at least, at most."""
 _PARK = 1.1
-"""What is in flight may be this much more than that before next turns wait."""
+"""What is in flight may be this much more than that before next turns wait; not while the engine computes again what it had."""
 _WASTE_HIGH, _WASTE_LOW = 0.1, 0.03
 """Share of the engine's time that it spends on what it had: from here on `fill` falls, and below that it rises."""
 _FALL, _RISE = 0.95, 1.02
@@ -98,6 +99,8 @@ class Admission:
         self._endings_since_forecast = _FORECAST_AGE
         self._last: EngineLoad | None = None
         self._excused = 0.0
+        self._over = False
+        """Whether more was in flight at the last look than `fill` allows."""
         self._held = False
         """Whether anybody waited since the last look at the engine."""
         self._waste = 0.0
@@ -202,10 +205,16 @@ class Admission:
         else:
             waste = again / max(1, prefill + decoded)
         self._waste += (waste - self._waste) / _SMOOTH
+        over = self.tokens_in_flight > self.fill * self.max_tokens
+        if self._over and not over:
+            # what was wasted until now is no fault of what is in flight now
+            self._waste = 0.0
+        self._over = over
         # a fall takes hold only when what is in flight has shrunk, and a rise shows only when all of it has changed
         if self._waste > _WASTE_HIGH:
-            if self.tokens_in_flight <= self.fill * self.max_tokens:
+            if not over:
                 self.fill = max(_FILL_MIN, self.fill * _FALL)
+                self._waste = 0.0
             self._endings_at_best = 0
         elif self._endings_at_best > 2 * len(self._in_flight) and self._waste < _WASTE_LOW and self._held:
             self.fill = min(_FILL_MAX, self.fill * _RISE)
@@ -235,6 +244,8 @@ class Admission:
                     break
             if self._parked:
                 heapq.heappop(self._parked)
+                # by now it has been evicted, on purpose
+                self._excused += episode.tokens
             else:
                 self._new.popleft()
                 episode.number, self._admitted = self._admitted, self._admitted + 1
@@ -280,7 +291,8 @@ class Admission:
         return goes
 
     def _fits_now(self) -> bool:
-        return not self.max_tokens or self.tokens_in_flight <= _PARK * self.fill * self.max_tokens
+        slack = _PARK if self._waste < _WASTE_HIGH else 1.0
+        return not self.max_tokens or self.tokens_in_flight <= slack * self.fill * self.max_tokens
 
     def _rest(self, conversation: str, episode: _Episode, now_s: float) -> None:
         """Its turn is over."""

@@ -188,6 +188,64 @@ def test_fill_falls_with_work_done_again_and_rises_where_there_is_none():
     assert admission.fill == 1.0 > fallen
 
 
+def all_in_flight(**tokens: int) -> Admission:
+    """Episodes that turned out longer than anybody had thought."""
+    admission = Admission(max_tokens=1000, new_tokens=10)
+    for name in tokens:
+        assert admission.ask(name, 100, 0.0)
+    for name, so_many in tokens.items():
+        admission.ran(name, so_many, 0, 0.0)
+    return admission
+
+
+def wasteful_from(admission: Admission, looks: int) -> None:
+    """Half of the engine's time goes into what it had."""
+    for i in range(looks + 1):
+        work = {"prefill_tokens": 1000 * i, "recomputed_tokens": 1000 * i, "decoded_tokens": 1000 * i}
+        admission.observe(load(**work, prefill_s=float(i), decode_s=float(i)))
+
+
+def test_next_turns_wait_sooner_while_the_engine_computes_again_what_it_had():
+    def let_in(looks: int) -> list[bool]:
+        admission = all_in_flight(a=310, b=310, c=310)
+        wasteful_from(admission, looks)
+        assert 0.88 < admission.tokens_in_flight / 1000 < 1.1 * 0.88
+        return [admission.ask(name, 310, 0.0) for name in "abc"]
+
+    assert let_in(0) == [True, True, True]
+    # with one of them parked the others fit
+    assert let_in(16) == [False, True, True]
+
+
+def test_what_was_wasted_while_too_much_was_in_flight_does_not_lower_fill():
+    admission = all_in_flight(a=310, b=310, c=310)
+    wasteful_from(admission, 16)
+    assert admission.fill == 0.88
+    admission.forget("a")
+    work = {"prefill_tokens": 16_000, "recomputed_tokens": 16_000, "decoded_tokens": 16_000}
+    for more in range(1, 20):
+        # nothing is computed again any more
+        admission.observe(load(**work | {"prefill_tokens": 16_000 + more}, prefill_s=16.0 + more, decode_s=16.0 + more))
+    assert admission.fill == 0.88
+
+
+def test_what_is_computed_again_for_those_that_were_parked_does_not_lower_fill():
+    def fill_after(parked: bool) -> float:
+        admission = all_in_flight(a=500, b=600)
+        if parked:
+            assert not admission.ask("a", 500, 0.0)
+        admission.forget("b")
+        assert admission.admit(0.0) == ["a"] * parked
+        admission.observe(load())
+        # all of its prompt, again
+        for look in range(1, 20):
+            again = min(500, 100 * look)
+            admission.observe(load(prefill_tokens=again, recomputed_tokens=again, prefill_s=float(look)))
+        return admission.fill
+
+    assert fill_after(parked=True) == 0.88 > fill_after(parked=False)
+
+
 def test_what_new_weights_make_the_engine_compute_again_is_not_held_against_anybody():
     admission = Admission(max_tokens=1000)
     for name in "ab":
