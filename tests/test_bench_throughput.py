@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from bench import node_throughput
 from bench import throughput as bench
@@ -147,9 +148,11 @@ def test_an_episode_leaves_no_cycle_that_holds_it(chat: Chat, workload: Workload
             gc.collect()
             gc.disable()
             gc.set_debug(gc.DEBUG_SAVEALL)
-            trajectory = await agent.run_episode(next(tasks), index=0, temperature=1.0, seed=0)
+            # as in a run: what holds the task holds what it returned
+            episode = agent.run_episode(next(tasks), index=0, temperature=1.0, seed=0)
+            trajectory = await asyncio.create_task(episode)
             assert trajectory.status is TrajectoryStatus.COMPLETED
-            del trajectory
+            del trajectory, episode
             gc.collect()
             return [found for found in gc.garbage if isinstance(found, Turn)]
 
@@ -157,7 +160,8 @@ def test_an_episode_leaves_no_cycle_that_holds_it(chat: Chat, workload: Workload
         return workload.page(key)
 
     try:
-        assert asyncio.run(main()) == []
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            assert runner.run(main()) == []
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
