@@ -253,14 +253,10 @@ class _Tool:
         return set(self._tasks)
 
     def _start(self, arguments: str, fetched: Coroutine[Any, Any, bytes]) -> "_Flight":
-        def forget() -> None:
-            if self._flights.get(arguments) is flight:
-                del self._flights[arguments]
-
-        flight = _Flight(self._spec.name, asyncio.create_task(fetched), forget)
+        flight = _Flight(self._spec.name, asyncio.create_task(fetched), arguments, self._flights)
         self._tasks.add(flight.task)
         flight.task.add_done_callback(self._tasks.discard)
-        flight.task.add_done_callback(lambda _: forget())
+        flight.task.add_done_callback(lambda _: flight.forget())
         return flight
 
     async def _fetched(self, key: Key, args: tuple[Any, ...], kw: dict[str, Any]) -> bytes:
@@ -384,9 +380,14 @@ class _Tool:
 class _Flight:
     """A running call and how many wait for it."""
 
-    def __init__(self, name: str, task: asyncio.Task[bytes], forget: Callable[[], None]):
+    def __init__(self, name: str, task: asyncio.Task[bytes], arguments: str, flights: "dict[str, _Flight]"):
         self.task = task
-        self._name, self._forget, self._num_waiters = name, forget, 0
+        self._name, self._arguments, self._flights, self._num_waiters = name, arguments, flights, 0
+
+    def forget(self) -> None:
+        """Whoever calls from now on gets another one."""
+        if self._flights.get(self._arguments) is self:
+            del self._flights[self._arguments]
 
     async def join(self) -> bytes:
         me = asyncio.current_task()
@@ -404,8 +405,8 @@ class _Flight:
                 await self._abandon()
 
     async def _abandon(self) -> None:
-        # first: a caller that comes now gets a new flight
-        self._forget()
+        # first: a caller that comes now must not join
+        self.forget()
         self.task.cancel()
         await asyncio.wait([self.task])
         # the world's failures no longer matter to anyone; a bug does
