@@ -150,9 +150,8 @@ def test_an_episode_leaves_nothing_to_the_cycle_collector(chat: Chat, workload: 
             gc.set_debug(gc.DEBUG_SAVEALL)
             for _ in range(3):
                 # as in a run: what holds the task holds what it returned
-                episode = agent.run_episode(next(tasks), index=0, temperature=1.0, seed=0)
-                assert (await asyncio.create_task(episode)).status is TrajectoryStatus.COMPLETED
-            del episode
+                playing = agent.run_episode(next(tasks), index=0, temperature=1.0, seed=0)
+                assert (await asyncio.create_task(playing)).status is TrajectoryStatus.COMPLETED
             gc.collect()
             return gc.garbage
 
