@@ -1,6 +1,6 @@
 """What admission by KV cache is worth: simulated, against fixed limits on the episodes in flight.
 
-    python -m bench.admission [--seconds 240] [--out FOLDER]
+    python -m bench.admission [--seconds 960] [--out FOLDER]
 
     episodes x (gate with rollout/admission.py | nothing) x engine/simulated.py          one clock, which costs no time
 
@@ -190,7 +190,7 @@ def draw(tables: dict[str, list[Result]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.admission", description="Admission by KV cache, simulated.")
-    parser.add_argument("--seconds", type=float, default=240.0, help="simulated time of each row [s]")
+    parser.add_argument("--seconds", type=float, default=960.0, help="simulated time of each row [s]")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for admission.json and admission.png")
     args = parser.parse_args(argv)
     began, began_cpu = time.perf_counter(), time.process_time()

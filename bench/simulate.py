@@ -35,6 +35,7 @@ def show(prediction: Prediction, changes: dict[str, object]) -> None:
     row("step [s]", [f"{s.step_s:.2f}" for _, s in columns])
     row("episodes/s", [f"{s.episodes_per_s:.2f}" for _, s in columns])
     row("tokens/s", [f"{s.tokens_per_s:,.0f}" for _, s in columns])
+    row("times real time", [f"{s.times_real_time:,.0f}" for _, s in columns])
     for name in ("engine_busy", "slots_busy", "learner_busy"):
         row(name.replace("_", " "), [f"{getattr(s, name):.0%}" for _, s in columns])
     for cause in was.shares:
@@ -82,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _figures(simulated: Simulated) -> dict[str, object]:
-    return {name: value for name, value in asdict(simulated).items() if name != "step_times_s"}
+    figures = {name: value for name, value in asdict(simulated).items() if name != "step_times_s"}
+    return figures | {"times_real_time": simulated.times_real_time}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     young    collected as ever, every 700 new objects: some 2 ms
     old      set aside (gc.freeze) after each collection of the middle generation; freed as ever when nobody refers to it
-    cycles   among what was set aside stay, until `sweep` finds that the process has grown by half
+    cycles   among what was set aside stay, until `sweep` finds that the process has grown by half since its first call
 
 By default the collector goes through all objects, modules included, whenever they have grown by a quarter: a third of the
 loop's CPU in a small run, and with 4,096 agents and their trajectories half a second in which the loop serves nobody.
@@ -31,13 +31,16 @@ class OldObjects:
 
     def __init__(self, rss_bytes: Callable[[], int] = _rss_bytes) -> None:
         self._rss_bytes = rss_bytes
-        self._after_sweep = rss_bytes()
+        self._after_sweep: int | None = None
 
     def sweep(self) -> int:
         """Collect cycles among old objects if the process has grown; returns how many objects were in some.
 
-        Microseconds, or where it comes to a sweep a fraction of a second: for a moment in which few wait.
+        Microseconds, or where it comes to a sweep up to a second: for a moment in which few wait. The first call finds what
+        so many agents need, which is no cycle's doing.
         """
+        if self._after_sweep is None:
+            self._after_sweep = self._rss_bytes()
         if self._rss_bytes() <= _GROWTH * self._after_sweep + _GROWTH_BYTES:
             return 0
         gc.unfreeze()

@@ -16,10 +16,11 @@ error stands beside every prediction.
 """
 
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,13 @@ class Simulated:
     learner_busy: float
     shares: dict[str, float]
     """As a run's metrics have them (step_shares.py); "decode", "prefill" and "recompute" by the simulated engine's own figures."""
+    wall_s: float = field(default=0.0, compare=False)
+    """That it took to simulate [s]."""
+
+    @property
+    def times_real_time(self) -> float:
+        """Simulated seconds in one that it took."""
+        return sum(self.step_times_s) / self.wall_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,8 +184,10 @@ def simulate(
     recording: Recording, config: RunConfig, timing: Timing, *, steps: int, first: int = 0, kv_tokens: int | None = None
 ) -> Simulated:
     """Play `steps` steps of a recording from its step `first` on, with these settings and this timing."""
+    began = time.perf_counter()
     replay = _Replay(recording, config, timing, first, kv_tokens)
-    return replay.clock.run(replay.run(steps))
+    simulated = replay.clock.run(replay.run(steps))
+    return replace(simulated, wall_s=time.perf_counter() - began)
 
 
 def _predict(recording: Recording, changed: RunConfig, kv_tokens: int | None) -> Prediction:
