@@ -1,6 +1,6 @@
 """What admission by KV cache is worth: simulated, against fixed limits on the episodes in flight.
 
-    python -m bench.admission [--seconds 960] [--out FOLDER]
+    python -m bench.admission [--seconds 960] [--median-response 300] [--out FOLDER]
 
     episodes x (gate with rollout/admission.py | nothing) x engine/simulated.py          one clock, which costs no time
 
@@ -42,7 +42,7 @@ matplotlib.use("Agg")
 RESULTS = Path(__file__).parent / "results"
 OFFERED = 1024
 """Episodes that want to be played at any time, on one GPU."""
-LIMITS = (64, 96, 128, 192, 256, 320, 512, 1024)
+LIMITS = (64, 80, 96, 128, 192, 256, 320, 512, 1024)
 MAX_NEW_TOKENS = 3072
 
 PARAMETERS = 7.6e9
@@ -191,6 +191,7 @@ def draw(tables: dict[str, list[Result]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.admission", description="Admission by KV cache, simulated.")
     parser.add_argument("--seconds", type=float, default=960.0, help="simulated time of each row [s]")
+    parser.add_argument("--median-response", type=int, default=300, help="its length, lognormal [tokens]")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for admission.json and admission.png")
     args = parser.parse_args(argv)
     began, began_cpu = time.perf_counter(), time.process_time()
@@ -198,7 +199,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{args.seconds:g} simulated seconds a row, {OFFERED} episodes offered")
     tables: dict[str, list[Result]] = {}
     for name, kv_tokens in CAPACITIES.items():
-        tables[name] = [simulate(kv_tokens, limit, args.seconds) for limit in (*LIMITS, None)]
+        tables[name] = [
+            simulate(kv_tokens, limit, args.seconds, median_response=args.median_response) for limit in (*LIMITS, None)
+        ]
         show(name, kv_tokens, tables[name])
     gains = {}
     for name, results in tables.items():
@@ -224,6 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         "wall_s": round(time.perf_counter() - began, 1),
         "cpu_s": round(time.process_time() - began_cpu, 1),
         "simulated_s": args.seconds,
+        "median_response_tokens": args.median_response,
         "times_real_time": round(simulated_s / wall_s, 1),
         "speed": asdict(SPEED),
         "kv_tokens": CAPACITIES,
