@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _figures(simulated: Simulated) -> dict[str, object]:
-    figures: dict[str, object] = asdict(simulated) | {"times_real_time": simulated.times_real_time}
+    figures: dict[str, object] = {"times_real_time": simulated.times_real_time}
+    figures |= asdict(simulated)
     del figures["step_times_s"]
     return figures
 
