@@ -9,9 +9,8 @@ limit. kv: all of them ask, and the controller lets in whom it likes; it starts 
 The engine is SGLang's scheduler as arithmetic, with the same prompts, lengths and latencies in every run; a finished
 episode's KV entries stay until they are evicted, as there. The best fixed limit is chosen here in hindsight, after trying all.
 
-    1-8 turns, each as likely; response lognormal, median 300, or up to the first stop id if that comes sooner (one id in 256:
-    170 on average); output of a cell lognormal, median 150; tool lognormal, median 0.8 s, p99 8.2 s; first prompt 1,200 to
-    2,000 tokens. Qwen2.5-7B in bf16 on an 80 GB H100: arithmetic, not measured.
+    1-8 turns, each as likely; response lognormal, median 300; output of a cell lognormal, median 150; tool lognormal, median
+    0.8 s, p99 8.2 s; first prompt 1,200 to 2,000 tokens. Qwen2.5-7B in bf16 on an 80 GB H100: arithmetic, not measured.
 
 The last line is JSON.
 """
@@ -194,6 +193,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--median-response", type=int, default=300, help="its length, lognormal [tokens]")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for admission.json and admission.png")
     args = parser.parse_args(argv)
+    if not args.seconds >= 1:
+        parser.error(f"--seconds {args.seconds:g}: give at least 1")
+    if args.median_response < 1:
+        parser.error(f"--median-response {args.median_response}: give at least 1")
     began, began_cpu = time.perf_counter(), time.process_time()
     print(machine())
     print(f"{args.seconds:g} simulated seconds a row, {OFFERED} episodes offered")

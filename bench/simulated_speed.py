@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=240.0, help="simulated time of each scene [s]")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for simulated_speed.json")
     args = parser.parse_args(argv)
+    if not args.seconds >= 1:
+        parser.error(f"--seconds {args.seconds:g}: give at least 1")
     name, kv_tokens = next(iter(CAPACITIES.items()))
     print(machine())
     print(f"{args.seconds:g} simulated seconds a scene, median of {ROUNDS}; each engine with {name}")
