@@ -11,7 +11,7 @@ The host refuses a frame above `MAX_FRAME` and ends the session, so nothing that
 from __future__ import annotations
 
 import json
-import socket
+import os
 import struct
 
 MAX_FRAME = 128 * 1024
@@ -43,12 +43,10 @@ _RECV_BYTES = 4096
 
 
 class Frames:
-    """The session's end of its socket."""
+    """The session's end of its socket, a blocking one, by its descriptor."""
 
-    def __init__(self, sock: socket.socket):
-        self._sock = sock
-        self._send = sock.sendall
-        self._recv = sock.recv
+    def __init__(self, fd: int):
+        self._fd = fd
         self._rest = b""
         """Received, and of the frame after the last."""
 
@@ -56,24 +54,29 @@ class Frames:
         body = _encode(message).encode("utf-8", "replace")
         if len(body) > MAX_FRAME:
             raise FrameTooLong(f"{len(body)} bytes, more than the {MAX_FRAME} that fit in a message")
-        self._send(_length.pack(len(body)) + body)
+        self._write(_length.pack(len(body)) + body)
 
     def send_done(self, n: int, error: dict | None, dropped: int) -> None:
         """The end of cell `n`. The host knows the usual one by its bytes, which is why they are written here."""
         if error is None:
             body = b'{"op":"done","n":%d,"err":null,"dropped":%d}' % (n, dropped)
-            self._send(_length.pack(len(body)) + body)
+            self._write(_length.pack(len(body)) + body)
         else:
             self.send({"op": "done", "n": n, "err": error, "dropped": dropped})
 
     def recv(self) -> dict | None:
         """The next message; None once the host has gone."""
-        data = self._rest or self._recv(_RECV_BYTES)
+        data = self._rest or os.read(self._fd, _RECV_BYTES)
         end = 4
         while len(data) < end or len(data) < (end := 4 + _length.unpack_from(data)[0]):
-            more = data and self._recv(max(_RECV_BYTES, min(end - len(data), 1 << 20)))
+            more = data and os.read(self._fd, max(_RECV_BYTES, min(end - len(data), 1 << 20)))
             if not more:
                 return None
             data += more
         self._rest = data[end:]
         return _decode(data[4:end].decode("utf-8"))[0]
+
+    def _write(self, data: bytes) -> None:
+        # a signal between two pieces may end a write early
+        while data:
+            data = data[os.write(self._fd, data) :]

@@ -20,10 +20,11 @@ PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER, PR_GET_SECCOMP = 
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_ZERO = ctypes.c_ulong(0)
 
 
 def prctl(option: int, value: int) -> int:
-    result = _libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))
+    result = _libc.prctl(option, ctypes.c_ulong(value), _ZERO, _ZERO, _ZERO)
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"prctl({option}): {os.strerror(code)}")
@@ -41,15 +42,22 @@ class Jail:
             limits["NPROC"] = _processes_of(os.getuid()) + config["shared_nproc"]
         self._limits = [(getattr(resource, f"RLIMIT_{name}"), (value, value)) for name, value in limits.items()]
         self.seccomp = _has_seccomp()
-        self._filter = seccomp.Filter() if self.seccomp else None
+        self._filter = seccomp.Filter(seccomp.ZYGOTE_NEEDS) if self.seccomp else None
         self.landlock = landlock.Landlock(config["read"], DEVICES)
         self._zygote = os.getpid()
 
+    def enter_zygote(self) -> None:
+        """What sessions inherit. The calling process still can do all that `enter` takes, and end sessions."""
+        if self.seccomp:
+            seccomp.Filter(seccomp.ALL - seccomp.ZYGOTE_NEEDS).install()
+
     def enter(self, folder: str, uid: int | None) -> None:
         """Become a session. Called in the fork; on any error the fork must exit."""
-        os.setsid()
-        with open("/proc/self/oom_score_adj", "wb", buffering=0) as f:
-            f.write(b"900")
+        # and not a POSIX session: the kernel gives each of those its own share of the CPU, as large as the driver's
+        os.setpgid(0, 0)
+        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
+        os.write(fd, b"900")
+        os.close(fd)
         for limit, value in self._limits:
             resource.setrlimit(limit, value)
         if uid is not None:
@@ -58,13 +66,13 @@ class Jail:
             os.setresuid(uid, uid, uid)
         os.mkdir(folder, 0o700)
         os.chdir(folder)
-        os.environ["HOME"] = os.environ["TMPDIR"] = folder
+        # of bytes: without the way there through os.environ's own encoding
+        os.environb[b"HOME"] = os.environb[b"TMPDIR"] = folder.encode()
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self._zygote:
             raise OSError("the zygote has gone")
         if self.landlock.abi:
             self.landlock.restrict(folder)
-        self.landlock.close()
         if self._filter is not None:
             self._filter.install()
 

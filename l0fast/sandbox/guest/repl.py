@@ -46,9 +46,12 @@ class Repl:
         self._calls = calls
         self._armed = False
         self._timeout = 0.0
-        main = types.ModuleType("__main__")
-        sys.modules["__main__"] = main
-        self.namespace: dict[str, Any] = main.__dict__
+        self._main = types.ModuleType("__main__")
+        self.namespace: dict[str, Any] = self._main.__dict__
+
+    def begin(self) -> None:
+        """This process is the session now."""
+        sys.modules["__main__"] = self._main
         # errors that Python reports by itself, in the same form as a cell's own
         sys.unraisablehook = lambda e: self._report("Exception ignored", e.exc_value)
         threading.excepthook = lambda e: self._report("Exception in a thread", e.exc_value)

@@ -47,7 +47,8 @@ class ToolCalls:
     def __init__(self, frames: Frames):
         self._frames = frames
         self._lock = threading.Lock()
-        self._pid = os.getpid()
+        self.pid = os.getpid()
+        """Of the session."""
         self._next_id = 0
         self._running = False
         self.waiting = False
@@ -62,7 +63,7 @@ class ToolCalls:
             self._running = False
 
     def call(self, name: str, args: tuple, kw: dict) -> Any:
-        if os.getpid() != self._pid:
+        if os.getpid() != self.pid:
             raise RuntimeError(f"{name}() can't be called from a child process: call it in the session itself")
         in_main = threading.current_thread() is threading.main_thread()
         if in_main:

@@ -19,6 +19,8 @@ that they can't leave (seccomp), and a uid of their own where there is root to g
 
 from __future__ import annotations
 
+# signal.signal turns everything into enums, which costs a fork 50 page faults
+import _signal  # type: ignore[import-not-found]
 import _sitebuiltins
 import builtins
 import errno
@@ -26,25 +28,31 @@ import gc
 import importlib
 import json
 import os
-import secrets
 import select
 import signal
 import site
 import socket
+import struct
 import sys
 from typing import Any
 
+from . import at_fork
 from .files import bring, remove_tree
 from .jail import PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, Jail, prctl
-from .session import serve, warm_up
+from .session import Session, prepare
 
 MAX_MESSAGE = 64 * 1024
 MAX_FDS = 64
+_fd = struct.Struct("=i")
+_ANCILLARY = socket.CMSG_SPACE(MAX_FDS * _fd.size)
+_decode = json.JSONDecoder().raw_decode
 SESSION_SOCKET, OUTPUT_FILE = 3, 4
 """Descriptors of a session, beside 0, 1 and 2."""
 
 
 class _Session:
+    __slots__ = ("ending", "folder", "pid", "sid", "status", "uid")
+
     def __init__(self, sid: int, pid: int, uid: int | None, folder: str):
         self.sid = sid
         self.pid = pid
@@ -55,12 +63,12 @@ class _Session:
 
 
 class Zygote:
-    def __init__(self, control: socket.socket, config: dict[str, Any]):
+    def __init__(self, control: socket.socket, config: dict[str, Any], session: Session):
         self._control = control
+        self._session = session
         self._root: str = config["root"]
-        self._limit: int = config["output_limit"]
         self._uid_off: int = config["uid_count"] // 2
-        self._keep: list[int] = config["keep_fds"]
+        self._keep = sorted(fd for fd in config["keep_fds"] if fd > OUTPUT_FILE)
         self._death_signal: int = config["death_signal"]
         self._next = 0
         self._by_sid: dict[int, _Session] = {}
@@ -76,6 +84,7 @@ class Zygote:
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         prctl(PR_SET_PDEATHSIG, self._death_signal)
         self.jail = Jail(config)
+        self.jail.enter_zygote()
 
     def _on_term(self, *_: object) -> None:
         self._stop = True
@@ -100,10 +109,11 @@ class Zygote:
 
     def _receive(self) -> bool:
         """Carry out one message; False at the end of file."""
-        data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, _, _ = self._control.recvmsg(MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+        fds = [fd for _, _, several in ancillary for (fd,) in _fd.iter_unpack(several)]
         if not data:
             return False
-        message = json.loads(data)
+        message = _decode(data.decode())[0]
         if message["op"] == "start":
             try:
                 self._start(message["sid"], message["files"], fds)
@@ -121,31 +131,41 @@ class Zygote:
         self._next += 1
         uid = None if self.jail.uid_base is None else self.jail.uid_base + number
         # nobody can list the parent, so a name that can't be guessed keeps even same-uid siblings out
-        folder = os.path.join(self._root, secrets.token_hex(8))
+        folder = f"{self._root}/{os.urandom(8).hex()}"
         try:
             pid = os.fork()
         except OSError as e:
-            self._tell(ev="ended", sid=sid, status=None, error=f"fork: {e.strerror}")
+            ended = {"ev": "ended", "sid": sid, "status": None, "error": f"fork: {e.strerror}"}
+            self._tell(json.dumps(ended).encode())
             return
         if pid == 0:
             self._become_session(folder, uid, files, *fds)
         session = _Session(sid, pid, uid, folder)
         self._by_sid[sid] = self._by_pid[pid] = session
-        self._tell(ev="started", sid=sid, pid=pid)
+        self._tell(b'{"ev":"started","sid":%d,"pid":%d}' % (sid, pid))
 
     def _become_session(
         self, folder: str, uid: int | None, files: list[str], sock_fd: int, output_fd: int, *file_fds: int
     ) -> None:
         status = 1
         try:
-            _forget_the_zygote(sock_fd, output_fd, [*self._keep, *self.jail.landlock.fds, *file_fds])
+            # MARK fork
+            _reset_signals()
+            _take(sock_fd, output_fd)
+            # MARK signals
             self.jail.enter(folder, uid)
-            brought = bring(files, list(file_fds))
+            # MARK jail
+            brought = bring(files, list(file_fds)) if files else {}
+            _close_others(self._keep)
+            # MARK fds
             # what a cell writes there as a module, the next can import
             sys.path.insert(0, folder)
-            sock = socket.socket(fileno=SESSION_SOCKET)
+            at_fork.register()
             gc.enable()
-            serve(sock, OUTPUT_FILE, self._limit, folder, brought)
+            # MARK misc
+            self._session.serve(folder, brought)
+            # MARK end
+            # MARKEND
             status = 0
         except BaseException as e:  # noqa: BLE001 - a fork must never return into the zygote's loop
             os.write(2, f"session: {type(e).__name__}: {e}\n".encode("utf-8", "replace")[:4096])
@@ -158,7 +178,7 @@ class Zygote:
         number = self._next
         self._next += 1
         uid = None if self.jail.uid_base is None else self.jail.uid_base + number
-        folder = os.path.join(self._root, secrets.token_hex(8))
+        folder = f"{self._root}/{os.urandom(8).hex()}"
         pid = os.fork()
         if pid == 0:
             try:
@@ -226,7 +246,7 @@ class Zygote:
             del self._by_sid[session.sid]
             self._remove(session)
             if session.sid >= 0:
-                self._tell(ev="ended", sid=session.sid, status=session.status, error=None)
+                self._tell(b'{"ev":"ended","sid":%d,"status":%d,"error":null}' % (session.sid, session.status))
 
     def _drain(self, session: _Session) -> bool:
         """Reap what is left of a killed group; True when nothing is."""
@@ -280,26 +300,33 @@ class Zygote:
             if e.errno not in (errno.EBUSY, errno.EROFS, errno.ENOENT, errno.EACCES, errno.EPERM):
                 raise
 
-    def _tell(self, **message: Any) -> None:
+    def _tell(self, message: bytes) -> None:
         try:
-            self._control.send(json.dumps(message).encode())
+            self._control.send(message)
         except OSError:
             # the host has gone, or is closing us; the end of file is next
             pass
 
 
-def _forget_the_zygote(sock_fd: int, output_fd: int, keep: list[int]) -> None:
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _reset_signals() -> None:
+    _signal.set_wakeup_fd(-1)
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+    _signal.signal(_signal.SIGTERM, _signal.SIG_DFL)
+
+
+def _take(sock_fd: int, output_fd: int) -> None:
     # through copies above, so that neither target overwrites the other source
     copies = [os.dup(sock_fd), os.dup(output_fd)]
     os.dup2(copies[1], 1)
     os.dup2(copies[1], 2)
     os.dup2(copies[0], SESSION_SOCKET, inheritable=False)
     os.dup2(copies[1], OUTPUT_FILE, inheritable=False)
+
+
+def _close_others(keep: list[int]) -> None:
+    """All of the zygote's descriptors, but these."""
     low = OUTPUT_FILE + 1
-    for fd in sorted(fd for fd in keep if fd >= low):
+    for fd in keep:
         os.closerange(low, fd)
         low = fd + 1
     os.closerange(low, 4096)
@@ -360,10 +387,10 @@ def main(where: str) -> None:
     builtins.quit = _sitebuiltins.Quitter("quit", "end of file")
     for name in config["preload"]:
         importlib.import_module(name)
-    warm_up()
+    session = prepare(SESSION_SOCKET, OUTPUT_FILE, config["output_limit"])
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError(f"importing {', '.join(config['preload'])} started threads, which a fork would lose")
-    zygote = Zygote(control, config)
+    zygote = Zygote(control, config, session)
     # what exists now is shared by all sessions: keep their collectors from touching, and so copying, it
     gc.collect()
     gc.disable()
