@@ -31,6 +31,7 @@ import uvloop
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from l0fast.config import AgentConfig, EngineConfig, LearnerConfig, RolloutConfig, RunConfig
 from l0fast.engine.base import Sampling
@@ -312,6 +313,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
+    end_like_ctrl_c()
     parser = argparse.ArgumentParser(prog="python -m bench.colocated", description="Real RL steps on one GPU.")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import uvloop
 
+from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from l0fast.corpus.dense import embed
 from l0fast.corpus.embeddings import EmbeddingsConfig
@@ -157,6 +158,7 @@ def measure(count: int, num_queries: int, folder: Path, *, dim: int = 0) -> dict
 
 
 def main() -> None:
+    end_like_ctrl_c()
     parser = argparse.ArgumentParser(prog="python -m bench.corpus", description="Build and query times of a corpus.")
     parser.add_argument("--passages", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--queries", type=int, default=300)

@@ -19,6 +19,7 @@ from typing import Any
 
 import orjson
 
+from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from l0fast.config import RunConfig
 from l0fast.engine.openai import EndpointConfig
@@ -73,6 +74,7 @@ def row(plan: Plan, here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    end_like_ctrl_c()
     parser = argparse.ArgumentParser(
         prog="python -m bench.endpoint",
         description="Accuracy over an endpoint against that in this process. Settings may follow as --section.key VALUE.",

@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qw
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.utils.logging import disable_progress_bar
 
+from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from l0fast.config import EngineConfig
 from l0fast.engine.base import Sampled, Sampling
@@ -367,6 +368,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    end_like_ctrl_c()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--new-tokens", type=int, default=96)

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from l0fast.learner.cost import SHAPES, ModelShape
 from l0fast_kernels.policy_head import k3, policy_head, policy_loss_tokens, token_stats
@@ -588,6 +589,7 @@ SECTIONS = {"epilogue": bench_epilogue, "head": bench_head, "attention": bench_a
 
 
 def main() -> int:
+    end_like_ctrl_c()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))

@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.plan import run_plan
 from bench.traces import GROUP_SIZES, runs
@@ -280,6 +281,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> int:
+    end_like_ctrl_c()
     parser = argparse.ArgumentParser(
         prog="python -m bench.learner", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

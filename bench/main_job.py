@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from l0fast.report.plots import compare_plot
 
@@ -26,6 +27,7 @@ COLUMNS = {
 
 
 def main() -> None:
+    end_like_ctrl_c()
     parser = argparse.ArgumentParser(prog="python -m bench.main_job", description="The main job, measured.")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the runs; those already in it are read, not run"

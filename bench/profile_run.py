@@ -26,6 +26,7 @@ from typing import Any
 
 import uvloop
 
+from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.node_throughput import few_questions
 from l0fast.cli import Invocation, parse
@@ -54,6 +55,7 @@ class Function:
 
 
 def main() -> int:
+    end_like_ctrl_c()
     parser = argparse.ArgumentParser(
         prog="python -m bench.profile_run",
         description="A recipe for a few steps, profiled; one page.",

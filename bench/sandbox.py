@@ -40,6 +40,7 @@ from typing import Any
 
 import uvloop
 
+from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.own_daemon import own_daemon
 from l0fast.config import SandboxConfig
@@ -604,6 +605,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    end_like_ctrl_c()
     parser = argparse.ArgumentParser(prog="python -m bench.sandbox", description="The sandbox pool beside its peers.")
     parser.add_argument("--own-daemon", action="store_true", help="start a dockerd, build the image, stop it again")
     parser.add_argument("--rounds", type=int, default=5)

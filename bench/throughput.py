@@ -35,6 +35,7 @@ if __package__ in (None, ""):
 
 import uvloop
 
+from bench.ending import end_like_ctrl_c
 from bench.l0_style import Side, l0_style, ours
 from bench.machine import machine
 from bench.node_throughput import measure_node
@@ -259,6 +260,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    end_like_ctrl_c()
     parser = argparse.ArgumentParser(prog="python -m bench.throughput", description="Agents on one loop, measured.")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024, 4096], help="agents alive at once")
     parser.add_argument("--runs", type=int, default=3, help="of carry_over at the largest size; the median p99 counts")

@@ -196,6 +196,23 @@ def test_the_seed_decides_random_and_hashes(cells):
     )
 
 
+def test_what_a_cell_forks_draws_other_numbers_and_knows_its_only_thread(cells):
+    code = (
+        "import os, random, threading\nthreading.Thread(target=lambda: held.acquire(), daemon=True).start()\n"
+        "r, w = os.pipe()\n"
+        "if os.fork() == 0:\n"
+        "    os.write(w, f'{random.random()} {threading.active_count()}'.encode())\n    os._exit(0)\n"
+        "os.wait()\nchild, threads = os.read(r, 100).decode().split()\n"
+        "float(child) != random.random(), int(threads), threading.current_thread() is threading.main_thread()"
+    )
+    assert cells("import threading\nheld = threading.Lock()\nheld.acquire()", code).output == "(True, 1, True)\n"
+
+
+def test_a_session_leads_its_process_group_and_shares_its_zygotes_posix_session(cells):
+    # the kernel gives every POSIX session its own share of the CPU
+    assert cells("import os\n(os.getpgid(0) == os.getpid(), os.getsid(0) == os.getpid())").output == "(True, False)\n"
+
+
 def test_long_output_keeps_head_and_tail_and_says_what_is_missing(cells):
     result = cells("print('head')\nfor i in range(40_000): print(i)\nprint('tail')")
     assert result.output.startswith("head\n0\n1\n")

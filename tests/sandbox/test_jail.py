@@ -51,6 +51,21 @@ def test_every_denied_call_is_denied_and_no_other(machine):
             assert decide(code, arch, number) == expected, number
 
 
+def test_the_zygotes_filter_and_a_sessions_deny_together_what_one_of_all_calls_does(machine):
+    arch, numbers = seccomp.TABLES[machine]
+    whole = seccomp.build_filter(machine)
+    zygotes = seccomp.build_filter(machine, seccomp.ALL - seccomp.ZYGOTE_NEEDS)
+    sessions = seccomp.build_filter(machine, seccomp.ZYGOTE_NEEDS)
+    for number in range(600):
+        for args in ((), (1, 5), (2, 2), (0xFFFFFFFF, 0x5412), (1 << 28 | 0x11,)):
+            # of two verdicts the kernel takes the stricter one, which is the smaller number here
+            both = min(decide(zygotes, arch, number, *args), decide(sessions, arch, number, *args))
+            assert both == decide(whole, arch, number, *args), (number, args)
+    assert decide(zygotes, arch, numbers["setpgid"], 0, 0) == ALLOW
+    assert decide(zygotes, arch, numbers["kill"], 0xFFFFFFFF, 9) == ALLOW
+    assert len(sessions) * 4 < len(whole)
+
+
 def test_calls_are_judged_by_their_arguments(machine):
     code = seccomp.build_filter(machine)
     arch, numbers = seccomp.TABLES[machine]

@@ -77,6 +77,7 @@ class Frames:
         return _decode(data[4:end].decode("utf-8"))[0]
 
     def _write(self, data: bytes) -> None:
+        sent = os.write(self._fd, data)
         # a signal between two pieces may end a write early
-        while data:
-            data = data[os.write(self._fd, data) :]
+        while sent < len(data):
+            sent += os.write(self._fd, data[sent:])
