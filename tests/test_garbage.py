@@ -20,8 +20,9 @@ def cycle() -> "weakref.ref[Node]":
 
 @pytest.fixture(autouse=True)
 def leaves_the_collector_as_it_was():
-    callbacks, frozen = list(gc.callbacks), gc.get_freeze_count()
+    callbacks, frozen, thresholds = list(gc.callbacks), gc.get_freeze_count(), gc.get_threshold()
     yield
+    assert gc.get_threshold() == thresholds
     assert gc.callbacks == callbacks
     assert gc.get_freeze_count() == frozen
 
@@ -43,6 +44,28 @@ def test_young_cycles_are_collected_as_ever():
         seen = cycle()
         gc.collect(1)
         assert seen() is None
+
+
+def test_the_young_stay_few_while_as_many_old_ones_die():
+    """The collector's own count is of new objects less freed ones, which hardly rises here."""
+    looked_at = []
+
+    def count(phase, info):
+        if phase == "start" and info["generation"] == 0:
+            looked_at.append(len(gc.get_objects(generation=0)))
+
+    with old_objects_aside():
+        alive = [[Node() for _ in range(100)] for _ in range(200)]
+        gc.collect(1)
+        gc.callbacks.append(count)
+        try:
+            for i in range(1000):
+                alive.append([Node() for _ in range(100)])
+                alive[i] = []
+        finally:
+            gc.callbacks.remove(count)
+    assert len(looked_at) >= 500
+    assert max(looked_at) < 300
 
 
 def test_a_sweep_finds_old_cycles_once_the_process_has_grown():

@@ -46,6 +46,8 @@ REQUEST_TIMEOUT_S = 15.0
 SHARD_MB, SHARD_MB_PER_SESSION = 512, 24
 """Memory of a container [MiB]."""
 INODES_PER_SESSION = 2048
+CPU_SHARES = 335
+"""Of a container, where the driver has 1,024: what nice 5 is (see the zygote's `_stand_back`)."""
 _LAST_WORDS = 4096
 
 
@@ -182,6 +184,7 @@ class DockerBackend:
             "site": None,
             "read": [*SYSTEM, *ETC, "/opt"],
             "keep_fds": [],
+            "own_pids": True,
             "uid_base": uids.base,
             "uid_count": uids.count,
         }
@@ -196,6 +199,7 @@ class DockerBackend:
             "Binds": [f"{folder}/control:/l0fast/control", f"{GUEST}/guest:/l0fast/guest:ro"],
             "CapAdd": ["SETUID", "SETGID"],
             "CapDrop": ["ALL"],
+            "CpuShares": CPU_SHARES,
             "IpcMode": "none",
             "LogConfig": {"Type": "none"},
             "NetworkMode": "none",

@@ -196,6 +196,7 @@ class LocalBackend:
             "site": site,
             "read": [*SYSTEM, *ETC, prefix, *site],
             "keep_fds": list(opened),
+            "own_pids": False,
         }
         return [*_python(), str(GUEST)], env, config
 
@@ -246,6 +247,7 @@ class LocalBackend:
             "site": site,
             "read": [*SYSTEM, *ETC, sys.base_prefix, *site],
             "keep_fds": [],
+            "own_pids": True,
         }
         return [*argv, *_python(), "/l0fast"], environment(), config
 

@@ -213,6 +213,13 @@ def test_a_session_leads_its_process_group_and_shares_its_zygotes_posix_session(
     assert cells("import os\n(os.getpgid(0) == os.getpid(), os.getsid(0) == os.getpid())").output == "(True, False)\n"
 
 
+def test_a_session_stands_back_for_good(cells):
+    code = "import os\nos.getpriority(os.PRIO_PROCESS, 0)"
+    assert cells(code).output == "19\n"
+    assert cells("import os\nos.nice(-1)").error.name == "PermissionError"
+    assert cells("import os\nos.setpriority(os.PRIO_PROCESS, 0, 0)").error.name == "PermissionError"
+
+
 def test_long_output_keeps_head_and_tail_and_says_what_is_missing(cells):
     result = cells("print('head')\nfor i in range(40_000): print(i)\nprint('tail')")
     assert result.output.startswith("head\n0\n1\n")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -136,6 +137,32 @@ def test_a_lease_waits_for_a_place_and_the_pool_says_so_when_none_comes(new_pool
 async def one_cell(pool):
     async with pool.session({}, seed=1) as session:
         return await session.execute("'ran'")
+
+
+def autogroup(pid):
+    """Its name and its nice value."""
+    name, _, nice = Path(f"/proc/{pid}/autogroup").read_text().split()
+    return name, nice
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/autogroup"), reason="this kernel has no autogroups")
+def test_a_shard_has_a_third_of_the_drivers_share_of_the_cpu(pool, run, kind):
+    async def main():
+        if kind == "docker":
+            # by its cgroup: 1,024 is the weight of nice 0, 335 of nice 5
+            assert (await pool.shards[0].launched.container.show())["HostConfig"]["CpuShares"] == 335
+            return
+        zygote = zygote_pid(pool.shards[0])
+        # a zygote without CAP_SYS_ADMIN may have to ask again: ten of these a second are taken from all of the machine
+        for _ in range(200):
+            async with pool.session({}, seed=1):
+                pass
+            if autogroup(zygote)[1] == "5":
+                break
+        assert autogroup(zygote)[1] == "5"
+        assert autogroup(zygote)[0] != autogroup(os.getpid())[0]
+
+    run(main())
 
 
 def test_a_killed_session_is_an_error_at_once_and_nobody_elses(pool, run):

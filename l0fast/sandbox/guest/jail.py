@@ -17,6 +17,8 @@ from typing import Any
 from . import landlock, seccomp
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER, PR_GET_SECCOMP = 1, 38, 36, 21
+SESSION_NICE = 19
+"""A session's, beside its zygote, which starts and ends the others, and beside the driver where both are in one cgroup."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -55,6 +57,7 @@ class Jail:
         """Become a session. Called in the fork; on any error the fork must exit."""
         # and not a POSIX session: the kernel gives each of those its own share of the CPU, as large as the driver's
         os.setpgid(0, 0)
+        os.nice(SESSION_NICE)
         fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
         os.write(fd, b"900")
         os.close(fd)

@@ -113,8 +113,8 @@ PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 
 
 ALL = frozenset(DENIED) | {check[0] for check in CHECKED}
-ZYGOTE_NEEDS = frozenset({"setpgid", "kill"})
-"""To make a session a group of its own, and to end everybody of a uid."""
+ZYGOTE_NEEDS = frozenset({"setpgid", "setpriority", "kill"})
+"""To make a session a group of its own that stands back, and to end everybody of a uid."""
 
 
 def build_filter(machine: str, calls: Set[str] = ALL) -> bytes:
