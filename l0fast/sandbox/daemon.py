@@ -45,6 +45,8 @@ class Daemon:
     memory_limit: bool
     """Can limit a container's memory."""
     pids_limit: bool
+    cpu_shares: bool
+    """Whether containers can be given weights. Podman without root refuses to start one that has any, where it can't."""
     """Can limit a container's number of processes."""
     runtimes: tuple[str, ...]
     """What HostConfig.Runtime may name, e.g. "runc", "runsc"."""
@@ -136,6 +138,7 @@ def _describe(docker: aiodocker.Docker, endpoint: str, version: Mapping[str, Any
         rootless=bool({"name=rootless", "name=userns"} & options),
         memory_limit=bool(info["MemoryLimit"]),
         pids_limit=bool(info["PidsLimit"]),
+        cpu_shares=bool(info.get("CPUShares")),
         runtimes=tuple(sorted(info["Runtimes"] or ())),
         name=f"{maker} {version['Version'].partition('+')[0]}",
     )

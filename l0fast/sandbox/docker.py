@@ -199,7 +199,6 @@ class DockerBackend:
             "Binds": [f"{folder}/control:/l0fast/control", f"{GUEST}/guest:/l0fast/guest:ro"],
             "CapAdd": ["SETUID", "SETGID"],
             "CapDrop": ["ALL"],
-            "CpuShares": CPU_SHARES,
             "IpcMode": "none",
             "LogConfig": {"Type": "none"},
             "NetworkMode": "none",
@@ -207,6 +206,8 @@ class DockerBackend:
             "SecurityOpt": ["no-new-privileges"],
             "Tmpfs": {"/agent": tmpfs},
         }
+        if self._daemon.cpu_shares:
+            host["CpuShares"] = CPU_SHARES
         if self._daemon.memory_limit:
             host |= {"Memory": memory, "MemorySwap": memory}
         if self._daemon.pids_limit:

@@ -18,6 +18,7 @@ INFO = {
     "SecurityOptions": ["name=seccomp,profile=default"],
     "MemoryLimit": True,
     "PidsLimit": True,
+    "CPUShares": True,
     "Runtimes": {"runsc": {}, "runc": {}},
 }
 

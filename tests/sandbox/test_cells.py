@@ -215,7 +215,7 @@ def test_a_session_leads_its_process_group_and_shares_its_zygotes_posix_session(
 
 def test_a_session_stands_back_for_good(cells):
     code = "import os\nos.getpriority(os.PRIO_PROCESS, 0)"
-    assert cells(code).output == "19\n"
+    assert cells(code).output == "5\n"
     assert cells("import os\nos.nice(-1)").error.name == "PermissionError"
     assert cells("import os\nos.setpriority(os.PRIO_PROCESS, 0, 0)").error.name == "PermissionError"
 

@@ -64,7 +64,8 @@ def sockets_at(monkeypatch: pytest.MonkeyPatch, *paths: Path) -> None:
 def test_a_daemon_is_described(path: Path):
     it = found(path)
     assert (it.endpoint, it.name, it.version) == (f"unix://{path}", "Docker 20.10.24", "20.10.24+dfsg1")
-    assert (it.rootless, it.memory_limit, it.pids_limit, it.runtimes) == (False, True, True, ("runc", "runsc"))
+    assert (it.rootless, it.memory_limit, it.pids_limit, it.cpu_shares) == (False, True, True, True)
+    assert it.runtimes == ("runc", "runsc")
 
 
 @pytest.mark.parametrize("option", ["name=rootless", "name=userns"])
@@ -80,8 +81,10 @@ def test_podman_is_named(path: Path):
 
 
 def test_limits_that_are_missing_are_told(path: Path):
-    it = found(path, info={**INFO, "MemoryLimit": False, "PidsLimit": False, "Runtimes": None, "SecurityOptions": None})
-    assert (it.memory_limit, it.pids_limit, it.runtimes) == (False, False, ())
+    missing = {"MemoryLimit": False, "PidsLimit": False, "CPUShares": False, "Runtimes": None, "SecurityOptions": None}
+    it = found(path, info={**INFO, **missing})
+    assert (it.memory_limit, it.pids_limit, it.cpu_shares, it.runtimes) == (False, False, False, ())
+    assert not found(path, info={name: value for name, value in INFO.items() if name != "CPUShares"}).cpu_shares
 
 
 def test_docker_host_is_asked_alone(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
