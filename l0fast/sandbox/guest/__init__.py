@@ -7,6 +7,7 @@
     frames.py     length + JSON on a stream socket
     output.py     a bounded stdout
     jail.py       the way from the zygote's rights to a session's: limits, uid, landlock.py, seccomp.py
+    at_fork.py    random and threading, without what they do after every fork
     files.py      removes a folder whatever its owner did to it
 
 It is started as `python -S -s -B -c BOOT FOLDER FD`, with FOLDER the parent of this folder, so it needs no installation

@@ -77,16 +77,6 @@ class Landlock:
                 seen.add((status.st_dev, status.st_ino))
                 self._paths.append((fd, rights if stat.S_ISDIR(status.st_mode) else rights & _OF_FILES))
 
-    @property
-    def fds(self) -> list[int]:
-        return [fd for fd, _ in self._paths]
-
-    def close(self) -> None:
-        """Let go of the paths; the rulesets made from them stay."""
-        for fd, _ in self._paths:
-            os.close(fd)
-        self._paths.clear()
-
     def restrict(self, folder: str) -> None:
         """Confine this process for good: everything in `folder`, reading elsewhere. Needs no_new_privs."""
         ruleset = _syscall(_CREATE_RULESET, self._attributes, ctypes.c_size_t(len(self._attributes)), ctypes.c_uint(0))

@@ -38,9 +38,7 @@ class Session:
         _seed(first["seed"])
         frames.send({"op": "ready"})
         while True:
-            # MARK loop
             message = frames.recv()
-            # MARK recv
             if message is None:
                 return
             if message["op"] == "collect":
@@ -48,7 +46,6 @@ class Session:
                 frames.send({"op": "files", "files": files})
                 continue
             error = repl.run(message["n"], message["code"], message["timeout"])
-            # MARK run
             if os.getpid() != pid:
                 # a child that the cell forked and that ran to its end: the socket is its parent's
                 os._exit(0 if error is None else 1)

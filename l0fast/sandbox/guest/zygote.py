@@ -174,23 +174,16 @@ class Zygote:
     ) -> None:
         status = 1
         try:
-            # MARK fork
             _reset_signals()
             _take(sock_fd, output_fd)
-            # MARK signals
             self.jail.enter(folder, uid)
-            # MARK jail
             brought = bring(files, list(file_fds)) if files else {}
             _close_others(self._keep)
-            # MARK fds
             # what a cell writes there as a module, the next can import
             sys.path.insert(0, folder)
             at_fork.register()
             gc.enable()
-            # MARK misc
             self._session.serve(folder, brought)
-            # MARK end
-            # MARKEND
             status = 0
         except BaseException as e:  # noqa: BLE001 - a fork must never return into the zygote's loop
             os.write(2, f"session: {type(e).__name__}: {e}\n".encode("utf-8", "replace")[:4096])
