@@ -398,6 +398,31 @@ class Channel:
         self.reply(to, error=f"{type(error).__name__}: {error}", traceback=traceback)
 
 
+_NICE = 5
+"""A third of the weight that a process has. That of the sandboxes, whose cells shall not wait for whoever computes here."""
+_AUTOGROUP_TRIES = 20
+
+
+def stand_back() -> None:
+    """Leave the processors to the driver's loop where both want them, for good: a third of its share, as sandboxes have.
+
+    For a child that computes on the CPU; one that only feeds a GPU must not wait.
+    """
+    os.nice(_NICE)
+    # and this session of ours, to which the kernel gives the driver's share where it groups processes by session
+    for _ in range(_AUTOGROUP_TRIES):
+        try:
+            Path("/proc/self/autogroup").write_text(str(_NICE))
+        except BlockingIOError:
+            # without CAP_SYS_ADMIN the kernel takes ten of these a second, from all of the machine
+            time.sleep(0.1)
+            continue
+        except OSError:
+            # no autogroups here
+            pass
+        return
+
+
 # --- large things --------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from l0fast.engine.slot_model import SlotModel, sample
 from l0fast.engine.slots import Placement, SlotBook
-from l0fast.ipc import Channel, Message, SharedWeights
+from l0fast.ipc import Channel, Message, SharedWeights, stand_back
 
 _MAX_HELD_BACK = 8
 """Longest wait for company [tokens]."""
@@ -301,9 +301,10 @@ def pick_device(wanted: str) -> str:
 
 def _build(channel: Channel, args: dict[str, Any]) -> Scheduler:
     torch.set_num_threads(args["threads"] or len(os.sched_getaffinity(0)))
-    model = SlotModel(
-        Path(args["model_path"]), num_slots=args["slots"], max_len=args["max_len"], device=pick_device(args["device"])
-    )
+    device = pick_device(args["device"])
+    if device == "cpu":
+        stand_back()
+    model = SlotModel(Path(args["model_path"]), num_slots=args["slots"], max_len=args["max_len"], device=device)
     model.check()
     weights = None if args["weights"] is None else SharedWeights.attach(args["weights"])
     if weights is not None and (odd := {s.name for s in weights.specs} ^ set(model.parameters())):

@@ -28,7 +28,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l0fast.ipc import Channel, Message, SharedBytes, SharedWeights
+from l0fast.ipc import Channel, Message, SharedBytes, SharedWeights, stand_back
 
 if TYPE_CHECKING:
     from l0fast.learner.broadcast import Broadcast
@@ -60,6 +60,8 @@ def main() -> None:
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // world))
     torch.manual_seed(args["seed"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        stand_back()
     with process_group(device, rank, world, args["port"], args["listen_fd"], config.io_timeout_s):
         channel.progress("loading the model")
         policy = PolicyModel(

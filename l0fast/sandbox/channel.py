@@ -16,6 +16,7 @@ known before it comes, so it is compared rather than parsed.
 import asyncio
 import enum
 import math
+import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -220,7 +221,12 @@ def _is_count(value: object) -> bool:
 class Channel(asyncio.Protocol):
     """One session's frames. What is sent is answered by the one event that may follow, or the session is lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, sock: socket.socket) -> None:
+        """
+        Args:
+            sock: the one that this is the protocol of, not blocking. Its transport reads it and closes it.
+        """
+        self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._due = self._goes_off = math.inf
         self._late: Callable[[], str] = str
@@ -316,7 +322,15 @@ class Channel(asyncio.Protocol):
             raise self._lost
         assert self._transport is not None
         self._next = future = self._loop.create_future()
-        self._transport.write(data)
+        if not self._transport.get_write_buffer_size():
+            # now: the transport would do it when the loop has looked at all other sockets once more
+            try:
+                data = data[self._sock.send(data) :]
+            except OSError:
+                # full, or closed at the other end: the transport waits for the one and finds the other out by itself
+                pass
+        if data:
+            self._transport.write(data)
         return future
 
     def check(self) -> None:

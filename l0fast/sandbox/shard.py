@@ -84,9 +84,9 @@ class Report:
 class Lease:
     """A session's place in a shard. Its holder owes it an `end`."""
 
-    def __init__(self, sid: int, output: OutputFile, ended: "asyncio.Future[None]"):
+    def __init__(self, sid: int, sock: socket.socket, output: OutputFile, ended: "asyncio.Future[None]"):
         self.sid = sid
-        self.channel = Channel()
+        self.channel = Channel(sock)
         self.output = output
         self.ended = ended
         self.pid: int | None = None
@@ -179,7 +179,7 @@ class Shard:
         with boundary(SandboxError, "start a session"):
             ours, theirs = socket.socketpair()
             try:
-                lease = Lease(next(self._sids), OutputFile(), self._loop.create_future())
+                lease = Lease(next(self._sids), ours, OutputFile(), self._loop.create_future())
             except BaseException:
                 ours.close()
                 theirs.close()

@@ -15,7 +15,9 @@ from l0fast.engine.base import Sampling
 from l0fast.engine.transformers import transformers_engine
 from l0fast.engine.worker import pick_device
 from l0fast.errors import EngineError, UsageError
+from l0fast.sandbox.guest.jail import SESSION_NICE
 from tests.engine.tiny import MAX_TOKENS, SLOTS, VOCAB, full_logprobs, tiny_model
+from tests.priority import assert_stands_back
 
 
 def ids(seed: int, length: int) -> list[int]:
@@ -268,6 +270,11 @@ def test_the_longest_request_that_fits_is_served(running, model):
     sampled = running.run(running.engine.generate(prompt, sampling(60), conversation="brim"))
     assert len(sampled.response_ids) == 60
     check_against(model, prompt, sampled)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one that only feeds a GPU must not wait")
+def test_it_stands_back_on_the_cpu_as_far_as_a_sandbox_does(running):
+    assert_stands_back(running.engine._worker.pid, SESSION_NICE)
 
 
 def test_a_killed_child_fails_its_requests_within_a_second_and_nothing_is_left(folder, tmp_path):

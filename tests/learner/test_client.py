@@ -25,6 +25,8 @@ from l0fast.learner.critic import CriticModel
 from l0fast.learner.packing import payload_bytes, write_payload
 from l0fast.learner.policy_model import PolicyModel
 from l0fast.learner.rank import Rank
+from l0fast.sandbox.guest.jail import SESSION_NICE
+from tests.priority import assert_stands_back
 
 # every turn has advantage 1 and the sampler's log-probs are 0, so that mismatch_k1 is the mean of -log p: what is learned
 CONFIG = RunConfig(
@@ -95,6 +97,8 @@ def test_it_learns_saves_goes_on_where_it_was_killed_and_says_so_where_it_is_stu
         with shared_weights(model_path) as weights:
             async with learner(CONFIG, model_path, weights=weights, log_dir=tmp_path) as client:
                 assert weights.policy_version == 0
+                if not torch.cuda.is_available():
+                    assert_stands_back(client.pids[0], SESSION_NICE)
                 published, metrics = [copy_of(weights)], [await take_step(client, groups, 1)]
                 published.append(copy_of(weights))
                 await client.save_checkpoint(checkpoint, {"position": 17})

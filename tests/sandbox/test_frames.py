@@ -244,7 +244,7 @@ def connected(action):
         ours, peer = socket.socketpair()
         ours.setblocking(False)
         peer.setblocking(False)
-        channel = Channel()
+        channel = Channel(ours)
         await asyncio.get_running_loop().create_unix_connection(lambda: channel, sock=ours)
         try:
             async with asyncio.timeout(10):
@@ -292,6 +292,31 @@ def test_end_of_file_releases_the_waiter_and_refuses_the_next():
             await waiter
         with pytest.raises(SandboxError, match="ended by itself"):
             channel.execute("2", 1.0)
+
+    connected(action)
+
+
+def test_a_cell_sent_to_an_end_that_has_just_closed_is_released():
+    async def action(channel, peer):
+        await started(channel, peer)
+        peer.close()
+        with pytest.raises(SandboxError, match="ended by itself"):
+            await channel.execute("1", 1.0)
+
+    connected(action)
+
+
+def test_a_cell_that_is_more_than_the_socket_takes_arrives_whole():
+    async def action(channel, peer):
+        await started(channel, peer)
+        code = "".join(f"# {i}\n" for i in range(300_000))
+        waiter = channel.execute(code, 1.0)
+        parser, frames = FrameParser(max_frame=8 << 20), []
+        while not frames:
+            frames = parser.feed(await asyncio.get_running_loop().sock_recv(peer, 1 << 16))
+        assert [frame["code"] for frame in frames] == [code]
+        peer.send(encode(DONE))
+        assert await waiter == Done(None, 0)
 
     connected(action)
 
@@ -351,9 +376,9 @@ class Clock:
 
 def on_a_clock():
     """An idle channel that sends to nowhere."""
-    channel, clock = Channel(), Clock()
+    channel, clock = Channel(SimpleNamespace(send=len)), Clock()
     channel._loop = clock
-    channel.connection_made(SimpleNamespace(write=lambda data: None, abort=lambda: None))
+    channel.connection_made(SimpleNamespace(get_write_buffer_size=lambda: 0, abort=lambda: None))
     channel.open([], 1)
     channel.data_received(encode(READY))
     return channel, clock

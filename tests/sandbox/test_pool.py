@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
@@ -15,6 +14,7 @@ from l0fast.errors import SandboxError
 from l0fast.sandbox.daemon import daemon
 from l0fast.sandbox.docker import LABEL, driver_label
 from l0fast.sandbox.shard import Shard
+from tests.priority import autogroup
 
 
 def zygote_pid(shard) -> int:
@@ -137,12 +137,6 @@ def test_a_lease_waits_for_a_place_and_the_pool_says_so_when_none_comes(new_pool
 async def one_cell(pool):
     async with pool.session({}, seed=1) as session:
         return await session.execute("'ran'")
-
-
-def autogroup(pid):
-    """Its name and "nice N"; both empty where no session was begun since the boot (the kernel's root group)."""
-    name, _, nice = Path(f"/proc/{pid}/autogroup").read_text().strip().partition(" ")
-    return name, nice
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/autogroup"), reason="this kernel has no autogroups")
