@@ -29,6 +29,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 from bench.machine import machine
+from bench.results_folder import results_folder
 from l0fast.engine.base import Engine, Sampling
 from l0fast.engine.distributions import lognormal
 from l0fast.engine.gate import gated
@@ -191,7 +192,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.admission", description="Admission by KV cache, simulated.")
     parser.add_argument("--seconds", type=float, default=960.0, help="simulated time of each row [s]")
     parser.add_argument("--median-response", type=int, default=300, help="its length, lognormal [tokens]")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for admission.json and admission.png")
+    parser.add_argument(
+        "--out", type=results_folder, default=RESULTS, help="folder for admission.json and admission.png"
+    )
     args = parser.parse_args(argv)
     if not args.seconds >= 1:
         parser.error(f"--seconds {args.seconds:g}: give at least 1")
@@ -237,7 +240,6 @@ def main(argv: list[str] | None = None) -> int:
         "gains": gains,
         "rows": {name: [asdict(r) for r in results] for name, results in tables.items()},
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     draw(tables, args.out / "admission.png")
     (args.out / "admission.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({k: v for k, v in result.items() if k not in ("rows", "speed")}))

@@ -33,6 +33,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
+from bench.results_folder import results_folder
 from l0fast.config import AgentConfig, EngineConfig, LearnerConfig, RolloutConfig, RunConfig
 from l0fast.engine.base import Sampling
 from l0fast.engine.buckets import HostWeights, RankWeights
@@ -329,7 +330,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sglang", nargs="*", default=[], help="further arguments of sglang.Engine, name=JSON")
-    parser.add_argument("--results", type=Path, help="folder for colocated.json")
+    parser.add_argument("--results", type=results_folder, help="folder for colocated.json")
     options = parser.parse_args()
     options.weights = options.weights or ("ipc" if options.device == "cuda" else "host")
     try:
@@ -337,7 +338,6 @@ def main() -> None:
     except UsageError as e:
         sys.exit(f"l0fast: {e}")
     if options.results is not None:
-        options.results.mkdir(parents=True, exist_ok=True)
         (options.results / "colocated.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     print(json.dumps(result, default=str))
 

@@ -25,6 +25,7 @@ import uvloop
 
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
+from bench.results_folder import results_folder
 from l0fast.corpus.dense import embed
 from l0fast.corpus.embeddings import EmbeddingsConfig
 from l0fast.corpus.index import Corpus, Passage, build
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--dense", type=int, default=0, metavar="DIM", help="vectors of so many numbers, too")
-    parser.add_argument("--results", type=Path, help="folder for corpus.json")
+    parser.add_argument("--results", type=results_folder, help="folder for corpus.json")
     options = parser.parse_args()
     rows = []
     print(f"{'passages':>10} {'build':>9} {'index':>10} {'p50':>9} {'p95':>9} {'loop late':>10}")

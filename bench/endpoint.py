@@ -21,6 +21,7 @@ import orjson
 
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
+from bench.results_folder import results_folder
 from l0fast.config import RunConfig
 from l0fast.engine.openai import EndpointConfig
 from l0fast.errors import UsageError
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", nargs="?", default="geography")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--open", type=int, default=8, metavar="N", help="episodes at once")
-    parser.add_argument("--results", type=Path, help="folder for endpoint_accuracy.json")
+    parser.add_argument("--results", type=results_folder, help="folder for endpoint_accuracy.json")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
     options, flags = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory(prefix="l0fast-bench-") as folder:

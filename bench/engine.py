@@ -40,6 +40,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
+from bench.results_folder import results_folder
 from l0fast.config import EngineConfig
 from l0fast.engine.base import Sampled, Sampling
 from l0fast.engine.transformers import transformers_engine
@@ -380,7 +381,7 @@ def main() -> None:
         "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the shape of Qwen3-0.6B, in bf16"
     )
     parser.add_argument("--model-path", type=Path, help="default: random weights")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="folder for engine.json")
+    parser.add_argument("--results", type=results_folder, metavar="DIR", help="folder for engine.json")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU that it can use")
@@ -398,7 +399,6 @@ def main() -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ("results", "model_path")}
     result = {"bench": "engine", "machine": where, "settings": settings, "rows": rows}
     if args.results is not None:
-        args.results.mkdir(parents=True, exist_ok=True)
         name = "engine.json" if args.device == "cpu" else "engine_cuda.json"
         (args.results / name).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -38,6 +38,7 @@ import numpy as np
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.plan import run_plan
+from bench.results_folder import results_folder
 from bench.traces import GROUP_SIZES, runs
 from l0fast.config import LearnerConfig, RunConfig
 from l0fast.ipc import shared_weights
@@ -290,7 +291,7 @@ def main() -> int:
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="OpenMP threads of the passes"
     )
-    parser.add_argument("--results", type=Path, metavar="DIR", help="folder for learner.json")
+    parser.add_argument("--results", type=results_folder, metavar="DIR", help="folder for learner.json")
     plan = parser.add_argument_group("--plan", "further flags are settings, as python -m l0fast.run takes them")
     plan.add_argument("--plan", metavar="RECIPE", help="name of a recipe, or a TOML file")
     plan.add_argument("--model", metavar="NAME", help="a model folder, a config.json or e.g. Qwen3-4B; the recipe's")

@@ -16,6 +16,7 @@ from typing import Any
 
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
+from bench.results_folder import results_folder
 from l0fast.report.plots import compare_plot
 
 COLUMNS = {
@@ -33,7 +34,7 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder for the runs; those already in it are read, not run"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, help="folder for main_job.json and geography.png")
+    parser.add_argument("--results", type=results_folder, help="folder for main_job.json and geography.png")
     parser.add_argument("--without-invented", action="store_true", help="leave the invented world out")
     options = parser.parse_args()
 
@@ -64,7 +65,6 @@ def main() -> None:
         result[f"{key}_mean"] = statistics.mean(s[key] for s in seeds)
     result["runs"] = summaries
     if options.results is not None:
-        options.results.mkdir(parents=True, exist_ok=True)
         (options.results / "main_job.json").write_text(json.dumps(result, indent=1) + "\n")
         folder = {name: options.out / name.replace(", ", "-").replace(" ", "-") for name in summaries}
         shown = {"trained": folder[f"geography, seed {options.seeds[0]}"], "control": folder["geography, control"]}

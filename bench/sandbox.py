@@ -43,6 +43,7 @@ import uvloop
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.own_daemon import own_daemon
+from bench.results_folder import results_folder
 from l0fast.config import SandboxConfig
 from l0fast.loop_lag import LoopLag
 from l0fast.metrics import ProcessTreeMemory, descendants
@@ -611,7 +612,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--crowd", type=int, default=2000, help="sessions alive at once; 0 leaves the crowd out")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="churn sessions for so long, and nothing else")
-    parser.add_argument("--results", type=Path, help="folder for sandbox.json or sandbox_soak.json")
+    parser.add_argument("--results", type=results_folder, help="folder for sandbox.json or sandbox_soak.json")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         if options.own_daemon:

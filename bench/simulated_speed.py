@@ -18,10 +18,10 @@ import itertools
 import json
 import statistics
 import sys
-from pathlib import Path
 
 from bench.admission import CAPACITIES, RESULTS, Result, simulate
 from bench.machine import machine
+from bench.results_folder import results_folder
 
 SCENES = tuple(itertools.product((300, 1500), (1, 8), (16, 128, 1024)))
 """(median response [tokens], engines, agents): L0's agents, and some that think longer."""
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         description="How many times faster than real time engines are simulated.",
     )
     parser.add_argument("--seconds", type=float, default=240.0, help="simulated time of each scene [s]")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for simulated_speed.json")
+    parser.add_argument("--out", type=results_folder, default=RESULTS, help="folder for simulated_speed.json")
     args = parser.parse_args(argv)
     if not args.seconds >= 1:
         parser.error(f"--seconds {args.seconds:g}: give at least 1")
@@ -69,7 +69,6 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row)
         print("{:9,d} {:8d} {:7,d} {:23.2f} {:20,.0f} {:12,.0f}".format(*row.values()))
     result = {"bench": "simulated_speed", "machine": machine(), "simulated_s": args.seconds, "rows": rows}
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "simulated_speed.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
     return 0

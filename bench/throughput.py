@@ -40,6 +40,7 @@ from bench.l0_style import Side, l0_style, ours
 from bench.machine import machine
 from bench.node_throughput import measure_node
 from bench.probes import idle_loop, open_descriptors, rss_mb
+from bench.results_folder import results_folder
 from bench.swarm import LEARNER_SHARE, OPEN_STEPS, SPEED, STALENESS, Measured, NoSandbox, Swarm
 from bench.workload import GROUP_SIZE, MODEL, Workload
 from l0fast.agent.chat import Chat
@@ -274,7 +275,7 @@ def main() -> None:
         help="some 12 s: 32 agents; two of L0's, whose engine and tools are compressed too",
     )
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="the largest size for so long, and nothing else")
-    parser.add_argument("--results", type=Path, help="folder for throughput.json or throughput_soak.json")
+    parser.add_argument("--results", type=results_folder, help="folder for throughput.json or throughput_soak.json")
     parser.add_argument(
         "--engine",
         choices=("simulated", "sglang", "transformers"),
@@ -315,7 +316,6 @@ def main() -> None:
 def write(result: dict[str, Any], folder: Path | None, name: str) -> None:
     """The last line, and where it was asked for the file."""
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 

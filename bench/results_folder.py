@@ -1,0 +1,17 @@
+"""Where a benchmark's figures go."""
+
+import argparse
+import os
+from pathlib import Path
+
+
+def results_folder(value: str) -> Path:
+    """An argparse type. The folder is made at once: a measurement must not be lost to the want of one at its end."""
+    path = Path(value)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise argparse.ArgumentTypeError(f"{value} can't be made ({e.strerror}): name another folder") from e
+    if not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{value} can't be written to: name another folder")
+    return path
