@@ -46,11 +46,12 @@ class ProcessTreeMemory:
 
     Read from /proc/<pid>/smaps_rollup (Linux >= 4.14). Processes of other users, and those that gave up being
     dumpable, can't be read: `unreadable` is the most of them seen at once. Containers are children of their daemon, not
-    of this process, and not counted. A sample walks page tables, so it runs in a thread, and takes at most 2 % of its time:
-    4,096 sandboxes take seconds.
+    of this process, and not counted. A sample walks page tables, so it runs in a thread: 4,096 sandboxes take seconds.
     """
 
     INTERVAL_S = 2.0
+    SHARE = 0.005
+    """Of one processor, at most; the interval is longer where a sample takes longer."""
 
     def __init__(self, root: int | None = None, proc: Path = Path("/proc")):
         self._root, self._proc = root or os.getpid(), proc
@@ -64,7 +65,7 @@ class ProcessTreeMemory:
         while True:
             started = time.monotonic()
             await asyncio.to_thread(self.sample)
-            await asyncio.sleep(max(self.INTERVAL_S, 50 * (time.monotonic() - started)))
+            await asyncio.sleep(max(self.INTERVAL_S, (time.monotonic() - started) / self.SHARE))
 
     def sample(self) -> float:
         """Look once; the sum now [MB]."""

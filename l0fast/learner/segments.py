@@ -9,7 +9,7 @@ same thing for a turn whether its prompt is recomputed alone or is the beginning
 times the tokens of one row a turn, and changes no gradient (tests/learner/test_policy_model.py).
 """
 
-from l0fast.types import Segment, Span, Trajectory
+from l0fast.types import Segment, Span, Trajectory, Turn
 
 
 def segments_of(trajectory: Trajectory) -> list[Segment]:
@@ -21,7 +21,7 @@ def segments_of(trajectory: Trajectory) -> list[Segment]:
     Raises:
         ValueError: a turn with an empty prompt: nothing predicts its first token.
     """
-    rows: list[tuple[tuple[int, ...], list[Span]]] = []
+    rows: list[list[tuple[int, Turn]]] = []
     for t, turn in enumerate(trajectory.turns):
         if not turn.response_ids:
             continue
@@ -30,10 +30,20 @@ def segments_of(trajectory: Trajectory) -> list[Segment]:
                 f"turn {t} of trajectory {trajectory.index} of task {trajectory.task.id!r} has an empty prompt, so nothing "
                 "predicts its first token; begin every prompt with at least one token"
             )
-        span = Span(start=len(turn.prompt_ids), length=len(turn.response_ids), turn=t)
-        token_ids = turn.prompt_ids + turn.response_ids
-        if rows and turn.prompt_ids[: len(rows[-1][0])] == rows[-1][0]:
-            rows[-1] = (token_ids, [*rows[-1][1], span])
+        if rows and _goes_on(rows[-1][-1][1], turn):
+            rows[-1].append((t, turn))
         else:
-            rows.append((token_ids, [span]))
-    return [Segment(token_ids=token_ids, spans=tuple(spans)) for token_ids, spans in rows]
+            rows.append([(t, turn)])
+    return [_segment(row) for row in rows]
+
+
+def _segment(row: list[tuple[int, Turn]]) -> Segment:
+    _, last = row[-1]
+    spans = [Span(start=len(turn.prompt_ids), length=len(turn.response_ids), turn=t) for t, turn in row]
+    return Segment(token_ids=last.prompt_ids + last.response_ids, spans=tuple(spans))
+
+
+def _goes_on(before: Turn, turn: Turn) -> bool:
+    """Whether its prompt begins with the one before and its response."""
+    start, end = len(before.prompt_ids), len(before.prompt_ids) + len(before.response_ids)
+    return turn.prompt_ids[:start] == before.prompt_ids and turn.prompt_ids[start:end] == before.response_ids
