@@ -37,7 +37,7 @@ from l0fast.config import LearnerConfig, RewardConfig, RolloutConfig, RunConfig
 from l0fast.engine.base import Sampled, Sampling
 from l0fast.engine.clock import Clock, CompressedClock
 from l0fast.engine.simulated import SimulatedEngine, Speed
-from l0fast.garbage import old_objects_aside
+from l0fast.garbage import let_go, old_objects_aside
 from l0fast.ipc import shared_bytes
 from l0fast.learner.client import LearnerClient, batch_advantages
 from l0fast.meters import Meters
@@ -340,6 +340,7 @@ class Swarm:
                 batch = []
         if batch:
             await self._learn(batch, learner, rank, observer, step, played)
+            batch.clear()
         if self._marshal:
             with observer.span("learn"):
                 await learner.finish_step(step)
@@ -351,6 +352,8 @@ class Swarm:
             advantages = [turns.tolist() for _, per_trajectory in played for turns in per_trajectory]
             path = await run_dir.trajectories(step_name(step), trajectories, advantages)
             await asyncio.to_thread(path.unlink)
+            trajectories.clear()
+        await let_go(played)
 
     async def _learn(
         self,

@@ -37,7 +37,7 @@ from l0fast.agent.nb_agent import NBAgent
 from l0fast.cli import Invocation
 from l0fast.config import RunConfig
 from l0fast.errors import LearnerError
-from l0fast.garbage import OldObjects, old_objects_aside
+from l0fast.garbage import OldObjects, let_go, old_objects_aside
 from l0fast.heldout import HeldOut, accuracy
 from l0fast.learner.advantage import RunningMean, Values, streams
 from l0fast.learner.client import Advantages, LearnerClient, batch_advantages
@@ -334,6 +334,7 @@ class Training:
             learn = rooms.learner.step(batch, advantages, self.step + 1, values=values)
         # half of it would leave the learner ahead of what is written
         await _to_its_end(self._learn(rooms, learn, batch, advantages, groups, heldout, beside))
+        await let_go(batch)
         every = self.config.checkpoint.every
         if every and self.step % every == 0:
             await self._save_checkpoint(rooms)

@@ -1,11 +1,12 @@
 """Old objects are set aside, die as ever, and cycles among them are found by a sweep."""
 
+import asyncio
 import gc
 import weakref
 
 import pytest
 
-from l0fast.garbage import old_objects_aside
+from l0fast.garbage import let_go, old_objects_aside
 
 
 class Node:
@@ -66,6 +67,26 @@ def test_the_young_stay_few_while_as_many_old_ones_die():
             gc.callbacks.remove(count)
     assert len(looked_at) >= 500
     assert max(looked_at) < 300
+
+
+def test_what_is_let_go_is_freed_bit_by_bit_with_others_served_in_between():
+    async def main():
+        nodes = [Node() for _ in range(5)]
+        seen = [weakref.ref(node) for node in nodes]
+        alive = []
+
+        async def other():
+            while nodes:
+                alive.append(sum(ref() is not None for ref in seen))
+                await asyncio.sleep(0)
+
+        async with asyncio.TaskGroup() as tg:
+            tg.create_task(other())
+            await let_go(nodes)
+        assert alive == [4, 3, 2, 1]
+        assert not any(ref() for ref in seen)
+
+    asyncio.run(main())
 
 
 def test_a_sweep_finds_old_cycles_once_the_process_has_grown():
