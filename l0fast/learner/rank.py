@@ -60,7 +60,8 @@ def main() -> None:
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // world))
     torch.manual_seed(args["seed"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    if device == "cpu" and args["weights"] is not None:
+        # as the engine that takes them does; SGLang's processes do not, and wait for what we send them
         stand_back()
     with process_group(device, rank, world, args["port"], args["listen_fd"], config.io_timeout_s):
         channel.progress("loading the model")
