@@ -60,7 +60,8 @@ def main() -> None:
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // world))
     torch.manual_seed(args["seed"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and args["weights"] is not None:
+    publishes = args["weights"] is not None
+    if device == "cpu" and publishes:
         # as the engine that takes them does; SGLang's processes do not, and wait for what we send them
         stand_back()
     with process_group(device, rank, world, args["port"], args["listen_fd"], config.io_timeout_s):
@@ -75,7 +76,6 @@ def main() -> None:
             world=world,
         )
         critic = None if config.critic == "none" else CriticModel(policy)
-        publishes = args["weights"] is not None
         weights = SharedWeights.attach(args["weights"]) if publishes and rank == 0 else None
         checkpoints = Checkpoints(policy, args["keep_checkpoints"], critic)
         policy.progress.report_to(channel.progress, config.stall_timeout_s, config.slow_timeout_s)
