@@ -6,4 +6,7 @@ import signal
 
 def end_like_ctrl_c() -> None:
     """To be called first thing in `main`, in the main thread."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # a script's background job inherits that, and would not hear itself either
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
