@@ -33,10 +33,13 @@ def test_sigterm_ends_it_as_ctrl_c_does(inherited):
         # as a shell starts what stands before an `&` in a script
         preexec_fn=lambda: signal.signal(signal.SIGINT, inherited),
     )
-    with bench:
+    try:
         assert bench.stdout.readline() == "up\n"
         bench.terminate()
-        said, error = bench.communicate(timeout=30)
+        said, error = bench.communicate(timeout=20)
+    finally:
+        bench.kill()
+        bench.communicate()
     assert said == "tidy\n"
     assert "KeyboardInterrupt" in error
     assert bench.returncode != 0
