@@ -35,6 +35,7 @@ from l0fast.engine.distributions import lognormal
 from l0fast.engine.gate import gated
 from l0fast.engine.simulated import SimulatedClock, SimulatedEngine, Speed
 from l0fast.garbage import old_objects_aside
+from l0fast.ids import Ids
 from l0fast.rollout.admission import Admission
 
 matplotlib.use("Agg")
@@ -121,12 +122,12 @@ async def _simulate(clock: SimulatedClock, engine: SimulatedEngine, limit: int |
     async def play(number: int) -> None:
         nonlocal turns
         rng = random.Random(number)
-        prompt = (number % 256,) * rng.randint(1200, 2000)
+        prompt = Ids((number % 256,) * rng.randint(1200, 2000))
         for turn in range(rng.randint(1, 8)):
             sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=(0,), seed=number * 8 + turn)
             sampled = await front.generate(prompt, sampling, conversation=str(number))
             turns += 1
-            prompt += sampled.response_ids + (1,) * int(output(rng.random()))
+            prompt = prompt + sampled.response_ids + (1,) * int(output(rng.random()))
             await clock.sleep(latency(rng.random()))
         front.forget(str(number))
 

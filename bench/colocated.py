@@ -40,6 +40,7 @@ from l0fast.engine.buckets import HostWeights, RankWeights
 from l0fast.engine.fleet import Fleet
 from l0fast.engine.sglang import sglang_fleet
 from l0fast.errors import UsageError
+from l0fast.ids import Ids
 from l0fast.ipc import shared_weights
 from l0fast.learner.client import batch_advantages, learner
 from l0fast.types import Group, Task, Trajectory, TrajectoryStatus, Turn
@@ -114,7 +115,7 @@ class World:
         name = f"{step}/{group}"
         of_group = random.Random(f"{self._seed}/{name}")
         of_episode = random.Random(f"{self._seed}/{name}/{index}")
-        prompt = self._ids(of_group, self._prompt_tokens)
+        prompt = Ids(self._ids(of_group, self._prompt_tokens))
         turns: list[Turn] = []
         for _ in range(self._config.rollout.max_turns):
             limit = of_episode.randint(self._config.agent.max_new_tokens // 2, self._config.agent.max_new_tokens)
@@ -122,7 +123,7 @@ class World:
             sampled = await self._engine.generate(prompt, sampling, conversation=f"{name}/{index}")
             turns.append(
                 Turn(
-                    prompt_ids=tuple(prompt),
+                    prompt_ids=prompt,
                     response_ids=sampled.response_ids,
                     sampler_logprobs=sampled.sampler_logprobs,
                     finish_reason=sampled.finish_reason,
@@ -135,7 +136,7 @@ class World:
             if len(turns) > 1:
                 self.prompt_ids += len(prompt)
                 self.cached_ids += sampled.cached_tokens
-            prompt = [*prompt, *sampled.response_ids, *self._ids(of_episode, self._prompt_tokens // 4)]
+            prompt = prompt + sampled.response_ids + self._ids(of_episode, self._prompt_tokens // 4)
         self._engine.forget(f"{name}/{index}")
         sampled_ids = [token for turn in turns for token in turn.response_ids]
         share = sum(token % 2 == 0 for token in sampled_ids) / len(sampled_ids)

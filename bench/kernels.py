@@ -30,6 +30,7 @@ from torch import Tensor
 
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
+from l0fast.ids import Ids
 from l0fast.learner.cost import SHAPES, ModelShape
 from l0fast_kernels.policy_head import k3, policy_head, policy_loss_tokens, token_stats
 
@@ -478,7 +479,7 @@ def whole_step(name: str, liger: bool, checkpointing: Literal["on", "off"], devi
     groups = []
     for g in range(num_groups):
         task = Task(id=f"t{g}", question="?", answers=("a",))
-        first, trajectories = draw(prompt), []
+        first, trajectories = Ids(draw(prompt)), []
         for i in range(group_size):
             turns, ids = [], first
             for _ in range(num_turns):
@@ -486,7 +487,7 @@ def whole_step(name: str, liger: bool, checkpointing: Literal["on", "off"], devi
                 turns.append(
                     Turn(
                         prompt_ids=ids,
-                        response_ids=said,
+                        response_ids=Ids(said),
                         sampler_logprobs=(-12.0,) * response,
                         finish_reason="stop",
                         policy_version=0,
@@ -495,7 +496,7 @@ def whole_step(name: str, liger: bool, checkpointing: Literal["on", "off"], devi
                         well_formed=True,
                     )
                 )
-                ids = (*ids, *said, *draw(output))
+                ids = ids + said + draw(output)
             trajectory = Trajectory(
                 task=task, index=i, status=TrajectoryStatus.COMPLETED, turns=tuple(turns), rewards=(0.0,) * num_turns
             )

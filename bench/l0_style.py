@@ -35,6 +35,7 @@ from l0fast.config import SandboxConfig
 from l0fast.engine.base import Sampling
 from l0fast.engine.clock import CompressedClock
 from l0fast.engine.simulated import SimulatedEngine, Speed
+from l0fast.ids import Ids
 from l0fast.sandbox import open_sandbox
 from l0fast.tools.broker import ToolPolicy, open_broker
 from l0fast.types import Task
@@ -141,7 +142,7 @@ class _Servers:
     def __init__(self, chat: Chat, workload: Workload, engine: SimulatedEngine, questions: dict[str, str]):
         self._chat, self._workload, self._engine, self._questions = chat, workload, engine, questions
         self._contexts: dict[str, Context] = {}
-        self._said: dict[str, tuple[int, ...]] = {}
+        self._said: dict[str, Ids] = {}
         self.tasks: dict[str, _Worker] = {}
 
     def app(self) -> web.Application:

@@ -38,6 +38,7 @@ from l0fast.engine.base import Sampled, Sampling
 from l0fast.engine.clock import Clock, CompressedClock
 from l0fast.engine.simulated import SimulatedEngine, Speed
 from l0fast.garbage import let_go, old_objects_aside
+from l0fast.ids import Ids
 from l0fast.ipc import shared_bytes
 from l0fast.learner.client import LearnerClient, batch_advantages
 from l0fast.meters import Meters
@@ -298,18 +299,18 @@ class Swarm:
         No run on an engine has it. Joining prompts, which every run does, is in it too: some 10 us.
         """
         _, workload, engine = self._simulator()
-        page = tuple(self._chat.continuation(output_message(workload.page(0)), closed=True))
-        head = tuple(self._chat.encode("word " * 700))
+        page = Ids(self._chat.continuation(output_message(workload.page(0)), closed=True))
+        head = self._chat.encode("word " * 700)
         sampling = Sampling(max_new_tokens=AGENT.max_new_tokens, stop_token_ids=self._chat.stop_token_ids)
         room = asyncio.Semaphore(self.agents)
 
         async def converse(name: str) -> None:
             async with room:
-                prompt = head
+                prompt = Ids(head)
                 for said in workload.plan(name).turns:
                     sampled = await engine.generate(prompt, sampling, conversation=name)
                     await workload.tool.call(said.key)
-                    prompt += sampled.response_ids + page
+                    prompt = prompt + sampled.response_ids + page
                 engine.forget(name)
 
         cpu_s = time.process_time()

@@ -11,6 +11,7 @@ from itertools import product
 
 import numpy as np
 
+from l0fast.ids import Ids
 from l0fast.types import Group, Task, Trajectory, TrajectoryStatus, Turn
 
 RESPONSE_TOKENS = 300
@@ -23,8 +24,6 @@ SPREAD = 0.6
 TRIM_SHARE = 1 / 8
 """Of the episodes."""
 
-Ids = tuple[int, ...]
-
 
 def runs(vocabulary: int, seed: int, groups_per_run: int) -> Iterator[list[Group]]:
     """The mix: groups of every pair of output length and group size."""
@@ -35,10 +34,10 @@ def runs(vocabulary: int, seed: int, groups_per_run: int) -> Iterator[list[Group
 
 
 def group(
-    rng: np.random.Generator, vocabulary: int, system: Ids, output_tokens: int, group_size: int, number: int
+    rng: np.random.Generator, vocabulary: int, system: tuple[int, ...], output_tokens: int, group_size: int, number: int
 ) -> Group:
     task = Task(id=f"t{number}", question="?", answers=("a",))
-    prompt = system + _ids(rng, vocabulary, _length(rng, 60))
+    prompt = Ids(system) + _ids(rng, vocabulary, _length(rng, 60))
     episodes = tuple(_episode(rng, vocabulary, task, i, prompt, output_tokens) for i in range(group_size))
     return Group(task=task, trajectories=episodes, number=number)
 
@@ -56,7 +55,7 @@ def _episode(
         turns.append(
             Turn(
                 prompt_ids=prompt,
-                response_ids=response,
+                response_ids=Ids(response),
                 # of a policy that knows nothing
                 sampler_logprobs=(-float(np.log(vocabulary)),) * len(response),
                 finish_reason="stop",
@@ -82,5 +81,5 @@ def _length(rng: np.random.Generator, median: int) -> int:
     return max(4, round(float(rng.lognormal(np.log(median), SPREAD))))
 
 
-def _ids(rng: np.random.Generator, vocabulary: int, n: int) -> Ids:
+def _ids(rng: np.random.Generator, vocabulary: int, n: int) -> tuple[int, ...]:
     return tuple(rng.integers(0, vocabulary, n).tolist())

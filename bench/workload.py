@@ -19,6 +19,7 @@ from l0fast.agent.chat import Chat
 from l0fast.config import AgentConfig
 from l0fast.engine.base import Sampling
 from l0fast.engine.distributions import lognormal
+from l0fast.ids import Ids
 from l0fast.sandbox.base import ToolSpec
 from l0fast.seeding import derive_seed
 from l0fast.tasks.geography import geography
@@ -66,10 +67,10 @@ class Workload:
     def __init__(self, chat: Chat, sleep: Callable[[float], Awaitable[None]], *, seed: int = 0):
         self._chat, self._sleep, self._seed = chat, sleep, seed
         sentences = geography().full_corpus
-        self._said = tuple(chat.encode(" ".join(sentences[:2000])))
-        self._tags = tuple(tuple(chat.encode(tag)) for tag in ("<think>", "</think>\n<code>\n", "\n</code>"))
-        self._calls = [tuple(chat.encode(_CALL.format(key=key))) for key in range(KEYS)]
-        self._submits = {answer: tuple(chat.encode(_SUBMIT.format(answer=answer))) for answer in ANSWERS}
+        self._said = Ids(chat.encode(" ".join(sentences[:2000])))
+        self._tags = tuple(Ids(chat.encode(tag)) for tag in ("<think>", "</think>\n<code>\n", "\n</code>"))
+        self._calls = [Ids(chat.encode(_CALL.format(key=key))) for key in range(KEYS)]
+        self._submits = {answer: Ids(chat.encode(_SUBMIT.format(answer=answer))) for answer in ANSWERS}
         # three sentences a page, as a search returns
         self._pages = ["\n".join(sentences[3 * key : 3 * key + 3]) for key in range(KEYS)]
         quantile = lognormal(TOOL_LATENCY_S, TOOL_SPREAD)
@@ -115,7 +116,7 @@ class Workload:
         code = self._submits[plan.answer] if last else self._calls[said.key]
         think, between, close = self._tags
         if said.malformed and not last:
-            close = ()
+            close = Ids()
         length = max(_MIN_THOUGHT_TOKENS, said.tokens - sum(map(len, (think, between, code, close))) - 1)
         start = int(said.start * (len(self._said) - length))
         return think + self._said[start : start + length] + between + code + close + self._chat.stop_token_ids[:1]

@@ -37,6 +37,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
+from l0fast.ids import Ids
 from l0fast.types import Group, Trajectory
 
 _SLICE_S = 0.0005
@@ -363,7 +364,8 @@ def _write_trajectories(
         for i, trajectory in enumerate(trajectories):
             row = {name: getattr(trajectory, name) for name in names}
             row["advantages"] = list(advantages[i]) if advantages is not None else []
-            file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY))
+            option = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
+            file.write(orjson.dumps(row, default=Ids.numpy, option=option))
             if time.perf_counter() - since > _SLICE_S:
                 time.sleep(_SLICE_S)
                 since = time.perf_counter()

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from l0fast.ids import Ids
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
@@ -73,8 +75,8 @@ class Turn:
     Both are empty where an endpoint answered, which takes and returns text: there is nothing to train on.
     """
 
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
+    prompt_ids: Ids
+    response_ids: Ids
     """Sampled ids, the end-of-turn token included where it was sampled."""
     sampler_logprobs: tuple[float, ...]
     """Of `response_ids`, under the policy and temperature that sampled them [nats]."""
@@ -174,5 +176,5 @@ class Span:
 class Segment:
     """An append-only row: for each span, token_ids[:start] is the prompt the engine saw for that turn."""
 
-    token_ids: tuple[int, ...]
+    token_ids: Ids
     spans: tuple[Span, ...]

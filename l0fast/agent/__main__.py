@@ -29,6 +29,7 @@ from l0fast.agent.parsing import parse_action
 from l0fast.ask import ask, task_of
 from l0fast.engine.openai import EndpointConfig
 from l0fast.errors import L0fastError, UsageError
+from l0fast.ids import Ids
 from l0fast.report.notebook import INTERRUPTED, save_notebook
 from l0fast.tools.registry import known_tools
 from l0fast.tools.toolbox import OWN as OWN_TOOLS
@@ -77,8 +78,8 @@ class _Seen:
         if self.text.strip():
             runs = parse_action(self.text).complaint is None
             unfinished = Turn(
-                prompt_ids=(),
-                response_ids=(),
+                prompt_ids=Ids(),
+                response_ids=Ids(),
                 sampler_logprobs=(),
                 finish_reason="abort",
                 policy_version=0,

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from l0fast.agent.chat import Chat
+from l0fast.ids import Ids
 
 Trim = Literal["hard", "soft", "none"]
 
@@ -34,17 +35,16 @@ class Context:
         self._chat, self._system, self._question = chat, system, question
         self._room = budget - response_tokens
         self._trim = trim
-        self._head = tuple(chat.first_prompt(system, question))
-        self._exchanges: list[tuple[int, ...]] = []
-        self.prompt_ids = self._head
-        """Grown with each exchange: joining all of them anew would cost more than anything else a turn does."""
+        self.prompt_ids = Ids(chat.first_prompt(system, question))
+        self._lengths: list[int] = []
+        """Of the exchanges at its end [tokens]."""
 
     def add(self, response_ids: Sequence[int], output: str) -> None:
         """Append a response, exactly as sampled, and what it is answered with."""
         closed = bool(response_ids) and response_ids[-1] in self._chat.stop_token_ids
-        exchange = (*response_ids, *self._chat.continuation(output, closed=closed))
-        self._exchanges.append(exchange)
-        self.prompt_ids += exchange
+        longer = self.prompt_ids + response_ids + self._chat.continuation(output, closed=closed)
+        self._lengths.append(len(longer) - len(self.prompt_ids))
+        self.prompt_ids = longer
 
     def fit(self, notepad: str) -> bool:
         """Trim, if need be, until the next response fits. False where it can't.
@@ -57,13 +57,10 @@ class Context:
         if self._trim == "none":
             return False
         question = "\n".join(filter(None, (self._question, TRIM_NOTE, notepad)))
-        self._head = tuple(self._chat.first_prompt(self._system, question))
+        head = self._chat.first_prompt(self._system, question)
         if self._trim == "hard":
-            self._exchanges.clear()
-        while self._exchanges and self._length() > self._room:
-            del self._exchanges[0]
-        self.prompt_ids = (*self._head, *(i for exchange in self._exchanges for i in exchange))
+            self._lengths.clear()
+        while self._lengths and len(head) + sum(self._lengths) > self._room:
+            del self._lengths[0]
+        self.prompt_ids = Ids(head) + self.prompt_ids[len(self.prompt_ids) - sum(self._lengths) :]
         return len(self.prompt_ids) <= self._room
-
-    def _length(self) -> int:
-        return len(self._head) + sum(map(len, self._exchanges))

@@ -14,6 +14,7 @@ from l0fast.agent.chat import Chat
 from l0fast.agent.context import TRIM_NOTE, Context
 from l0fast.config import AgentConfig
 from l0fast.engine.base import Engine, Message, Sampled, Sampling, TextEngine
+from l0fast.ids import Ids
 
 CHARS_PER_TOKEN = 3.0
 """Guessed until an endpoint has counted: fewer than most tokenizers make of English, about what they make of code."""
@@ -25,7 +26,7 @@ MESSAGE_TOKENS = 8
 class Response:
     text: str
     """Special tokens dropped."""
-    prompt_ids: tuple[int, ...]
+    prompt_ids: Ids
     """Exactly what the engine saw; empty where it saw messages."""
     sampled: Sampled
     """Without ids and log-probs where an endpoint told none."""
@@ -117,8 +118,8 @@ class _MessageConversation:
         if said.prompt_tokens:
             # what a chat form adds counts as characters too: it weighs on short conversations, where room is no matter
             self._chars_per_token = max(1.0, _chars(messages) / said.prompt_tokens)
-        sampled = Sampled(response_ids=(), sampler_logprobs=(), finish_reason=said.finish_reason, policy_version=0)
-        return Response(said.text, (), sampled)
+        sampled = Sampled(response_ids=Ids(), sampler_logprobs=(), finish_reason=said.finish_reason, policy_version=0)
+        return Response(said.text, Ids(), sampled)
 
     def add(self, response: Response, reply: str) -> None:
         self._exchanges.append([_message("assistant", response.text), _message("user", reply)])

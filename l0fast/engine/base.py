@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from l0fast.ids import Ids
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -39,7 +41,7 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    response_ids: tuple[int, ...]
+    response_ids: Ids
     sampler_logprobs: tuple[float, ...]
     """Temperature-scaled, over the full vocabulary [nats]."""
     finish_reason: str

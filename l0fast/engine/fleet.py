@@ -23,6 +23,7 @@ from l0fast.config import EngineConfig
 from l0fast.engine.base import EngineLoad, Sampled, Sampling, VersionSpan
 from l0fast.engine.placement import Placement
 from l0fast.errors import EngineError
+from l0fast.ids import Ids
 
 MAX_SENDS = 3
 """Engines that may die over one request before it is given up."""
@@ -67,7 +68,7 @@ class Response:
     def sampled(self) -> Sampled:
         assert self.finish_reason is not None, "it is not complete"
         return Sampled(
-            response_ids=tuple(self.ids),
+            response_ids=Ids(self.ids),
             sampler_logprobs=tuple(self.logprobs),
             finish_reason=self.finish_reason,
             policy_version=self.spans[0].policy_version if self.spans else self.policy_version,

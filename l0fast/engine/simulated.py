@@ -13,12 +13,12 @@ few turns a second end, and hundreds of times for an engine that is full (`pytho
 
 import asyncio
 import math
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
+from numpy.typing import NDArray
 
 from l0fast.engine.base import EngineLoad, Sampled, Sampling
 from l0fast.engine.check import check_prompt, check_sampling
@@ -27,6 +27,7 @@ from l0fast.engine.distributions import Distribution, exponential
 from l0fast.engine.placement import Placement
 from l0fast.engine.sampling import uniforms
 from l0fast.engine.simulated_replica import Replica, Request, Speed
+from l0fast.ids import Ids
 
 __all__ = ["Clock", "CompressedClock", "Script", "SimulatedClock", "SimulatedEngine", "Speed"]
 
@@ -101,21 +102,28 @@ class SimulatedEngine:
         ]
         # slices of these cost nothing, thousands of draws a turn would be most of what this engine costs
         self._uniforms = uniforms(np.array([seed % 2**64], np.uint64), np.arange(_POOL + max_tokens))
-        self._ids: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._ids: dict[tuple[int, ...], Ids] = {}
         """By stop ids: those of all others."""
         self._logprobs: tuple[float, ...] = tuple((-2 * self._uniforms).tolist())
         self._placement = Placement(replicas, slots)
         for i in range(replicas):
             self._placement.up(i)
-        self._known: OrderedDict[str, tuple[tuple[int, ...], tuple[int, ...]]] = OrderedDict()
-        """By conversation, (prompt, response) that its KV entries stand for or once stood for."""
+        self._known: OrderedDict[str, Ids] = OrderedDict()
+        """By conversation, what its KV entries stand for or once stood for."""
         self._num_known = 4 * slots * replicas
         """Of conversations that nobody forgets, the last so many stay known."""
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str) -> Sampled:
-        prompt = prompt_ids if isinstance(prompt_ids, tuple) else tuple(prompt_ids)
+        check_sampling(sampling, vocab_size=self._vocab_size)
+        prompt = prompt_ids if isinstance(prompt_ids, Ids) else self._checked(np.array(prompt_ids, np.int64), sampling)
         matched = self._matched(conversation, prompt)
-        self._check(prompt, matched, sampling)
+        if (
+            # what is known was checked before
+            matched == len(prompt)
+            or np.maximum.reduce(prompt.numpy(matched).view(np.uint32)) >= self._vocab_size
+            or len(prompt) + sampling.max_new_tokens > self._max_tokens
+        ):
+            self._checked(prompt.numpy().astype(np.int64), sampling)
         response, stopped, place = self._respond(prompt, sampling, conversation)
         request = Request(
             conversation=conversation,
@@ -125,7 +133,7 @@ class SimulatedEngine:
             matched_tokens=matched,
         )
         await self._serve(request)
-        self._know(conversation, prompt, response[:-1])
+        self._know(conversation, prompt + response[:-1])
         spans = request.version_spans if len(request.versions) > 1 else ()
         return Sampled(
             response_ids=response,
@@ -219,48 +227,35 @@ class SimulatedEngine:
         served.replica.advance(self.clock.now_s)
         return self._deliver(served)
 
-    def _matched(self, conversation: str, prompt: tuple[int, ...]) -> int:
+    def _matched(self, conversation: str, prompt: Ids) -> int:
         """Leading ids that were computed before."""
-        known, response = self._known.get(conversation, ((), ()))
-        # comparing slices is as fast as it gets: ids that were handed on are the same objects
-        n = len(known)
-        if prompt[:n] != known:
-            return _common(prompt, known)
-        return n + (len(response) if prompt[n : n + len(response)] == response else _common(prompt[n:], response))
+        known = self._known.get(conversation)
+        return 0 if known is None else prompt.common(known)
 
-    def _know(self, conversation: str, prompt: tuple[int, ...], response: tuple[int, ...]) -> None:
-        self._known[conversation] = (prompt, response)
+    def _know(self, conversation: str, ids: Ids) -> None:
+        self._known[conversation] = ids
         self._known.move_to_end(conversation)
         if len(self._known) > self._num_known:
             self._placement.forget(self._known.popitem(last=False)[0])
 
-    def _check(self, prompt: tuple[int, ...], matched: int, sampling: Sampling) -> None:
-        check_sampling(sampling, vocab_size=self._vocab_size)
-        # what is known was checked before, and an array of a long prompt costs more than all the rest
-        if (
-            matched == len(prompt)
-            or _largest(prompt[matched:]) >= self._vocab_size
-            or len(prompt) + sampling.max_new_tokens > self._max_tokens
-        ):
-            ids = np.array(prompt, np.int64)
-            check_prompt(ids, sampling.max_new_tokens, vocab_size=self._vocab_size, max_tokens=self._max_tokens)
+    def _checked(self, prompt: NDArray[np.int64], sampling: Sampling) -> Ids:
+        check_prompt(prompt, sampling.max_new_tokens, vocab_size=self._vocab_size, max_tokens=self._max_tokens)
+        return Ids(prompt.tolist())
 
-    def _respond(
-        self, prompt: tuple[int, ...], sampling: Sampling, conversation: str
-    ) -> tuple[tuple[int, ...], bool, int]:
+    def _respond(self, prompt: Ids, sampling: Sampling, conversation: str) -> tuple[Ids, bool, int]:
         """(ids, whether the last one is a stop id, place of its log-probs in the pool)"""
         # numbers hash the same in every process; mixed, since the bits of a tuple's hash are not all alike
         key = _mix(hash((self._seed, sampling.seed, len(prompt), prompt[-_TAIL:])))
         if self._script is None:
             response = self._draw((key >> 40) / 2**24, key % _POOL, sampling)
         else:
-            response = tuple(self._script(prompt, sampling, conversation))[: sampling.max_new_tokens]
+            response = Ids(self._script(prompt, sampling, conversation))[: sampling.max_new_tokens]
             for stop in sampling.stop_token_ids:
                 if stop in response:
                     response = response[: response.index(stop) + 1]
         return response, bool(response) and response[-1] in sampling.stop_token_ids, (key >> 20) % _POOL
 
-    def _draw(self, u: float, at: int, sampling: Sampling) -> tuple[int, ...]:
+    def _draw(self, u: float, at: int, sampling: Sampling) -> Ids:
         stops = sampling.stop_token_ids
         if (ids := self._ids.get(stops)) is None:
             ids = self._ids[stops] = self._ids_but(stops)
@@ -269,7 +264,7 @@ class SimulatedEngine:
             return ids[at : at + min(length, sampling.max_new_tokens)]
         return ids[at : at + length - 1] + stops[:1]
 
-    def _ids_but(self, stops: tuple[int, ...]) -> tuple[int, ...]:
+    def _ids_but(self, stops: tuple[int, ...]) -> Ids:
         """A stop id among them would cut a response shorter than was drawn."""
         left_out = sorted(set(stops))
         if len(left_out) == self._vocab_size:
@@ -277,20 +272,7 @@ class SimulatedEngine:
         ids = (self._uniforms * (self._vocab_size - len(left_out))).astype(int)
         for stop in left_out:
             ids += ids >= stop
-        return tuple(ids.tolist())
-
-
-def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """Leading ids that are equal."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _largest(ids: tuple[int, ...]) -> int:
-    """Some three times as fast as `max`; too large to be any id where one is negative."""
-    try:
-        return int(np.frombuffer(array("I", ids), np.uint32).max())
-    except OverflowError:
-        return 2**32
+        return Ids(ids.tolist())
 
 
 def _mix(z: int) -> int:

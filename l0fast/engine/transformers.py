@@ -20,6 +20,7 @@ from l0fast.config import EngineConfig
 from l0fast.engine.base import EngineLoad, Sampled, Sampling, VersionSpan
 from l0fast.engine.check import check_request
 from l0fast.errors import EngineError, UsageError
+from l0fast.ids import Ids
 from l0fast.ipc import SharedWeights, Worker, spawn_worker
 
 
@@ -52,7 +53,7 @@ class TransformersEngine:
             raise
         half = len(payload) // 2
         return Sampled(
-            response_ids=tuple(np.frombuffer(payload[:half], np.int32).tolist()),
+            response_ids=Ids.from_int32s(bytes(payload[:half])),
             sampler_logprobs=tuple(np.frombuffer(payload[half:], np.float32).tolist()),
             finish_reason=header["finish_reason"],
             policy_version=header["policy_version"],

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from l0fast.errors import UsageError
+from l0fast.ids import Ids
 from l0fast.types import Trajectory
 
 Key = tuple[str, str, int]
@@ -66,7 +67,9 @@ class Episodes:
     def _write(self, benchmark: str, sample: int, trajectory: Trajectory, scores: Mapping[str, float]) -> None:
         row = {"benchmark": benchmark, "sample": sample, "scores": dict(scores), "advantages": []}
         row |= {f.name: getattr(trajectory, f.name) for f in fields(Trajectory)}
-        self._file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        self._file.write(
+            orjson.dumps(row, default=Ids.numpy, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+        )
         self._file.flush()
 
     def _read(self) -> None:

@@ -46,4 +46,4 @@ def _segment(row: list[tuple[int, Turn]]) -> Segment:
 def _goes_on(before: Turn, turn: Turn) -> bool:
     """Whether its prompt begins with the one before and its response."""
     start, end = len(before.prompt_ids), len(before.prompt_ids) + len(before.response_ids)
-    return turn.prompt_ids[:start] == before.prompt_ids and turn.prompt_ids[start:end] == before.response_ids
+    return turn.prompt_ids.starts_with(before.prompt_ids) and turn.prompt_ids[start:end] == before.response_ids

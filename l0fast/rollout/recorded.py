@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from l0fast.config import RunConfig
 from l0fast.engine.simulated import Speed
 from l0fast.errors import UsageError
+from l0fast.ids import Ids
 from l0fast.run_dir import SavedTrajectory, read_config, read_metrics, read_trajectories, step_name
 
 
@@ -163,14 +164,14 @@ def _equations(step: RecordedStep, replicas: int, slots: int) -> tuple[NDArray[n
     starts, took, sampled, new = [], [], [], []
     for group in step.groups:
         for trajectory in (*group.trajectories, *group.failures):
-            before: tuple[int, ...] = ()
+            before = Ids()
             for turn in trajectory.turns:
                 starts.append(trajectory.started_s + turn.start_s)
                 took.append(turn.generate_s)
                 sampled.append(len(turn.response_ids))
-                kept = len(before) if turn.prompt_ids[: len(before)] == before else 0
+                kept = len(before) if turn.prompt_ids.starts_with(before) else 0
                 new.append(len(turn.prompt_ids) - kept)
-                before = (*turn.prompt_ids, *turn.response_ids)
+                before = turn.prompt_ids + turn.response_ids
     start_s, took_s, n = np.array(starts), np.array(took), np.array(sampled, float)
     end_s = start_s + took_s
     # requests at the engine: up at each start, down at each end; its integral gives means over any interval

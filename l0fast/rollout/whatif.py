@@ -33,6 +33,7 @@ from l0fast.engine.base import Engine, Sampling
 from l0fast.engine.gate import gated
 from l0fast.engine.simulated import SimulatedClock, SimulatedEngine
 from l0fast.errors import L0fastError, UsageError
+from l0fast.ids import Ids
 from l0fast.rollout.admission import Admission
 from l0fast.rollout.lengths import Lengths
 from l0fast.rollout.modes import Schedule
@@ -243,13 +244,14 @@ class _Replay:
                 self.groups.append((group, False))
         self.clock = SimulatedClock()
         self.shares = StepShares(now=lambda: int(self.clock.now_s * 1e9))
-        self.saying: dict[str, tuple[int, ...]] = {}
+        self.saying: dict[str, Ids] = {}
         """By conversation, what it says next."""
         self.replicas = max(1, config.engine.count)
         turns = [t for group, _ in self.groups for e in (*group.trajectories, *group.failures) for t in e.turns]
         max_tokens = max((len(t.prompt_ids) + len(t.response_ids) for t in turns), default=1) + 1
         self.engine = SimulatedEngine(
-            vocab_size=1 + max((max(*t.prompt_ids, *t.response_ids) for t in turns if t.prompt_ids), default=1),
+            vocab_size=1
+            + max((max(max(t.prompt_ids), max(t.response_ids, default=0)) for t in turns if t.prompt_ids), default=1),
             max_tokens=max_tokens,
             slots=config.engine.slots,
             kv_tokens=None if kv_tokens is None else max(kv_tokens, max_tokens),

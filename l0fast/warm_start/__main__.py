@@ -193,7 +193,7 @@ async def _demonstrate(options: Options, config: RunConfig, chat: Chat, progress
                     sampled = [False] * len(segment.token_ids)
                     for span in segment.spans:
                         sampled[span.start : span.start + span.length] = [True] * span.length
-                    rows.append(Row(segment.token_ids, tuple(sampled)))
+                    rows.append(Row(tuple(segment.token_ids), tuple(sampled)))
                     tokens += len(segment.token_ids)
             progress.update(bar, completed=tokens, note=f"{len(rows):,} episodes, {tokens / 1e6:.2f} M tokens")
     progress.console.print(f"{len(rows):,} demonstrations, {tokens / 1e6:.2f} M tokens")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from l0fast.ids import Ids
 from l0fast.types import Group, Task, Trajectory, TrajectoryStatus, Turn
 
 VOCABULARY = 61
@@ -45,8 +46,8 @@ class Make:
 
     def turn(self, prompt_ids, response_ids, sampler_logprobs=None) -> Turn:
         return Turn(
-            prompt_ids=tuple(prompt_ids),
-            response_ids=tuple(response_ids),
+            prompt_ids=Ids(prompt_ids),
+            response_ids=Ids(response_ids),
             sampler_logprobs=tuple(sampler_logprobs or [-1.0] * len(response_ids)),
             finish_reason="stop",
             policy_version=0,
