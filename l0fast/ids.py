@@ -9,6 +9,7 @@ Prompts of one conversation are beginnings of one buffer, so to make, keep and c
 an episode of T turns and n ids has n of them in memory, 4 bytes each, where tuples would have T n / 2 references.
 """
 
+import threading
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
@@ -19,6 +20,10 @@ from pydantic_core import CoreSchema, core_schema
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+_growing = threading.Lock()
+"""Two threads that append to one buffer would each believe that what follows is theirs."""
 
 
 class Ids(Sequence[int]):
@@ -40,11 +45,12 @@ class Ids(Sequence[int]):
     def __add__(self, more: Iterable[int]) -> "Ids":
         """Appended in place, unless other ids follow these in the buffer already."""
         new, buffer, length = _int32s(more), self._buffer, self._length
-        there = buffer[length : length + len(new)]
-        if there == new[: len(there)]:
-            buffer.extend(new[len(there) :])
-        else:
-            buffer = buffer[:length] + new
+        with _growing:
+            there = buffer[length : length + len(new)]
+            if there == new[: len(there)]:
+                buffer.extend(new[len(there) :])
+            else:
+                buffer = buffer[:length] + new
         return _beginning(buffer, length + len(new))
 
     @classmethod
@@ -125,7 +131,10 @@ class Ids(Sequence[int]):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(cls, core_schema.list_schema(core_schema.int_schema()))
+        numbers = core_schema.list_schema(core_schema.int_schema())
+        return core_schema.union_schema(
+            [core_schema.is_instance_schema(cls), core_schema.no_info_after_validator_function(cls, numbers)]
+        )
 
 
 def _beginning(buffer: "array[int]", length: int) -> Ids:

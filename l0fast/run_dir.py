@@ -3,7 +3,8 @@
     config.toml                    every setting, as run
     metrics.jsonl                  one flat object a step
     groups.jsonl                   what became of each group: learned from in which step, or dropped, and why
-    trajectories/step_0001.jsonl   what the agents did, one trajectory a line; also eval_before.jsonl and so on
+    trajectories/step_0001.jsonl   what the agents did, one trajectory a line; also eval_before.jsonl and so on. A prompt that
+                                   begins with the one before and its response stands there as `new_prompt_ids`, the rest
     summary.json                   the outcome, replaced as a whole
     log.txt                        what a person was told, with times
     checkpoints/step_000008/       all that going on from there takes; written by the learner, whole or not at all
@@ -33,14 +34,16 @@ from typing import Any
 
 import orjson
 import tomli_w
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
 from l0fast.ids import Ids
-from l0fast.types import Group, Trajectory
+from l0fast.types import Group, Trajectory, Turn
 
 _SLICE_S = 0.0005
+_TRAJECTORY_FIELDS = tuple(f.name for f in fields(Trajectory))
+_TURN_FIELDS = tuple(f.name for f in fields(Turn))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,7 +333,39 @@ def read_trajectories(path: Path) -> list[SavedTrajectory]:
     Raises:
         UsageError: no such file, or a line that is not a trajectory.
     """
-    return [_decode(_saved_trajectory().validate_json, line, place) for line, place in _lines(path)]
+    return [_decode(_trajectory_of, line, place) for line, place in _lines(path)]
+
+
+def trajectory_row(trajectory: Trajectory, advantages: Sequence[float] = ()) -> dict[str, Any]:
+    """What a line of a file says, for `dump_row`. Prompts in full would take most of it, and more with every turn."""
+    row = {name: getattr(trajectory, name) for name in _TRAJECTORY_FIELDS}
+    turns, before = [], None
+    for turn in trajectory.turns:
+        fields_of_turn = {name: getattr(turn, name) for name in _TURN_FIELDS}
+        if before is not None and (new := turn.new_prompt_ids(before)) is not None:
+            del fields_of_turn["prompt_ids"]
+            fields_of_turn["new_prompt_ids"] = new
+        turns.append(fields_of_turn)
+        before = turn
+    return row | {"turns": turns, "advantages": list(advantages)}
+
+
+def dump_row(row: Mapping[str, Any]) -> bytes:
+    return orjson.dumps(row, default=Ids.numpy, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _trajectory_of(line: bytes) -> SavedTrajectory:
+    row = orjson.loads(line)
+    try:
+        ids = None
+        for turn in row["turns"]:
+            if ids is not None and "new_prompt_ids" in turn:
+                turn["prompt_ids"] = ids + turn.pop("new_prompt_ids")
+            turn["prompt_ids"], turn["response_ids"] = Ids(turn["prompt_ids"]), Ids(turn["response_ids"])
+            ids = turn["prompt_ids"] + turn["response_ids"]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"no ids where they should be: {type(e).__name__} {e}") from e
+    return _saved_trajectory().validate_python(row)
 
 
 @cache
@@ -350,22 +385,19 @@ def _lines(path: Path) -> Iterator[tuple[bytes, str]]:
 def _decode(decode: Any, data: bytes, place: str) -> Any:
     try:
         return decode(data)
-    except (orjson.JSONDecodeError, ValidationError) as e:
+    except ValueError as e:
+        # not JSON, or not of this shape
         raise UsageError(f"{place} is not what a run writes ({str(e).splitlines()[0]}): remove it or run again") from e
 
 
 def _write_trajectories(
     path: Path, trajectories: Sequence[Trajectory], advantages: Sequence[Sequence[float]] | None
 ) -> None:
-    names = [f.name for f in fields(Trajectory)]
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
         since = time.perf_counter()
         for i, trajectory in enumerate(trajectories):
-            row = {name: getattr(trajectory, name) for name in names}
-            row["advantages"] = list(advantages[i]) if advantages is not None else []
-            option = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
-            file.write(orjson.dumps(row, default=Ids.numpy, option=option))
+            file.write(dump_row(trajectory_row(trajectory, advantages[i] if advantages is not None else ())))
             if time.perf_counter() - since > _SLICE_S:
                 time.sleep(_SLICE_S)
                 since = time.perf_counter()

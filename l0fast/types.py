@@ -102,6 +102,12 @@ class Turn:
     generate_s: float = 0.0
     execute_s: float = 0.0
 
+    def new_prompt_ids(self, before: "Turn") -> Ids | None:
+        """What the prompt adds to that of the turn before and its response; None where it does not begin with them."""
+        start, end = len(before.prompt_ids), len(before.prompt_ids) + len(before.response_ids)
+        goes_on = self.prompt_ids.starts_with(before.prompt_ids) and self.prompt_ids[start:end] == before.response_ids
+        return self.prompt_ids[end:] if goes_on else None
+
     @property
     def oldest_version(self) -> int:
         return min(span[0] for span in self.version_spans) if self.version_spans else self.policy_version

@@ -24,6 +24,7 @@ from l0fast.config import RunConfig
 from l0fast.engine.simulated import SimulatedEngine
 from l0fast.errors import LearnerError, UsageError
 from l0fast.garbage import OldObjects
+from l0fast.ids import Ids
 from l0fast.report.live import Live
 from l0fast.run import main
 from l0fast.run_dir import (
@@ -338,7 +339,7 @@ class Agent:
         await self.before_episode(seed)
         second = self.engine.policy_version
         turn = Turn(
-            prompt_ids=(1,), response_ids=(2, 3), sampler_logprobs=(-1.0, -1.0), finish_reason="stop",
+            prompt_ids=Ids((1,)), response_ids=Ids((2, 3)), sampler_logprobs=(-1.0, -1.0), finish_reason="stop",
             policy_version=first, version_spans=((first, 0, 1), (second, 1, 2)) if second > first else (),
             text="", output=None, well_formed=True,
         )  # fmt: skip
@@ -782,7 +783,7 @@ def test_an_evaluation_that_was_under_way_is_asked_again_by_the_run_that_goes_on
 def test_staleness_is_counted_by_tokens():
     def turn(*spans: tuple[int, int, int]) -> Turn:
         return Turn(
-            prompt_ids=(1,), response_ids=(2,) * spans[-1][2], sampler_logprobs=(), finish_reason="stop",
+            prompt_ids=Ids((1,)), response_ids=Ids((2,) * spans[-1][2]), sampler_logprobs=(), finish_reason="stop",
             policy_version=spans[0][0], version_spans=spans if len(spans) > 1 else (), text="", output=None,
             well_formed=True,
         )  # fmt: skip

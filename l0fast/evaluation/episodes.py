@@ -7,7 +7,7 @@ cut off by a kill is not read, and its episode played again. Failed ones have no
 import asyncio
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from l0fast.errors import UsageError
-from l0fast.ids import Ids
+from l0fast.run_dir import dump_row, trajectory_row
 from l0fast.types import Trajectory
 
 Key = tuple[str, str, int]
@@ -65,11 +65,8 @@ class Episodes:
             self.done[benchmark, trajectory.task.id, sample] = outcome
 
     def _write(self, benchmark: str, sample: int, trajectory: Trajectory, scores: Mapping[str, float]) -> None:
-        row = {"benchmark": benchmark, "sample": sample, "scores": dict(scores), "advantages": []}
-        row |= {f.name: getattr(trajectory, f.name) for f in fields(Trajectory)}
-        self._file.write(
-            orjson.dumps(row, default=Ids.numpy, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
-        )
+        row = {"benchmark": benchmark, "sample": sample, "scores": dict(scores)}
+        self._file.write(dump_row(row | trajectory_row(trajectory)))
         self._file.flush()
 
     def _read(self) -> None:

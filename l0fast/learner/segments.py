@@ -30,7 +30,7 @@ def segments_of(trajectory: Trajectory) -> list[Segment]:
                 f"turn {t} of trajectory {trajectory.index} of task {trajectory.task.id!r} has an empty prompt, so nothing "
                 "predicts its first token; begin every prompt with at least one token"
             )
-        if rows and _goes_on(rows[-1][-1][1], turn):
+        if rows and turn.new_prompt_ids(rows[-1][-1][1]) is not None:
             rows[-1].append((t, turn))
         else:
             rows.append([(t, turn)])
@@ -41,9 +41,3 @@ def _segment(row: list[tuple[int, Turn]]) -> Segment:
     _, last = row[-1]
     spans = [Span(start=len(turn.prompt_ids), length=len(turn.response_ids), turn=t) for t, turn in row]
     return Segment(token_ids=last.prompt_ids + last.response_ids, spans=tuple(spans))
-
-
-def _goes_on(before: Turn, turn: Turn) -> bool:
-    """Whether its prompt begins with the one before and its response."""
-    start, end = len(before.prompt_ids), len(before.prompt_ids) + len(before.response_ids)
-    return turn.prompt_ids.starts_with(before.prompt_ids) and turn.prompt_ids[start:end] == before.response_ids

@@ -14,6 +14,7 @@ from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.config import AgentConfig, SandboxConfig
 from l0fast.engine.base import EngineLoad, Message, Sampled, SampledText, Sampling
 from l0fast.errors import EngineError, UsageError
+from l0fast.ids import Ids
 from l0fast.sandbox import open_sandbox
 from l0fast.types import Task, ToolCall, Trajectory, TrajectoryStatus, Turn
 from tests.agent.search import SEARCH
@@ -135,7 +136,9 @@ def test_what_fits_leaves_room_once_the_endpoint_has_counted(exchanges, trim: st
             assert not (trim == "none" and trimmed)
             dialogue.add(
                 Response(
-                    said, (), Sampled(response_ids=(), sampler_logprobs=(), finish_reason="stop", policy_version=0)
+                    said,
+                    Ids(),
+                    Sampled(response_ids=Ids(), sampler_logprobs=(), finish_reason="stop", policy_version=0),
                 ),
                 reply,
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from l0fast.config import RunConfig
+from l0fast.ids import Ids
 from l0fast.run_dir import RunDir, step_name
 from l0fast.step_shares import CAUSES
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
@@ -17,8 +18,8 @@ NUM_STEPS = 4
 
 def played(index: int, *, right: bool, turns: int = 2) -> Trajectory:
     turn = Turn(
-        prompt_ids=(1, 2),
-        response_ids=(3, 4, 5),
+        prompt_ids=Ids((1, 2)),
+        response_ids=Ids((3, 4, 5)),
         sampler_logprobs=(-0.5,) * 3,
         finish_reason="stop",
         policy_version=0,

@@ -21,6 +21,7 @@ from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.config import AgentConfig, SandboxConfig
 from l0fast.engine.base import EngineLoad, Message, SampledText, Sampling
 from l0fast.errors import ToolError, UsageError
+from l0fast.ids import Ids
 from l0fast.report.notebook import UNFIT, notebook, save_notebook
 from l0fast.sandbox import open_sandbox
 from l0fast.sandbox.base import ToolSpec
@@ -194,8 +195,8 @@ CALLS = st.builds(
 )
 TURNS = st.builds(
     Turn,
-    prompt_ids=st.just(()),
-    response_ids=st.just(()),
+    prompt_ids=st.just(Ids()),
+    response_ids=st.just(Ids()),
     sampler_logprobs=st.just(()),
     finish_reason=st.just("stop"),
     policy_version=st.just(0),

@@ -1,6 +1,7 @@
 """The run folder: what is written can be read back, nothing is overwritten, and the event loop is not held up."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,15 @@ from hypothesis import strategies as st
 
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
+from l0fast.ids import Ids
 from l0fast.run_dir import RunDir, check_free, read_config, read_metrics, read_summary, read_trajectories, step_name
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
 
 def turn() -> Turn:
     return Turn(
-        prompt_ids=(1, 2, 3),
-        response_ids=(0, 1, 2),
+        prompt_ids=Ids((1, 2, 3)),
+        response_ids=Ids((0, 1, 2)),
         sampler_logprobs=(-0.125,) * 3,
         finish_reason="stop",
         policy_version=4,
@@ -153,6 +155,40 @@ def test_trajectories_read_back_as_they_were(tmp_path_factory, question: str, an
     assert [t.advantages for t in read] == [(advantage, 0.5), ()]
     assert read[0].turns[0].response_ids == (0, 1, 2)
     assert read[0].reward == pytest.approx(0.95)
+
+
+def test_a_prompt_stands_in_the_file_once(tmp_path: Path):
+    first, said = Ids(range(1000)), Ids([7, 8])
+    prompts = [first, first + said + [9], first + said + [9] + said + [10, 11], Ids([5, 6])]
+    turns = tuple(replace(turn(), prompt_ids=prompt, response_ids=said) for prompt in prompts)
+    with RunDir.create(tmp_path / "run", RunConfig()) as run_dir:
+        path = asyncio.run(run_dir.trajectories("step_0001", [replace(trajectory(), turns=turns)]))
+    row = orjson.loads(path.read_bytes())
+    assert [t.get("new_prompt_ids", t.get("prompt_ids")) for t in row["turns"]] == [
+        [*range(1000)],
+        [9],
+        [10, 11],
+        [5, 6],
+    ]
+    read = read_trajectories(path)[0].turns
+    assert [t.prompt_ids for t in read] == prompts
+    # as an earlier version wrote it
+    for t, prompt in zip(row["turns"], prompts, strict=True):
+        t.pop("new_prompt_ids", None)
+        t["prompt_ids"] = list(prompt)
+    path.write_bytes(orjson.dumps(row))
+    assert read_trajectories(path)[0].turns == read
+
+
+@pytest.mark.parametrize("wrong", [{}, {"new_prompt_ids": [1]}, {"prompt_ids": 3}, {"prompt_ids": ["a"]}, "turn", None])
+def test_a_turn_without_its_ids_is_one_sentence(tmp_path: Path, wrong: object):
+    with RunDir.create(tmp_path / "run", RunConfig()) as run_dir:
+        path = asyncio.run(run_dir.trajectories("step_0001", [trajectory()]))
+    row = orjson.loads(path.read_bytes())
+    row["turns"][0] = wrong
+    path.write_bytes(orjson.dumps(row))
+    with pytest.raises(UsageError, match="line 1 is not what a run writes"):
+        read_trajectories(path)
 
 
 def test_a_trajectory_of_another_version_is_not_read_as_a_wrong_one(tmp_path: Path):

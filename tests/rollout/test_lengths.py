@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from l0fast.ids import Ids
 from l0fast.rollout.lengths import MEMORY, Lengths
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
@@ -14,7 +15,7 @@ def task(name: str, kind: str = "") -> Task:
 def played(task: Task, *tokens: int, status=TrajectoryStatus.COMPLETED) -> Trajectory:
     turns = tuple(
         Turn(
-            prompt_ids=(1,), response_ids=(2,) * n, sampler_logprobs=(-1.0,) * n, finish_reason="stop",
+            prompt_ids=Ids((1,)), response_ids=Ids((2,) * n), sampler_logprobs=(-1.0,) * n, finish_reason="stop",
             policy_version=0, text="", output=None, well_formed=True,
         )
         for n in tokens

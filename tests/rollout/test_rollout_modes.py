@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from l0fast.engine.base import Sampling
 from l0fast.engine.simulated import SimulatedClock, SimulatedEngine
 from l0fast.errors import WorldError
+from l0fast.ids import Ids
 from l0fast.rollout.modes import ModeName, Schedule
 from l0fast.rollout.rollouts import Groups, rollouts
 from l0fast.rollout.sampling import DynamicSampling
@@ -103,7 +104,7 @@ class World:
 
 def turn(version: int, tokens: int, spans: tuple[tuple[int, int, int], ...]) -> Turn:
     return Turn(
-        prompt_ids=(1,), response_ids=(2,) * tokens, sampler_logprobs=(-1.0,) * tokens, finish_reason="stop",
+        prompt_ids=Ids((1,)), response_ids=Ids((2,) * tokens), sampler_logprobs=(-1.0,) * tokens, finish_reason="stop",
         policy_version=version, version_spans=spans, text="", output=None, well_formed=True,
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from l0fast.config import RunConfig
 from l0fast.engine.base import Sampling
 from l0fast.engine.simulated import SimulatedClock, SimulatedEngine, Speed
 from l0fast.errors import UsageError
+from l0fast.ids import Ids
 from l0fast.rollout.recorded import Timing, fit_timing, read_recording
 from l0fast.rollout.whatif import (
     AdviceError,
@@ -47,7 +48,7 @@ async def record(
     )
 
     async def episode(name: str, index: int) -> Trajectory:
-        prompt, turns, begun_s = tuple(rng.choices(range(64), k=200)), [], clock.now_s
+        prompt, turns, begun_s = Ids(rng.choices(range(64), k=200)), [], clock.now_s
         for _ in range(rng.randint(1, 6)):
             said[name] = tuple(rng.choices(range(64), k=rng.randint(20, 200)))
             asked_s = clock.now_s
@@ -69,7 +70,7 @@ async def record(
                     execute_s=clock.now_s - answered_s,
                 )
             )
-            prompt = (*prompt, *sampled.response_ids, *rng.choices(range(64), k=30))
+            prompt = prompt + sampled.response_ids + rng.choices(range(64), k=30)
         engine.forget(name)
         task = Task(id=name.partition("/")[0], question="?", answers=("a",))
         return Trajectory(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from l0fast.agent.parsing import parse_action
 from l0fast.config import RewardConfig
+from l0fast.ids import Ids
 from l0fast.tasks.rewards import (
     code_score,
     exact_match,
@@ -32,8 +33,8 @@ def turn(
     text="<think>Look it up first.</think><code>search('x')</code>", output: str | None = "[]", error=None
 ) -> Turn:
     return Turn(
-        prompt_ids=(1,),
-        response_ids=(2,),
+        prompt_ids=Ids((1,)),
+        response_ids=Ids((2,)),
         sampler_logprobs=(-0.1,),
         finish_reason="stop",
         policy_version=0,
@@ -258,7 +259,7 @@ def test_on_ascii_exact_match_and_f1_are_those_of_squad(answer, right):
 def test_each_reward_of_the_recipe_is_earned_by_its_weight():
     weights = RewardConfig(correct=0.5, has_answer=0, format=0, code=0, length=0.4, f1=0.25)
     scores = {"correct": 1.0, "has_answer": 1.0, "f1": 0.5}
-    short, long = turn("no tags"), replace(turn("no tags"), response_ids=(1,) * 10, sampler_logprobs=(0.0,) * 10)
+    short, long = turn("no tags"), replace(turn("no tags"), response_ids=Ids((1,) * 10), sampler_logprobs=(0.0,) * 10)
     rewards = turn_rewards(
         trajectory([short, long], answer="x"), weights, scores, max_new_tokens=10, custom=[(2.0, (0.5, 0.0))]
     )

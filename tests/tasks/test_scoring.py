@@ -8,13 +8,14 @@ import pytest
 
 from l0fast.config import RewardConfig, SandboxConfig
 from l0fast.errors import UsageError, WorldError
+from l0fast.ids import Ids
 from l0fast.sandbox import open_sandbox
 from l0fast.tasks.scoring import load_custom, open_scorer
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
 TURN = Turn(
-    prompt_ids=(1,),
-    response_ids=(2, 3),
+    prompt_ids=Ids((1,)),
+    response_ids=Ids((2, 3)),
     sampler_logprobs=(-0.1, -0.1),
     finish_reason="stop",
     policy_version=0,
