@@ -1,7 +1,7 @@
 """Thousands of real agents on one loop beside a barrier, and beside the way L0 runs its agents, in one run.
 
     python -m bench.throughput [--sizes 256 1024 4096] [--sandbox process] [--results bench/results]
-                                                       ten minutes, on two cores
+                                                       a quarter of an hour, on two cores
     python -m bench.throughput --quick                 some 12 s, small: does it all work?
     python -m bench.throughput --soak MINUTES          one size for so long: memory, descriptors and tasks
     python -m bench.throughput --engine sglang --device cuda [RECIPE and flags of l0fast.run]
@@ -52,11 +52,10 @@ from l0fast.tools.broker import Broker, open_broker
 
 TURNS_PER_S = 16.0
 """About what the engine of 256 agents answers in a second of its own; others in proportion."""
-HOST_TURNS_PER_S = 400.0
+HOST_TURNS_PER_S = 200.0
 """What `time_compression` is chosen for: turns in a second of the loop, so that each size has the same load on the host.
 
-Near to what two cores can do with their sandboxes. A loop with less to do is woken for each event by itself: with a quarter of
-the load a turn takes half as much CPU again.
+A loop that has more to do is woken for several events at once: with four times the load a turn takes a third less CPU.
 """
 L0_STEP_S = 0.01
 """Decode step beside L0's way, in real time: an engine with few requests is faster than a full one [s]."""

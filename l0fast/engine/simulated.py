@@ -6,9 +6,9 @@
     log-probs    -2 u
 
 Every draw is a function of (engine seed, request seed, end of the prompt, position) alone: neither timing, nor who else
-asks, nor the policy version changes what is said. No token costs anything: a turn of an agent costs 0.15 to 0.35 ms of
-the host's CPU, more for long prompts, whose ids are compared. So time goes thousands of times as fast as real time where a
-few turns a second end, and hundreds of times for an engine that is full (`python -m bench.simulated_speed`, README.md).
+asks, nor the policy version changes what is said. No token costs anything: a turn of an agent costs 0.1 to 0.3 ms of the
+host's CPU. So time goes thousands of times as fast as real time where a few turns a second end, and about a thousand times
+for an engine that is full (`python -m bench.simulated_speed`, README.md).
 """
 
 import asyncio
