@@ -60,7 +60,7 @@ class OldObjects:
 async def let_go(objects: list[Any]) -> None:
     """Empty a list bit by bit, with the loop served in between.
 
-    The last reference to a thousand groups frees the ids of all their prompts at once: 0.1 s in which the loop serves nobody.
+    The last reference to a thousand groups frees all that was said in them at once, and the loop serves nobody meanwhile.
     """
     while objects:
         objects.pop()
