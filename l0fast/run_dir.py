@@ -351,6 +351,7 @@ def trajectory_row(trajectory: Trajectory, advantages: Sequence[float] = ()) -> 
 
 
 def dump_row(row: Mapping[str, Any]) -> bytes:
+    """A line of JSON."""
     return orjson.dumps(row, default=Ids.numpy, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
 
 
@@ -359,11 +360,12 @@ def _trajectory_of(line: bytes) -> SavedTrajectory:
     try:
         ids = None
         for turn in row["turns"]:
-            if ids is not None and "new_prompt_ids" in turn:
-                turn["prompt_ids"] = ids + turn.pop("new_prompt_ids")
-            turn["prompt_ids"], turn["response_ids"] = Ids(turn["prompt_ids"]), Ids(turn["response_ids"])
+            new = turn.pop("new_prompt_ids", None)
+            # as in the run, a conversation is in memory once
+            turn["prompt_ids"] = Ids(turn["prompt_ids"]) if ids is None or new is None else ids + new
+            turn["response_ids"] = Ids(turn["response_ids"])
             ids = turn["prompt_ids"] + turn["response_ids"]
-    except (KeyError, TypeError) as e:
+    except (AttributeError, KeyError, TypeError) as e:
         raise ValueError(f"no ids where they should be: {type(e).__name__} {e}") from e
     return _saved_trajectory().validate_python(row)
 

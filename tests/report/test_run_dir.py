@@ -172,6 +172,7 @@ def test_a_prompt_stands_in_the_file_once(tmp_path: Path):
     ]
     read = read_trajectories(path)[0].turns
     assert [t.prompt_ids for t in read] == prompts
+    assert len({id(t.prompt_ids._buffer) for t in read}) == 2
     # as an earlier version wrote it
     for t, prompt in zip(row["turns"], prompts, strict=True):
         t.pop("new_prompt_ids", None)
