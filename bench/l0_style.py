@@ -1,14 +1,16 @@
 """The way L0 runs its agents, beside ours: the same episodes at the same engine and tools, in real time.
 
-    theirs    trainer --GET status, every 0.5 s, over a connection of its own--> task server
+    theirs    trainer --GET status of one after the other, then 0.5 s of sleep--> task server
               task server --starts, one an agent--> bubblewrap: worker --ZMQ--> ipykernel
               worker --POST, one a turn--> engine            kernel --POST, one a call--> look_up
     ours      NBAgent on one loop, a pool's sessions
 
-L0: arXiv 2506.23667 and its task server. Where ours of theirs is cheaper than theirs: trainer, task server and engine share
-one process and one loop, aiohttp stands for FastAPI, a worker sends what is new and not the whole conversation, and it
-writes no pickle. Both start first: L0's workers and kernels are up, our zygotes too; our sessions are forked on the way.
-CPU is that of this process and all that it has started, from the first turn to the last.
+L0: arXiv 2506.23667 and cmriat/l0, src/l0/traj_sampler: its trainer asks with `httpx.get` of the release used here, which
+makes a client each time and with it a TLS context that reads all of certifi's authorities, for a plain HTTP address too.
+Where ours of theirs is cheaper than theirs: task server and engine share one process and one loop, aiohttp stands for
+FastAPI, a kernel talks over sockets in files, a worker sends what is new and not the whole conversation, and it writes no
+pickle. Both start first: L0's workers and kernels are up, our zygotes too; our sessions are forked on the way. CPU is that of
+this process and all that it has started, from the first turn to the last.
 """
 
 import asyncio
@@ -18,11 +20,10 @@ import sys
 import textwrap
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
-import aiohttp
 from aiohttp import web
 
 from bench.probes import tree_cpu_s
@@ -41,7 +42,7 @@ from l0fast.tools.broker import ToolPolicy, open_broker
 from l0fast.types import Task
 
 POLL_S = 0.5
-"""Between two looks at a task's status, as in L0 [s]."""
+"""Between two rounds of looks at the status of every task, as in L0 [s]."""
 START_TIMEOUT_S = 180.0
 """For all of L0's workers and kernels [s]."""
 PLAY_TIMEOUT_S = 600.0
@@ -59,6 +60,8 @@ class Side:
     cpu_us_per_turn: float
     episode_s: float
     """Mean [s]."""
+    asking_us_per_turn: float = 0.0
+    """Part of that CPU that went into asking whether episodes have ended [us]; not what the asked one spent."""
 
 
 WORKER = """
@@ -72,7 +75,8 @@ WORKER = """
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)
 
-    manager = KernelManager()
+    # the ports of tcp are chosen, let go and bound again: with many workers one may be gone by then
+    manager = KernelManager(transport="ipc")
     manager.start_kernel()
     client = manager.blocking_client()
     client.start_channels()
@@ -113,10 +117,29 @@ WORKER = """
     manager.shutdown_kernel(now=True)
 """
 
+TRAINER = """
+    import json, sys, time
+    import httpx
+
+    poll_s, url, *names = sys.argv[1:]
+    print("ready", flush=True)
+    sys.stdin.readline()
+    began, began_cpu, ended = time.perf_counter(), time.process_time(), {}
+    while len(ended) < len(names):
+        for name in names:
+            if name not in ended:
+                status = httpx.get(f"{url}/check_task_status/{name}").json()["status"]
+                if status != "running":
+                    ended[name] = [status, time.perf_counter() - began]
+        if len(ended) < len(names):
+            time.sleep(float(poll_s))
+    print(json.dumps({"ended": ended, "cpu_s": time.process_time() - began_cpu}), flush=True)
+"""
+
 
 @dataclass(slots=True)
-class _Worker:
-    """A task of the task server."""
+class _Child:
+    """The trainer, or a task of the task server."""
 
     process: asyncio.subprocess.Process
     status: str = "starting"
@@ -143,7 +166,7 @@ class _Servers:
         self._chat, self._workload, self._engine, self._questions = chat, workload, engine, questions
         self._contexts: dict[str, Context] = {}
         self._said: dict[str, Ids] = {}
-        self.tasks: dict[str, _Worker] = {}
+        self.tasks: dict[str, _Child] = {}
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -157,7 +180,7 @@ class _Servers:
         return app
 
     async def _status(self, request: web.Request) -> web.Response:
-        task = self.tasks[request.match_info["name"].replace("-", "/")]
+        task = self.tasks[request.match_info["name"]]
         return web.json_response({"status": task.status, "output": json.dumps(task.result), "error": ""})
 
     async def _generate(self, request: web.Request) -> web.Response:
@@ -187,8 +210,27 @@ class _Servers:
 
 
 @asynccontextmanager
-async def _worker(name: str, url: str) -> AsyncIterator[_Worker]:
-    """One that is ready to play."""
+async def _process(what: str, argv: Sequence[str]) -> AsyncIterator[_Child]:
+    """One that has said that it is ready."""
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        child = _Child(process)
+        if await child.line() != b"ready\n":
+            _, said = await process.communicate()
+            last = said.decode(errors="replace").strip().rpartition("\n")[2]
+            raise RuntimeError(
+                f"a {what} of L0's way ended with status {process.returncode} instead of being ready: {last}"
+            )
+        yield child
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+def _worker(name: str, url: str) -> AbstractAsyncContextManager[_Child]:
     folders = ["/usr", "/bin", "/lib", "/lib64", "/etc", sys.prefix, sys.base_prefix]
     argv = ["bwrap", *(part for path in folders for part in ("--ro-bind-try", path, path))]
     argv += [
@@ -204,18 +246,7 @@ async def _worker(name: str, url: str) -> AsyncIterator[_Worker]:
         "--die-with-parent",
     ]
     argv += ["--setenv", "HOME", "/home", sys.executable, "-c", textwrap.dedent(WORKER), name, url]
-    process = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
-    )
-    try:
-        worker = _Worker(process)
-        if await worker.line() != b"ready\n":
-            raise RuntimeError(f"a worker of L0's way ended with status {await process.wait()} instead of being ready")
-        yield worker
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+    return _process("worker", argv)
 
 
 async def l0_style(chat: Chat, tasks: Sequence[Task], speed: Speed, *, time_compression: float = 1.0) -> Side:
@@ -229,44 +260,39 @@ async def l0_style(chat: Chat, tasks: Sequence[Task], speed: Speed, *, time_comp
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    took: list[float] = []
     try:
         async with AsyncExitStack() as stack:
             starts = asyncio.Semaphore(STARTS_AT_ONCE)
 
             async def start(name: str) -> None:
                 async with starts:
-                    servers.tasks[name] = await stack.enter_async_context(_worker(name, url))
+                    servers.tasks[_task_name(name)] = await stack.enter_async_context(_worker(name, url))
 
             async with asyncio.timeout(START_TIMEOUT_S), asyncio.TaskGroup() as tg:
                 for name in names:
                     tg.create_task(start(name))
-
-            async def play(name: str) -> None:
-                began = time.perf_counter()
-                task = servers.tasks[name]
-                task.go()
-                status = "running"
-                while status == "running":
-                    await asyncio.sleep(POLL_S)
-                    async with (
-                        aiohttp.ClientSession() as session,
-                        session.get(f"{url}/check_task_status/{name.replace('/', '-')}") as answer,
-                    ):
-                        status = (await answer.json())["status"]
-                if status != "completed":
-                    raise RuntimeError(f"the worker of {name} {status}")
-                took.append(time.perf_counter() - began)
-
+            code = textwrap.dedent(TRAINER)
+            argv = [sys.executable, "-c", code, str(POLL_S), url, *servers.tasks]
+            async with asyncio.timeout(START_TIMEOUT_S):
+                trainer = await stack.enter_async_context(_process("trainer", argv))
             cpu_s = tree_cpu_s(os.getpid())
             async with asyncio.timeout(PLAY_TIMEOUT_S), asyncio.TaskGroup() as tg:
-                for name, task in servers.tasks.items():
+                for task in servers.tasks.values():
+                    task.go()
                     tg.create_task(task.watch())
-                    tg.create_task(play(name))
+                trainer.go()
+                await trainer.watch()
             cpu_s = tree_cpu_s(os.getpid()) - cpu_s
     finally:
         await runner.cleanup()
-    return _side(took, workload.turns, cpu_s)
+    if trainer.result is None:
+        raise RuntimeError("the trainer of L0's way ended before its tasks had")
+    ended: dict[str, tuple[str, float]] = trainer.result["ended"]
+    for name, (status, _) in ended.items():
+        if status != "completed":
+            raise RuntimeError(f"the worker of {name} {status}")
+    side = _side([took for _, took in ended.values()], workload.turns, cpu_s)
+    return replace(side, asking_us_per_turn=1e6 * trainer.result["cpu_s"] / workload.turns)
 
 
 async def ours(
@@ -312,6 +338,11 @@ def _engine(chat: Chat, workload: Workload, clock: CompressedClock, speed: Speed
         script=workload,
         clock=clock,
     )
+
+
+def _task_name(conversation: str) -> str:
+    """For a path."""
+    return conversation.replace("/", "-")
 
 
 def _conversation(task: Task) -> str:

@@ -38,7 +38,8 @@ ROOT = Path(__file__).parent.parent
 KEYS_OF_THE_RESULT = {
     "agents", "episodes_per_s", "turns_per_s", "host_cpu_us_per_turn", "loop_lag_p50_ms", "loop_lag_p99_ms",
     "loop_lag_p999_ms", "loop_lag_max_ms", "idle_lag_max_ms", "engine_busy", "engine_busy_on_policy",
-    "engine_busy_barrier", "ratio_l0_style", "cpu_ratio_l0_style", "rss_mb", "sizes",
+    "engine_busy_barrier", "ratio_l0_style", "cpu_ratio_l0_style",
+    "cpu_ratio_l0_style_without_asking", "rss_mb", "sizes",
     "host_cpu_us_per_turn_without_sandbox", "simulator_us_per_turn",
 }  # fmt: skip
 
@@ -202,8 +203,8 @@ def test_what_can_not_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch, ca
 
 
 @pytest.mark.skipif(
-    shutil.which("bwrap") is None or importlib.util.find_spec("ipykernel") is None,
-    reason="L0's way needs bubblewrap and ipykernel",
+    shutil.which("bwrap") is None or not all(map(importlib.util.find_spec, ("httpx", "ipykernel"))),
+    reason="L0's way needs bubblewrap, ipykernel and httpx",
 )
 def test_the_quick_run_prints_every_figure(tmp_path: Path):
     command = [sys.executable, "bench/throughput.py", "--quick", "--results", str(tmp_path)]
@@ -216,7 +217,8 @@ def test_the_quick_run_prints_every_figure(tmp_path: Path):
     assert result["lost"] == 0
     theirs, ours = result["l0_style"]["theirs"], result["l0_style"]["ours"]
     assert theirs["turns"] == ours["turns"], "both play the same episodes"
-    assert result["cpu_ratio_l0_style"] > 1
+    assert result["cpu_ratio_l0_style"] > result["cpu_ratio_l0_style_without_asking"] > 1
+    assert 0 < theirs["asking_us_per_turn"] < theirs["cpu_us_per_turn"]
     assert not [name for name in os.listdir("/proc") if name.isdigit() and _is_ours(name)]
 
 
