@@ -21,6 +21,8 @@ from l0fast.config import RunConfig
 from l0fast.engine.simulated import Speed
 from l0fast.errors import UsageError
 from l0fast.ids import Ids
+from l0fast.learner.prefixes import Prefixes
+from l0fast.learner.segments import segments_of
 from l0fast.run_dir import SavedTrajectory, read_config, read_metrics, read_trajectories, step_name
 
 
@@ -28,6 +30,8 @@ from l0fast.run_dir import SavedTrajectory, read_config, read_metrics, read_traj
 class RecordedGroup:
     trajectories: tuple[SavedTrajectory, ...]
     failures: tuple[SavedTrajectory, ...]
+    laid_out: int
+    """What the learner computes of it: segments, and once what they begin with in common [tokens]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,14 +46,9 @@ class RecordedStep:
     """Played in it besides, and not recorded."""
 
     @property
-    def tokens(self) -> int:
-        """What the learner had to work on: the last turn's prompt and response, of each trajectory."""
-        return sum(
-            len(t.turns[-1].prompt_ids) + len(t.turns[-1].response_ids)
-            for group in self.groups
-            for t in group.trajectories
-            if t.turns
-        )
+    def laid_out(self) -> int:
+        """[tokens]"""
+        return sum(group.laid_out for group in self.groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +65,7 @@ class Timing:
     latency_s: float
     """Of every turn, besides the engine's work [s]."""
     learn_s_per_token: float
+    """That it lays out: a policy that grows surer says the same more often, and its learner has less to do [s]."""
     sync_s: float
 
     def slower(self, factor: float) -> "Timing":
@@ -119,11 +119,15 @@ def _groups(trajectories: Sequence[SavedTrajectory], group_size: int) -> tuple[R
         ends = at + group_size
         while ends < len(trajectories) and trajectories[ends].status.failed:
             ends += 1
-        groups.append(
-            RecordedGroup(tuple(trajectories[at : at + group_size]), tuple(trajectories[at + group_size : ends]))
-        )
+        kept = tuple(trajectories[at : at + group_size])
+        groups.append(RecordedGroup(kept, tuple(trajectories[at + group_size : ends]), _laid_out(kept)))
         at = ends
     return tuple(groups)
+
+
+def _laid_out(trajectories: Sequence[SavedTrajectory]) -> int:
+    rows = [np.array(segment.token_ids, np.int64) for t in trajectories for segment in segments_of(t)]
+    return Prefixes(rows).num_tokens(range(len(rows))) if rows else 0
 
 
 def fit_timing(recording: Recording, steps: Sequence[RecordedStep]) -> Timing:
@@ -145,7 +149,7 @@ def fit_timing(recording: Recording, steps: Sequence[RecordedStep]) -> Timing:
         )
     step_s, step_request_s, prefill_s, latency_s = _non_negative_least_squares(matrix, took_s)
     # the first step of a run takes longer, whatever it learns from
-    learn_s = [step.learn_s / max(step.tokens, 1) for step in steps]
+    learn_s = [step.learn_s / max(step.laid_out, 1) for step in steps]
     return Timing(
         Speed(
             # what the data does not show is not there, and a speed has to be a number

@@ -8,8 +8,9 @@
 
 What is predicted is what the settings do to waiting: who waits for whom, how full the engine is. What they do to the model
 isn't: with other settings it would have learned, and said, something else. An episode lasts as many turns and tokens as it
-did, its cells run as long as they did, and the learner takes as long for a token. Unless engine.layout is "split", engine
-and learner share their processors, so while the learner works the engine stands still; what overlaps then is waiting.
+did, its cells run as long as they did, and the learner takes as long for a token that it lays out. Unless engine.layout is
+"split", engine and learner share their processors, so while the learner works the engine stands still; what overlaps then is
+waiting.
 
 The engine's speed is fitted on the first half of the steps and held against the second half, which it has not seen: that
 error stands beside every prediction.
@@ -366,8 +367,7 @@ class _Replay:
         return replace(recorded, turns=tuple(turns))
 
     async def _learn(self, groups: Sequence[Group]) -> None:
-        ends = [t.turns[-1] for g in groups for t in g.trajectories if t.turns]
-        duration_s = self.timing.learn_s_per_token * sum(len(t.prompt_ids) + len(t.response_ids) for t in ends)
+        duration_s = self.timing.learn_s_per_token * sum(self._group(group.number)[0].laid_out for group in groups)
         if self.config.engine.layout != "split":
             # one of the two computes at a time; taking turns more finely would come to the same
             self.engine.stall(duration_s)

@@ -38,9 +38,19 @@ CONFIG = RunConfig.model_validate(
 
 
 async def record(
-    clock: SimulatedClock, folder: Path, *, steps: int, tool_s: float, learn_s_per_token: float, dropped: int
+    clock: SimulatedClock,
+    folder: Path,
+    *,
+    steps: int,
+    tool_s: float,
+    learn_s_per_token: float,
+    dropped: int,
+    alike_from: int = 10**9,
 ) -> None:
-    """Play on-policy steps in a world of known speed, and write what a run would of them."""
+    """Play on-policy steps in a world of known speed, and write what a run would of them.
+
+    From step `alike_from` on the episodes of a group say the same.
+    """
     rng = random.Random(0)
     said: dict[str, tuple[int, ...]] = {}
     engine = SimulatedEngine(
@@ -84,9 +94,12 @@ async def record(
             groups = CONFIG.rollout.groups_per_step + dropped
             played = await asyncio.gather(*(episode(f"{step}.{g}/{i}", i) for g in range(groups) for i in range(4)))
             learned = played[: len(played) - 4 * dropped]
-            learn_s = learn_s_per_token * sum(
-                len(t.turns[-1].prompt_ids) + len(t.turns[-1].response_ids) for t in learned
-            )
+            ends = [len(t.turns[-1].prompt_ids) + len(t.turns[-1].response_ids) for t in learned]
+            if step >= alike_from:
+                learned = [replace(learned[i - i % 4], index=i % 4) for i in range(len(learned))]
+                # one of them, and of each other one the last token
+                ends = [ends[i] if i % 4 == 0 else 1 for i in range(len(learned))]
+            learn_s = learn_s_per_token * sum(ends)
             await clock.sleep(learn_s)
             await engine.update_weights(step)
             lost = replace(learned[0], status=TrajectoryStatus.FAILED_SANDBOX, cause="gone", turns=learned[0].turns[:1])
@@ -105,11 +118,12 @@ async def record(
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of runs: one that its engine holds up, one that waits for tools, one that drops groups."""
+    """Folders of runs: one that its engine holds up, one that waits for tools, one that drops groups, one whose policy grows surer."""
     kinds = {
         "engine": {"tool_s": 0.1, "learn_s_per_token": 1e-6, "dropped": 0},
         "tools": {"tool_s": 60.0, "learn_s_per_token": 1e-3, "dropped": 0},
         "drops": {"tool_s": 1.0, "learn_s_per_token": 1e-5, "dropped": 4},
+        "surer": {"tool_s": 0.1, "learn_s_per_token": 1e-2, "dropped": 0, "alike_from": 3},
     }
     folders = {}
     for name, kind in kinds.items():
@@ -128,6 +142,14 @@ def test_the_speed_of_the_engine_is_found_in_the_recording(runs):
     assert timing.learn_s_per_token == pytest.approx(1e-6)
     assert [len(step.groups) for step in recording.steps] == [4] * 4
     assert [len(group.failures) for group in recording.steps[0].groups] == [1, 0, 0, 0]
+
+
+def test_a_policy_that_says_the_same_more_often_gives_its_learner_less_to_do(runs):
+    recording = read_recording(runs["surer"])
+    first, last = recording.steps[0], recording.steps[-1]
+    assert last.learn_s < 0.4 * first.learn_s
+    assert last.learn_s / last.laid_out == pytest.approx(first.learn_s / first.laid_out)
+    assert abs(predict(runs["surer"]).error) < 0.05
 
 
 @pytest.mark.parametrize("name", ["engine", "tools"])
