@@ -148,7 +148,7 @@ def test_a_policy_that_says_the_same_more_often_gives_its_learner_less_to_do(run
     recording = read_recording(runs["surer"])
     first, last = recording.steps[0], recording.steps[-1]
     assert last.learn_s < 0.4 * first.learn_s
-    assert last.learn_s / last.laid_out == pytest.approx(first.learn_s / first.laid_out)
+    assert last.learn_s / last.laid_out == pytest.approx(first.learn_s / first.laid_out, rel=0.01)
     assert abs(predict(runs["surer"]).error) < 0.05
 
 
