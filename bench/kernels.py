@@ -466,7 +466,7 @@ def whole_step(name: str, liger: bool, checkpointing: Literal["on", "off"], devi
     from l0fast.learner import loading
     from l0fast.learner.packing import pack_rows, row_of
     from l0fast.learner.policy_model import PolicyModel
-    from l0fast.learner.segments import segments_of
+    from l0fast.segments import segments_of
     from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
     tiny = device == "cpu"

@@ -6,7 +6,7 @@
 Three layouts of the same episodes (bench/traces.py) through the same tiny random model:
 
     per turn   a row for each turn: its prompt, its response
-    merged     a row for each stretch of turns between trims (learner/segments.py)
+    merged     a row for each stretch of turns between trims (l0fast/segments.py)
     packed     those, with what the rows of a pack have in common laid out once (learner/packing.py)
 
 Tokens are those of the whole mix; CPU seconds of forward and backward those of its groups of four, one for each length of
@@ -45,8 +45,8 @@ from l0fast.ipc import shared_weights
 from l0fast.learner.client import batch_advantages, learner
 from l0fast.learner.cost import GIB, Rates
 from l0fast.learner.packing import Pack, pack_rows, row_of
-from l0fast.learner.segments import segments_of
 from l0fast.loop_lag import LoopLag
+from l0fast.segments import segments_of
 from l0fast.types import Group, Segment, Span, Trajectory
 
 VOCABULARY = 256

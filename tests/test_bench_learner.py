@@ -9,7 +9,7 @@ from transformers import Qwen2Config
 from bench import learner as bench
 from bench.traces import GROUP_SIZES, OUTPUT_TOKENS, runs
 from l0fast.config import LearnerConfig, RunConfig
-from l0fast.learner.segments import segments_of
+from l0fast.segments import segments_of
 
 CONFIG = RunConfig(learner=LearnerConfig(kl_coef=0.0))
 

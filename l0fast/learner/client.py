@@ -43,7 +43,7 @@ from l0fast.learner.advantage import (
 )
 from l0fast.learner.mismatch import judge
 from l0fast.learner.packing import Pack, balance, loss_denominator, pack_rows, payload_bytes, row_of, write_payload
-from l0fast.learner.segments import segments_of
+from l0fast.segments import segments_of
 from l0fast.types import Group
 
 Advantages = list[list[np.ndarray]]

@@ -15,7 +15,7 @@ goes on with is its *branch*. First all prefixes, then the branches family by fa
 A branch attends to all of its prefix and, causally, to itself: (1) causal attention over cu_seqlens, (2) the queries
 of a family's branches against the keys of its prefix. Every prefix and branch has a token, so no stretch is empty.
 
-Which rows form families is chosen exactly (prefixes.py). Which rows form packs: first-fit decreasing (Johnson, "Near-optimal bin packing algorithms", 1973; at most 11/9 OPT + 1
+Which rows form families is chosen exactly (l0fast/prefixes.py). Which rows form packs: first-fit decreasing (Johnson, "Near-optimal bin packing algorithms", 1973; at most 11/9 OPT + 1
 bins) under a budget of tokens, in two levels: the rows of a group first, so that rows which share a prompt lie in one
 pack, then what the groups came to. Within a group a row goes where the tokens that would really be laid out stay
 within the budget; over groups the sizes of both are added, which is never too little, and that is done again with
@@ -30,7 +30,7 @@ from typing import Literal
 
 import numpy as np
 
-from l0fast.learner.prefixes import Prefixes
+from l0fast.prefixes import Prefixes
 from l0fast.types import Group, Segment, Trajectory
 
 ALIGNMENT = 64

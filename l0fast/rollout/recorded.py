@@ -21,9 +21,9 @@ from l0fast.config import RunConfig
 from l0fast.engine.simulated import Speed
 from l0fast.errors import UsageError
 from l0fast.ids import Ids
-from l0fast.learner.prefixes import Prefixes
-from l0fast.learner.segments import segments_of
+from l0fast.prefixes import Prefixes
 from l0fast.run_dir import SavedTrajectory, read_config, read_metrics, read_trajectories, step_name
+from l0fast.segments import segments_of
 
 
 @dataclass(frozen=True, slots=True)

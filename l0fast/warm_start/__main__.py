@@ -30,10 +30,10 @@ from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.config import RunConfig, SandboxConfig
 from l0fast.engine.simulated import SimulatedEngine
 from l0fast.errors import UsageError, WorldError
-from l0fast.learner.segments import segments_of
 from l0fast.rollout.rollouts import play_all
 from l0fast.sandbox import open_sandbox
 from l0fast.seeding import derive_seed
+from l0fast.segments import segments_of
 from l0fast.tasks.facts import PHRASINGS, RELATIONS
 from l0fast.tasks.geography import geography, respelled_world
 from l0fast.tasks.invented import invented_world

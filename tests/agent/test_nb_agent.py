@@ -14,10 +14,10 @@ from l0fast.config import AgentConfig, SandboxConfig
 from l0fast.engine.base import EngineLoad, Sampled, Sampling, VersionSpan
 from l0fast.engine.gate import gated
 from l0fast.errors import EngineError, SandboxError
-from l0fast.learner.segments import segments_of
 from l0fast.observer import NullObserver, Observer
 from l0fast.sandbox import open_sandbox
 from l0fast.sandbox.base import Sandbox
+from l0fast.segments import segments_of
 from l0fast.types import Task, Trajectory, TrajectoryStatus
 from tests.agent.search import SEARCH
 

@@ -13,7 +13,7 @@ from l0fast.learner.checkpoint import Checkpoints, complete_checkpoints
 from l0fast.learner.critic import CriticModel
 from l0fast.learner.packing import pack_rows, row_of
 from l0fast.learner.policy_model import PolicyModel
-from l0fast.learner.segments import segments_of
+from l0fast.segments import segments_of
 
 
 @pytest.fixture

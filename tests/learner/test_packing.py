@@ -22,7 +22,7 @@ from l0fast.learner.packing import (
     to_bytes,
     write_payload,
 )
-from l0fast.learner.segments import segments_of
+from l0fast.segments import segments_of
 
 lengths = st.lists(st.lists(st.integers(2, 30), max_size=6), min_size=1, max_size=6)
 # two letters, so that rows share beginnings of all lengths, repeat each other and are beginnings of each other

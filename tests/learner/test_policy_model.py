@@ -11,7 +11,7 @@ from l0fast.config import LearnerConfig
 from l0fast.errors import UsageError
 from l0fast.learner.packing import pack_rows, row_of
 from l0fast.learner.policy_model import PolicyModel, learning_rate
-from l0fast.learner.segments import segments_of
+from l0fast.segments import segments_of
 
 KL_COEF = 0.1
 

@@ -16,7 +16,7 @@ from l0fast.learner.checkpoint import Checkpoints, complete_checkpoints
 from l0fast.learner.critic import CriticModel
 from l0fast.learner.packing import balance, pack_rows, row_of, to_bytes
 from l0fast.learner.policy_model import PolicyModel
-from l0fast.learner.segments import segments_of
+from l0fast.segments import segments_of
 
 ROOM = Path(__file__).parent
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l0fast.learner.segments import segments_of
+from l0fast.segments import segments_of
 
 # a small alphabet, so that unrelated prompts share beginnings by chance
 ids = st.lists(st.integers(0, 2), max_size=4)
