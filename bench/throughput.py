@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,12 @@ def compression(agents: int) -> float:
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All of it, but the node's."""
+    if options.l0_agents and not (shutil.which("bwrap") and all(map(find_spec, ("httpx", "ipykernel")))):
+        # now, not when all else has been measured
+        raise SystemExit(
+            "L0's way needs bubblewrap (Debian: apt-get install bubblewrap) and pip install -e '.[bench]': install them, or "
+            "leave it out with --l0-agents 0"
+        )
     print(f"{machine()}; sandbox: {options.sandbox}")
     print(
         f"simulated engine: {SPEED.step_s * 1e3:g} ms a token, {SPEED.prefill_tokens_per_s:g} prompt tokens/s; learner "
@@ -150,11 +157,6 @@ async def size(agents: int, runs: int, options: argparse.Namespace, chat: Chat, 
 
 async def beside_l0(chat: Chat, options: argparse.Namespace) -> dict[str, Any]:
     """L0's way and ours, one after the other, each task once."""
-    if shutil.which("bwrap") is None:
-        raise SystemExit(
-            "L0's way needs bubblewrap (Debian: apt-get install bubblewrap) and pip install -e '.[bench]': install them, or "
-            "leave it out with --l0-agents 0"
-        )
     speed, compressed = replace(SPEED, step_s=L0_STEP_S), {"time_compression": options.l0_time_compression}
     tasks = Workload(chat, CompressedClock(1.0).sleep).tasks()
     tasks = list(islice(tasks, options.l0_agents))
