@@ -10,6 +10,7 @@ Ours and L0's way play the same text, so both wait equally long for engine and t
 """
 
 import random
+from array import array
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -67,10 +68,11 @@ class Workload:
     def __init__(self, chat: Chat, sleep: Callable[[float], Awaitable[None]], *, seed: int = 0):
         self._chat, self._sleep, self._seed = chat, sleep, seed
         sentences = geography().full_corpus
-        self._said = Ids(chat.encode(" ".join(sentences[:2000])))
-        self._tags = tuple(Ids(chat.encode(tag)) for tag in ("<think>", "</think>\n<code>\n", "\n</code>"))
-        self._calls = [Ids(chat.encode(_CALL.format(key=key))) for key in range(KEYS)]
-        self._submits = {answer: Ids(chat.encode(_SUBMIT.format(answer=answer))) for answer in ANSWERS}
+        self._said = array("i", chat.encode(" ".join(sentences[:2000])))
+        self._stop = array("i", chat.stop_token_ids[:1])
+        self._tags = tuple(array("i", chat.encode(tag)) for tag in ("<think>", "</think>\n<code>\n", "\n</code>"))
+        self._calls = [array("i", chat.encode(_CALL.format(key=key))) for key in range(KEYS)]
+        self._submits = {answer: array("i", chat.encode(_SUBMIT.format(answer=answer))) for answer in ANSWERS}
         # three sentences a page, as a search returns
         self._pages = ["\n".join(sentences[3 * key : 3 * key + 3]) for key in range(KEYS)]
         quantile = lognormal(TOOL_LATENCY_S, TOOL_SPREAD)
@@ -116,10 +118,11 @@ class Workload:
         code = self._submits[plan.answer] if last else self._calls[said.key]
         think, between, close = self._tags
         if said.malformed and not last:
-            close = Ids()
+            close = array("i")
         length = max(_MIN_THOUGHT_TOKENS, said.tokens - sum(map(len, (think, between, code, close))) - 1)
         start = int(said.start * (len(self._said) - length))
-        return think + self._said[start : start + length] + between + code + close + self._chat.stop_token_ids[:1]
+        # not one Ids after the other: what says it is to cost little beside what is measured
+        return Ids(think + self._said[start : start + length] + between + code + close + self._stop)
 
     def plan(self, conversation: str) -> _Plan:
         """What it will say, drawn from its name."""

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from l0fast.agent.byte_level import ByteLevel
 from l0fast.errors import UsageError
+from l0fast.ids import Ids
 
 _QUESTION = "\x02question\x03"
 _ANSWER = "\x02answer\x03"
@@ -49,7 +50,7 @@ class Chat:
         except Exception as e:
             raise UsageError(f"{path} is not a tokenizer: {e}; save it again with save_pretrained") from e
         self._byte_level = ByteLevel.of(self._tokenizer)
-        self._heads: dict[str, tuple[str, list[int]]] = {}
+        self._heads: dict[str, tuple[str, Ids]] = {}
         self._template = self._load_template()
         self.stop_token_ids = self._stop_ids()
 
@@ -67,24 +68,24 @@ class Chat:
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size()
 
-    def first_prompt(self, system: str, question: str) -> list[int]:
+    def first_prompt(self, system: str, question: str) -> Ids:
         """Ids up to where the first response starts."""
         text = self._render([_message("system", system), _message("user", question)])
         head, head_ids = self._head(system)
         if text.startswith(head):
-            return [*head_ids, *self.encode(text[len(head) :])]
-        return self.encode(text)
+            return head_ids + self.encode(text[len(head) :])
+        return Ids(self.encode(text))
 
-    def _head(self, system: str) -> tuple[str, list[int]]:
+    def _head(self, system: str) -> tuple[str, Ids]:
         """What all first prompts with this system prompt begin with, as far as its ids depend on nothing else."""
         if self._byte_level is None:
-            return "", []
+            return "", Ids()
         if system not in self._heads:
             if len(self._heads) >= _MAX_HEADS:
                 self._heads.clear()
             text = self._render([_message("system", system), _message("user", _QUESTION)]).partition(_QUESTION)[0]
             head = text[: self._byte_level.after_last_token(text)]
-            self._heads[system] = head, self.encode(head)
+            self._heads[system] = head, Ids(self.encode(head))
         return self._heads[system]
 
     def response(self, text: str) -> list[int]:

@@ -35,7 +35,7 @@ class Context:
         self._chat, self._system, self._question = chat, system, question
         self._room = budget - response_tokens
         self._trim = trim
-        self.prompt_ids = Ids(chat.first_prompt(system, question))
+        self.prompt_ids = chat.first_prompt(system, question)
         self._lengths: list[int] = []
         """Of the exchanges at its end [tokens]."""
 
@@ -62,5 +62,5 @@ class Context:
             self._lengths.clear()
         while self._lengths and len(head) + sum(self._lengths) > self._room:
             del self._lengths[0]
-        self.prompt_ids = Ids(head) + self.prompt_ids[len(self.prompt_ids) - sum(self._lengths) :]
+        self.prompt_ids = head + self.prompt_ids[len(self.prompt_ids) - sum(self._lengths) :]
         return len(self.prompt_ids) <= self._room

@@ -50,7 +50,7 @@ class _Served:
     replica: Replica
     futures: dict[Request, asyncio.Future[None]] = field(default_factory=dict)
     timer: Timer | None = None
-    timer_s: float = 0.0
+    timer_s: float = math.inf
 
 
 class SimulatedEngine:
@@ -211,19 +211,18 @@ class SimulatedEngine:
             if future is not None and not future.done():
                 future.set_result(None)
         replica.finished.clear()
-        at_s = replica.next_event_s
-        if served.timer is not None:
-            # firing early costs a look, and is rarer than moving the timer with every request
-            if served.timer_s <= at_s < math.inf:
-                return woken
-            served.timer.cancel()
-            served.timer = None
-        if at_s < math.inf:
-            served.timer, served.timer_s = self.clock.call_at(at_s, lambda: self._wake(served)), at_s
+        at_s = replica.next_finish_s
+        if at_s != served.timer_s:
+            if served.timer is not None:
+                served.timer.cancel()
+                served.timer = None
+            if at_s < math.inf:
+                served.timer = self.clock.call_at(at_s, lambda: self._wake(served))
+            served.timer_s = at_s
         return woken
 
     def _wake(self, served: _Served) -> bool:
-        served.timer = None
+        served.timer, served.timer_s = None, math.inf
         served.replica.advance(self.clock.now_s)
         return self._deliver(served)
 
@@ -249,10 +248,8 @@ class SimulatedEngine:
         if self._script is None:
             response = self._draw((key >> 40) / 2**24, key % _POOL, sampling)
         else:
-            response = Ids(self._script(prompt, sampling, conversation))[: sampling.max_new_tokens]
-            for stop in sampling.stop_token_ids:
-                if stop in response:
-                    response = response[: response.index(stop) + 1]
+            said = self._script(prompt, sampling, conversation)
+            response = _up_to_stop(said if isinstance(said, Ids) else Ids(said), sampling)
         return response, bool(response) and response[-1] in sampling.stop_token_ids, (key >> 20) % _POOL
 
     def _draw(self, u: float, at: int, sampling: Sampling) -> Ids:
@@ -273,6 +270,16 @@ class SimulatedEngine:
         for stop in left_out:
             ids += ids >= stop
         return Ids(ids.tolist())
+
+
+def _up_to_stop(said: Ids, sampling: Sampling) -> Ids:
+    end = min(len(said), sampling.max_new_tokens)
+    for stop in sampling.stop_token_ids:
+        try:
+            end = said.index(stop, 0, end) + 1
+        except ValueError:
+            continue
+    return said if end == len(said) else said[:end]
 
 
 def _mix(z: int) -> int:

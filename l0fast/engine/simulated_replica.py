@@ -33,6 +33,8 @@ _CLIP_NEW_TOKENS = 4096
 """Nobody is expected to sample more than this [tokens]."""
 _RETRACT_STEPS = 20
 """Steps that shall fit after a retraction."""
+_FEW = 8
+"""Waiting requests that `next_finish_s` looks at; one more look at the clock is cheaper than more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +220,42 @@ class Replica:
         )
 
     @property
+    def next_finish_s(self) -> float:
+        """Nobody is done before this time, unless the outside does something; mostly, somebody is done exactly then.
+
+        For who sleeps until then: to be woken costs far more than what happens in between.
+        """
+        at_s, batch, joining = self.next_event_s, self._prefilling, () if self._full else self._waiting
+        if len(joining) > _FEW or not (batch or joining):
+            return at_s
+        ahead = 0 if batch else self._next_steps
+        running, locked = len(self._running) + len(batch), self._locked + len(self._running) * ahead
+        left = [_left(request) for request in batch]
+        if self._running:
+            left.append(self._finishes[0][0] - self._steps - ahead)
+        if left and min(left) <= 0:
+            return at_s
+        if joining:
+            # they are tried at the next event; where all of them fit for sure, that makes one batch
+            new_tokens, expected = 0, self._expected
+            for request in joining:
+                total = request.prompt_tokens + request.decoded_tokens
+                new_tokens += total - min(self._prefixes.get(request.conversation, 0), _computed_before(request))
+                locked += total
+                expected += _expects(request)
+                left.append(_left(request))
+            running += len(joining)
+            if (
+                running > self.slots
+                or new_tokens > self._prefill_batch_tokens
+                or locked + max(running, self._ratio * expected) > self.kv_tokens
+            ):
+                return at_s
+            at_s += self._prefill_duration_s(new_tokens)
+        steps = min(*left, max(1, (self.kv_tokens - locked) // running))
+        return at_s + _time_of(steps, *self._step_times(running, locked))
+
+    @property
     def num_requests(self) -> int:
         return len(self._running) + len(self._prefilling) + len(self._waiting)
 
@@ -247,7 +285,7 @@ class Replica:
                 heapq.heappop(self._finishes)  # it left before
             steps = self._finishes[0][0] - self._steps
             steps = min(steps, max(1, (self.kv_tokens - self._locked) // len(self._running)))
-            first_s, growth_s = self._step_times()
+            first_s, growth_s = self._step_times(len(self._running), self._locked)
             if tries:
                 # a batch forms between two steps
                 done = _steps_in(self._now_s - self._base_s, first_s, growth_s)
@@ -275,7 +313,7 @@ class Replica:
             self._expected += expects
             if self._evictable > self.kv_tokens - self._locked:
                 self._evict(self.kv_tokens - self._locked)
-            computed_before = min(request.matched_tokens, total - 1)
+            computed_before = _computed_before(request)
             hit = min(prefix, computed_before)
             if not request.admitted:
                 request.admitted, request.cached_tokens = True, hit
@@ -287,7 +325,7 @@ class Replica:
         if self._waiting and len(self._running) + len(batch) >= self.slots:
             self._full = True
         if batch:
-            duration_s = self.speed.prefill_batch_s + new_tokens / self.speed.prefill_tokens_per_s
+            duration_s = self._prefill_duration_s(new_tokens)
             self._prefill_end_s = self._now_s + duration_s
             self._prefill_s += duration_s
             self._slot_s += duration_s * (len(self._running) + len(batch))
@@ -333,7 +371,7 @@ class Replica:
     def _settle(self) -> None:
         """Count the steps done by now."""
         if self._running and not self._prefilling:
-            first_s, growth_s = self._step_times()
+            first_s, growth_s = self._step_times(len(self._running), self._locked)
             steps = _steps_in(self._now_s - self._base_s, first_s, growth_s)
             self._decode(steps, _time_of(steps, first_s, growth_s))
             self._plan()
@@ -382,12 +420,15 @@ class Replica:
             self._evictable -= going
             self.evicted_tokens += going
 
-    def _step_times(self) -> tuple[float, float]:
+    def _prefill_duration_s(self, new_tokens: int) -> float:
+        return self.speed.prefill_batch_s + new_tokens / self.speed.prefill_tokens_per_s
+
+    def _step_times(self, running: int, locked: int) -> tuple[float, float]:
         """(duration of the next step, how much longer each one is than the one before)"""
-        speed, requests = self.speed, len(self._running)
+        speed = self.speed
         return (
-            speed.step_s + speed.step_request_s * requests + speed.step_kv_s * self._locked,
-            speed.step_kv_s * requests,
+            speed.step_s + speed.step_request_s * running + speed.step_kv_s * locked,
+            speed.step_kv_s * running,
         )
 
 
@@ -410,3 +451,13 @@ def _steps_in(duration_s: float, first_s: float, growth_s: float) -> int:
 
 def _expects(request: Request) -> int:
     return min(request.max_new_tokens, _CLIP_NEW_TOKENS) - request.decoded_tokens
+
+
+def _left(request: Request) -> int:
+    """Tokens it samples after its prefill, which samples one."""
+    return request.response_tokens - request.decoded_tokens - 1
+
+
+def _computed_before(request: Request) -> int:
+    """Leading tokens; the last one is computed whatever there was, for what comes after it."""
+    return min(request.matched_tokens, request.prompt_tokens + request.decoded_tokens - 1)
