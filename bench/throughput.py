@@ -11,8 +11,9 @@ What is played is in workload.py, how in swarm.py, L0's way in l0_style.py. A ba
 grows with them; slots = agents / 2; the learner takes 30 % of the time full slots need to sample a batch. The engine's clock
 is the loop's own, compressed: a loop that is late makes the engine late as many times as the constant says.
 
-Of the largest size carry_over is played `--runs` times, and the run with the median p99 of lag counts. The last line is
-JSON: the largest size's figures on top, all of them under `sizes`. `ratio_l0_style` and `cpu_ratio_l0_style` are over 1
+Of the largest size carry_over is played `--runs` times, and the run with the median p99 of lag counts. `..._full` is
+carry_over with an engine that is faster than the host can follow: how many turns a second the host carries, and what one
+costs where CPU is scarce. The last line is JSON: the largest size's figures on top, all of them under `sizes`. `ratio_l0_style` and `cpu_ratio_l0_style` are over 1
 where we are better: episodes per second ours / theirs, CPU a turn theirs / ours; `..._without_asking` leaves out what L0's
 trainer spends on its polls.
 """
@@ -59,6 +60,8 @@ HOST_TURNS_PER_S = 200.0
 
 A loop that has more to do is woken for several events at once: with four times the load a turn takes a third less CPU.
 """
+FULL = 32.0
+"""Times that load: more than any host carries."""
 L0_STEP_S = 0.01
 """Decode step beside L0's way, in real time: an engine with few requests is faster than a full one [s]."""
 
@@ -95,6 +98,10 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         free = await swarm.play("carry_over", steps=2)
         progress(free)
         simulator_us = await swarm.simulator_us_per_turn(steps=2)
+        swarm.time_compression *= FULL
+        free_full = await swarm.play("carry_over", steps=8)
+        progress(free_full)
+        simulator_full_us = await swarm.simulator_us_per_turn(steps=8)
         for agents in options.sizes:
             runs = options.runs if agents == max(options.sizes) else 1
             sizes[str(agents)] = await size(agents, runs, options, chat, broker)
@@ -102,6 +109,9 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     result = top | {
         "host_cpu_us_per_turn_without_sandbox": free.host_cpu_us_per_turn,
         "simulator_us_per_turn": simulator_us,
+        "turns_per_s_full_without_sandbox": free_full.turns_per_s,
+        "host_cpu_us_per_turn_full_without_sandbox": free_full.host_cpu_us_per_turn,
+        "simulator_us_per_turn_full": simulator_full_us,
         "sizes": sizes,
     }
     if options.l0_agents:
@@ -111,6 +121,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         "machine": machine(),
         "group_size": GROUP_SIZE,
         "without_sandbox": asdict(free),
+        "full_without_sandbox": asdict(free_full),
     }
 
 
@@ -131,6 +142,9 @@ async def size(agents: int, runs: int, options: argparse.Namespace, chat: Chat, 
         progress(on_policy)
         barrier = await swarm.play("barrier", steps=1)
         progress(barrier)
+        swarm.time_compression *= FULL
+        full = await swarm.play("carry_over", steps=1)
+        progress(full)
     first = carried[0][0]
     by_lag = sorted(carried, key=lambda pair: pair[0].lag["lag_p99_ms"])
     median, idle_max_ms = by_lag[(len(by_lag) - 1) // 2]
@@ -138,7 +152,7 @@ async def size(agents: int, runs: int, options: argparse.Namespace, chat: Chat, 
         "agents": agents,
         "time_compression": time_compression,
         "peak_alive": first.peak_alive,
-        "lost": sum(m.lost for m, _ in carried) + on_policy.lost + barrier.lost,
+        "lost": sum(m.lost for m, _ in carried) + on_policy.lost + barrier.lost + full.lost,
         "episodes_per_s": first.episodes_per_s,
         "turns_per_s": first.turns_per_s,
         "host_cpu_us_per_turn": statistics.median(m.host_cpu_us_per_turn for m, _ in carried),
@@ -151,7 +165,12 @@ async def size(agents: int, runs: int, options: argparse.Namespace, chat: Chat, 
         "episodes_per_s_barrier": barrier.episodes_per_s,
         "ratio_barrier": first.episodes_per_s / barrier.episodes_per_s,
         "rss_mb": max(m.rss_mb for m, _ in carried),
-        "runs": [asdict(m) | {"idle_lag_max_ms": idle} for m, idle in carried] + [asdict(on_policy), asdict(barrier)],
+        "turns_per_s_full": full.turns_per_s,
+        "host_cpu_us_per_turn_full": full.host_cpu_us_per_turn,
+        "loop_lag_p99_ms_full": full.lag["lag_p99_ms"],
+        "loop_lag_p999_ms_full": full.lag["lag_p999_ms"],
+        "runs": [asdict(m) | {"idle_lag_max_ms": idle} for m, idle in carried]
+        + [asdict(m) for m in (on_policy, barrier, full)],
     }
 
 
@@ -246,7 +265,7 @@ def progress(m: Measured) -> None:
 ROWS = (
     "time_compression peak_alive lost episodes_per_s turns_per_s host_cpu_us_per_turn loop_lag_p50_ms loop_lag_p99_ms "
     "loop_lag_p999_ms loop_lag_max_ms idle_lag_max_ms engine_busy engine_busy_on_policy engine_busy_barrier ratio_barrier "
-    "rss_mb"
+    "rss_mb turns_per_s_full host_cpu_us_per_turn_full loop_lag_p99_ms_full loop_lag_p999_ms_full"
 ).split()
 
 
@@ -257,7 +276,9 @@ def show(result: dict[str, Any]) -> None:
         print(f"| {row} | " + " | ".join(f"{of_size[row]:.4g}" for of_size in sizes.values()) + " |")
     print(
         f"without a sandbox: {result['host_cpu_us_per_turn_without_sandbox']:.0f} us of host CPU a turn; simulated engine, "
-        f"policy and tool by themselves: {result['simulator_us_per_turn']:.0f} us, which no run has"
+        f"policy and tool by themselves: {result['simulator_us_per_turn']:.0f} us, which no run has; with all that the loop "
+        f"carries, {result['turns_per_s_full_without_sandbox']:.0f} turns/s: "
+        f"{result['host_cpu_us_per_turn_full_without_sandbox']:.0f} us and {result['simulator_us_per_turn_full']:.0f} us"
     )
     if "l0_style" in result:
         print(

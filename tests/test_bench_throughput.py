@@ -40,7 +40,8 @@ KEYS_OF_THE_RESULT = {
     "loop_lag_p999_ms", "loop_lag_max_ms", "idle_lag_max_ms", "engine_busy", "engine_busy_on_policy",
     "engine_busy_barrier", "ratio_l0_style", "cpu_ratio_l0_style",
     "cpu_ratio_l0_style_without_asking", "rss_mb", "sizes",
-    "host_cpu_us_per_turn_without_sandbox", "simulator_us_per_turn",
+    "host_cpu_us_per_turn_without_sandbox", "simulator_us_per_turn", "turns_per_s_full", "host_cpu_us_per_turn_full",
+    "turns_per_s_full_without_sandbox", "host_cpu_us_per_turn_full_without_sandbox", "simulator_us_per_turn_full",
 }  # fmt: skip
 
 
@@ -215,6 +216,7 @@ def test_the_quick_run_prints_every_figure(tmp_path: Path):
     assert result == json.loads((tmp_path / "throughput.json").read_text())
     assert result["agents"] == result["peak_alive"] == 32
     assert result["lost"] == 0
+    assert result["turns_per_s_full"] > result["turns_per_s"], "an engine that never waits is no harder on the host"
     theirs, ours = result["l0_style"]["theirs"], result["l0_style"]["ours"]
     assert theirs["turns"] == ours["turns"], "both play the same episodes"
     assert result["cpu_ratio_l0_style"] > result["cpu_ratio_l0_style_without_asking"] > 1
