@@ -1,7 +1,7 @@
 """Thousands of real agents on one loop beside a barrier, and beside the way L0 runs its agents, in one run.
 
     python -m bench.throughput [--sizes 256 1024 4096] [--sandbox process] [--results bench/results]
-                                                       a quarter of an hour, on two cores
+                                                       some 22 minutes, on two cores
     python -m bench.throughput --quick                 some 12 s, small: does it all work?
     python -m bench.throughput --soak MINUTES          one size for so long: memory, descriptors and tasks
     python -m bench.throughput --engine sglang --device cuda [RECIPE and flags of l0fast.run]
