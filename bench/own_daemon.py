@@ -5,7 +5,7 @@
 COMMAND finds the daemon by DOCKER_HOST. dockerd, the containerd it starts and all their state live in one temporary
 folder, and in a mount namespace whose /run/containerd and /etc/docker are empty: a daemon of the system is neither used
 nor disturbed, and what they mount ends with them. Containers get a cgroup of their own below one parent, by which every
-process is found again. There is no bridge and no firewall rule. Needs root, and Debian's docker.io or Docker's own engine.
+process is found again. There is no bridge and no firewall rule. kill -9 leaves its folder, and no process. Needs root, and Debian's docker.io or Docker's own engine.
 """
 
 import argparse
@@ -29,6 +29,7 @@ START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 30.0
 _HIDDEN = ("/run/containerd", "/etc/docker")
 """Folders of the system's daemons, empty in the namespace. The first holds the sockets of containers' shims too."""
+_ENDS_WITH_US = ("setpriv", "--pdeathsig", "SIGTERM")
 _IN_NAMESPACE = f'for folder in {" ".join(_HIDDEN)}; do mount -t tmpfs none $folder || exit 1; done; exec "$@"'
 
 
@@ -51,15 +52,19 @@ class OwnDaemon:
         return self._process.pid
 
     def start(self) -> None:
-        """Start dockerd on the same folders, and wait until it answers. Raises SandboxError."""
+        """Start dockerd on the same folders, and wait until it answers. Raises SandboxError.
+
+        It ends with the thread that calls this.
+        """
         if self._namespace is None:
             prefix = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _IN_NAMESPACE, "sh"]
         else:
             # where the containerd that it left behind lives
             prefix = ["nsenter", f"--mount=/proc/self/fd/{self._namespace}"]
+        # who is killed can't stop it: dockerd ends itself and its containers then
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [*prefix, *self._argv()],
+                [*_ENDS_WITH_US, *prefix, *self._argv()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -109,7 +114,7 @@ class OwnDaemon:
             self._namespace = None
         for pattern in (self._cgroup, f"*/{self._cgroup}"):
             for parent in Path("/sys/fs/cgroup").glob(pattern):
-                _remove_cgroup(parent)
+                remove_cgroup(parent)
 
     def _argv(self) -> list[str]:
         return [
@@ -226,10 +231,9 @@ def _load(archive: Path) -> None:
 
 def _run(command: Sequence[str]) -> int:
     """Exit code of the command; it ends when this process is told to."""
-    try:
-        process = subprocess.Popen(command)
-    except OSError as e:
-        raise UsageError(f"{command[0]} can't be run ({e.strerror}): name a program that exists") from e
+    if shutil.which(command[0]) is None:
+        raise UsageError(f"{command[0]} can't be run: name a program that exists")
+    process = subprocess.Popen([*_ENDS_WITH_US, *command])
     try:
         return process.wait()
     except BaseException:
@@ -244,6 +248,7 @@ def _run(command: Sequence[str]) -> int:
 
 def _check() -> None:
     needed = {"dockerd": "docker.io", "containerd": "containerd", "unshare": "util-linux", "nsenter": "util-linux"}
+    needed |= {"setpriv": "util-linux"}
     # daemons live in /usr/sbin, which a user's PATH may lack
     os.environ["PATH"] = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     if missing := {package for program, package in needed.items() if shutil.which(program) is None}:
@@ -297,7 +302,7 @@ def _program(pid: int) -> bytes:
     return os.path.basename(Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0])
 
 
-def _remove_cgroup(parent: Path) -> None:
+def remove_cgroup(parent: Path) -> None:
     """A tree of cgroups without processes, leaves first."""
     for folder, _, _ in os.walk(parent, topdown=False):
         os.rmdir(folder)
