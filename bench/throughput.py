@@ -99,7 +99,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         progress(free)
         simulator_us = await swarm.simulator_us_per_turn(steps=2)
         swarm.time_compression *= FULL
-        free_full = await swarm.play("carry_over", steps=8)
+        free_full = await swarm.play("carry_over", steps=24)
         progress(free_full)
         simulator_full_us = await swarm.simulator_us_per_turn(steps=8)
         for agents in options.sizes:
