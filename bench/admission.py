@@ -22,6 +22,7 @@ import json
 import random
 import sys
 import time
+from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -117,17 +118,18 @@ async def _simulate(clock: SimulatedClock, engine: SimulatedEngine, limit: int |
         # what waits is to be seen, not cut off
         front = await gated(engine, admission, timeout_s=86_400.0, clock=clock)
     output, latency = lognormal(150, 0.8), lognormal(0.8, 1.0)
+    one = array("i", [1])
     numbers, finished, turns, in_flight_s = itertools.count(), 0, 0, 0.0
 
     async def play(number: int) -> None:
         nonlocal turns
         rng = random.Random(number)
-        prompt = Ids((number % 256,) * rng.randint(1200, 2000))
+        prompt = Ids(array("i", [number % 256]) * rng.randint(1200, 2000))
         for turn in range(rng.randint(1, 8)):
             sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=(0,), seed=number * 8 + turn)
             sampled = await front.generate(prompt, sampling, conversation=str(number))
             turns += 1
-            prompt = prompt + sampled.response_ids + (1,) * int(output(rng.random()))
+            prompt = prompt + sampled.response_ids + one * int(output(rng.random()))
             await clock.sleep(latency(rng.random()))
         front.forget(str(number))
 

@@ -5,7 +5,8 @@
 COMMAND finds the daemon by DOCKER_HOST. dockerd, the containerd it starts and all their state live in one temporary
 folder, and in a mount namespace whose /run/containerd and /etc/docker are empty: a daemon of the system is neither used
 nor disturbed, and what they mount ends with them. Containers get a cgroup of their own below one parent, by which every
-process is found again. There is no bridge and no firewall rule. kill -9 leaves its folder, and no process. Needs root, and Debian's docker.io or Docker's own engine.
+process is found again. There is no bridge and no firewall rule. After kill -9 its folder and empty cgroups are left, and
+no process. Needs root, and Debian's docker.io or Docker's own engine.
 """
 
 import argparse
@@ -247,8 +248,8 @@ def _run(command: Sequence[str]) -> int:
 
 
 def _check() -> None:
-    needed = {"dockerd": "docker.io", "containerd": "containerd", "unshare": "util-linux", "nsenter": "util-linux"}
-    needed |= {"setpriv": "util-linux"}
+    needed = {"dockerd": "docker.io", "containerd": "containerd"}
+    needed |= dict.fromkeys(("unshare", "nsenter", "setpriv"), "util-linux")
     # daemons live in /usr/sbin, which a user's PATH may lack
     os.environ["PATH"] = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     if missing := {package for program, package in needed.items() if shutil.which(program) is None}:

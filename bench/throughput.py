@@ -13,9 +13,9 @@ is the loop's own, compressed: a loop that is late makes the engine late as many
 
 Of the largest size carry_over is played `--runs` times, and the run with the median p99 of lag counts. `..._full` is
 carry_over with an engine that is faster than the host can follow: how many turns a second the host carries, and what one
-costs where CPU is scarce. The last line is JSON: the largest size's figures on top, all of them under `sizes`. `ratio_l0_style` and `cpu_ratio_l0_style` are over 1
-where we are better: episodes per second ours / theirs, CPU a turn theirs / ours; `..._without_asking` leaves out what L0's
-trainer spends on its polls.
+costs where CPU is scarce. The last line is JSON: the largest size's figures on top, all of them under `sizes`.
+`ratio_l0_style` and `cpu_ratio_l0_style` are over 1 where we are better: episodes per second ours / theirs, CPU a turn
+theirs / ours; `..._without_asking` leaves out what L0's trainer spends on its polls.
 """
 
 import argparse
