@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 from l0fast.agent.chat import Chat
-from l0fast.ids import Ids
 
 Trim = Literal["hard", "soft", "none"]
 
