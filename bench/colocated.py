@@ -1,6 +1,7 @@
 """One GPU, everything on it: SGLang in this process and the learner beside it, real RL steps on a random-weight model.
 
-    python -m bench.colocated [--device cuda|cpu] [--weights ipc|host] [--seconds 120] [--steps 40] [--layers 28] [--lr 1e-4]
+    python -m bench.colocated [--device cuda|cpu] [--weights ipc|host] [--layout resident|sleep] [--seconds 120] [--steps 40]
+                              [--layers 28] [--lr 1e-4]
 
     episodes x engine -> groups -> learner -> buckets of weights, read where they lie (CUDA IPC) -> engine -> next episodes
 
@@ -176,6 +177,7 @@ async def colocated(options: argparse.Namespace, folder: Path, stack: AsyncExitS
         engine=EngineConfig(
             slots=256 if on_gpu else 64,
             start_timeout_s=300,
+            layout=options.layout,
             sglang=(*(SGLANG_ON_A_BARE_GPU if on_gpu else ()), *options.sglang),
         ),
         learner=LearnerConfig(
@@ -199,7 +201,9 @@ async def colocated(options: argparse.Namespace, folder: Path, stack: AsyncExitS
             config.engine,
             folder,
             max_tokens=config.agent.context_tokens,
-            source=HostWeights(weights, dtype="bfloat16" if on_gpu else "float32") if weights else RankWeights(client),
+            source=HostWeights(weights, dtype="bfloat16" if on_gpu else "float32")
+            if weights
+            else RankWeights(client, make_room=options.layout == "sleep"),
             log=say,
         )
     )
@@ -215,10 +219,15 @@ async def colocated(options: argparse.Namespace, folder: Path, stack: AsyncExitS
         t0 = time.perf_counter()
         groups = await world.groups(step)
         t1 = time.perf_counter()
-        learned = await client.step(groups, batch_advantages(groups, config, step), step)
+        if options.layout == "sleep":
+            await engine.sleep()
+            if on_gpu and step == 1:
+                say(f"asleep: {gpu()}")
         t2 = time.perf_counter()
-        await engine.update_weights(step)
+        learned = await client.step(groups, batch_advantages(groups, config, step), step)
         t3 = time.perf_counter()
+        await engine.update_weights(step)
+        t4 = time.perf_counter()
         rewards = [t.reward for group in groups for t in group.trajectories]
         sampled = sum(len(turn.response_ids) for group in groups for t in group.trajectories for turn in t.turns)
         steps.append(
@@ -226,8 +235,9 @@ async def colocated(options: argparse.Namespace, folder: Path, stack: AsyncExitS
                 "reward": statistics.mean(rewards),
                 **{name: learned[name] for name in ("mismatch_k3", "mismatch_max", "entropy", "grad_norm", "loss")},
                 "generate_s": t1 - t0,
-                "learn_s": t2 - t1,
-                "sync_s": t3 - t2,
+                "sleep_s": t2 - t1,
+                "learn_s": t3 - t2,
+                "sync_s": t4 - t3,
                 "sampled_tokens": sampled,
                 "learned_tokens": learned["tokens"],
                 "cached_share": world.cached_share(),
@@ -236,8 +246,8 @@ async def colocated(options: argparse.Namespace, folder: Path, stack: AsyncExitS
         say(
             "step {step}: reward {reward:.4f}, mismatch k3 {mismatch_k3:.1e} max {mismatch_max:.2f}, entropy {entropy:.2f}, "
             "gradient {grad_norm:.2f}; generate {generate_s:.2f} s ({gen:.0f} tok/s, {cached_share:.0%} of later prompts cached), "
-            "learn {learn_s:.2f} s ({learn:.0f} tok/s), sync {sync_s:.3f} s".format(
-                step=step, gen=sampled / (t1 - t0), learn=learned["tokens"] / (t2 - t1), **steps[-1]
+            "sleep {sleep_s:.3f} s, learn {learn_s:.2f} s ({learn:.0f} tok/s), sync {sync_s:.3f} s".format(
+                step=step, gen=sampled / (t1 - t0), learn=learned["tokens"] / (t3 - t2), **steps[-1]
             )
         )
         if time.perf_counter() - began > options.seconds:
@@ -287,6 +297,7 @@ def summary(steps: list[dict[str, float]], options: argparse.Namespace) -> dict[
         "mismatch_k3": mean("mismatch_k3"),
         "mismatch_k3_worst": max(step["mismatch_k3"] for step in steps),
         "generate_s": mean("generate_s"),
+        "sleep_s": mean("sleep_s"),
         "learn_s": mean("learn_s"),
         "sync_s": mean("sync_s"),
         "generate_tokens_per_s": sum(s["sampled_tokens"] for s in steady) / sum(s["generate_s"] for s in steady),
@@ -321,6 +332,7 @@ def main() -> None:
     parser.add_argument(
         "--weights", choices=["ipc", "host"], help="how they get to SGLang; ipc on a GPU, host on a CPU"
     )
+    parser.add_argument("--layout", choices=["resident", "sleep"], default="resident", help="while the learner works")
     parser.add_argument("--seconds", type=float, default=120.0, help="no step begins after this, start included")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--groups", type=int, default=16, help="of 8 episodes each, a step")

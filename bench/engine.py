@@ -4,7 +4,7 @@
 
     engine      engine/transformers.py, through its protocol: token ids to a child process and back
     generate    transformers' `generate` in its best case: one left-padded batch, everybody samples equally many tokens and
-                nobody stops early, dynamic or static cache, whichever is faster here
+                nobody stops early, dynamic or static cache, whichever is faster here; nothing is compiled
     batching    transformers' continuous batching, its cache sized to the requests: on a CPU its own guess is most of the memory
     sglang      the real SGLang through engine/sglang.py, where it can be imported; without a GPU its CPU mode, on the threads
                 of --sglang-threads, one being its best for small models
@@ -143,6 +143,8 @@ class GeneratePeer:
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             cache_implementation=cache,
+            # on a GPU a static cache would be compiled, for a minute and more, for every size of a batch
+            disable_compile=True,
         )
         assert out.cpu().shape == (len(prompts), longest + new_tokens)
         wall_s = time.perf_counter() - started
@@ -262,13 +264,15 @@ async def start_sglang(
 ) -> str:
     if importlib.util.find_spec("sglang") is None:
         return "not installed: pip install 'l0fast[gpu]', or as tests/engine/test_sglang.py does on a CPU"
+    config = config.model_copy(update={"sglang": tuple(args.sglang)})
     if args.device == "cpu":
         if torch.cuda.is_available():
             return "takes the GPU where there is one: --device cuda"
         # its GPU packages can't be imported here
         sys.path.insert(0, str(STAND_INS))
         threads, pool = args.sglang_threads, max(config.slots * max_tokens, 8192)
-        config = config.model_copy(update={"threads": threads, "sglang": (f"max_total_tokens={pool}",)})
+        update = {"threads": threads, "sglang": (f"max_total_tokens={pool}", *args.sglang)}
+        config = config.model_copy(update=update)
     from l0fast.engine.sglang import sglang_engine
 
     before = children()
@@ -377,6 +381,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--sglang-threads", type=int, default=1)
+    parser.add_argument("--sglang", nargs="*", default=[], help="further arguments of sglang.Engine, name=JSON")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the shape of Qwen3-0.6B, in bf16"
     )

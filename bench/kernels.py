@@ -5,8 +5,8 @@
 
 head        policy_head against naive PyTorch (all logits at once), Liger's fused linear GRPO loss and Liger's fused linear
             scaled cross-entropy: time of forward + backward, peak memory above the inputs, error against float64
-epilogue    the Triton kernel alone, over tiles and warps, against the bytes it must move; and the head over sizes of
-            chunks and spans
+epilogue    the Triton kernel alone, over tiles and warps, against the bytes it must move; the head over sizes of chunks and
+            spans; and its matmuls alone, over rows
 attention   the shared-prefix cascade against the same rows laid out whole (merged), forward + backward
 step        a whole optimizer step of a random-weight model of a real shape, with and without Liger's layers: tokens/s and MFU
 
@@ -315,15 +315,12 @@ def bench_epilogue(device: str, rounds: int) -> dict[str, Any]:
 
                 runs[f"{block_v} x {num_warps} warps"] = run
     ms = clock(runs, rounds)
-    moved = C * V * (4 + 4 + 2)
+    moved = C * V * (4 + 2)
     rows = [{"tile": name, "ms": round(t, 4), "tb_per_s": round(moved / t / 1e9, 2)} for name, t in ms.items()]
     for row in rows:
         say(row)
     p = head_problem(10_240, V, D, device, torch.bfloat16)
-    sizes = [(c, s) for s in (2048, 2560, 3456, 5120) for c in (256, 384, 512, 768, 1024)] + [
-        (1024, 1024),
-        (1152, 1152),
-    ]
+    sizes = [(c, s) for s in (2048, 2560, 3456, 5120) for c in (384, 512, 768, 1024, 1152)]
     chunks = {f"{c} of {s}": forward_backward(our_head, p, chunk=c, span=s) for c, s in sizes}
     chunk_rows = [
         {
@@ -335,23 +332,30 @@ def bench_epilogue(device: str, rounds: int) -> dict[str, Any]:
     ]
     for row in chunk_rows:
         say(row)
-    # what the matmuls alone take, as called
-    hidden, weight = p["hidden"].detach()[:1024], p["weight"].detach()
-    block = torch.empty(1024, V, device=device)
-    dz, dh = torch.randn(1024, V, device=device).bfloat16(), torch.empty_like(hidden)
-    dw = torch.zeros(V, D, device=device)
-    parts = clock(
-        {
-            "logits": lambda: torch.mm(hidden, weight.T, out_dtype=torch.float32, out=block),
-            "dhidden": lambda: torch.mm(dz, weight, out=dh),
-            "dweight": lambda: torch.addmm(dw, dz.T, hidden, out_dtype=torch.float32, out=dw),
-        },
-        rounds,
-    )
-    flop = 2 * 1024 * V * D
-    matmuls = {name: {"ms": round(t, 3), "tflop_per_s": round(flop / t / 1e9)} for name, t in parts.items()}
-    say(matmuls)
-    return {"rows": rows, "chunks": chunk_rows, "matmuls": matmuls}
+    return {"rows": rows, "chunks": chunk_rows, "matmuls": matmuls(p, rounds)}
+
+
+def matmuls(p: dict[str, Tensor], rounds: int) -> list[dict[str, Any]]:
+    """What the matmuls alone take, as called, over rows."""
+    hidden, weight = p["hidden"].detach(), p["weight"].detach()
+    V, D = weight.shape
+    dw = torch.zeros(V, D, device=weight.device)
+    rows = []
+    for n in (256, 512, 1024, 2048, 2560, 3424, 5120):
+        h = hidden[:n]
+        dz, dh = torch.randn(n, V, device=weight.device, dtype=weight.dtype), torch.empty_like(h)
+        runs: dict[str, Callable[[], Any]] = {
+            "dhidden": lambda dz=dz, dh=dh: torch.mm(dz, weight, out=dh),
+            "dweight": lambda dz=dz, h=h: torch.addmm(dw, dz.T, h, out_dtype=torch.float32, out=dw),
+            "dweight_first": lambda dz=dz, h=h: torch.addmm(dw, dz.T, h, out_dtype=torch.float32, beta=0.0, out=dw),
+        }
+        if n <= 1024:
+            block = torch.empty(n, V, device=weight.device)
+            runs["logits"] = lambda h=h, block=block: torch.mm(h, weight.T, out_dtype=torch.float32, out=block)
+        ms = clock(runs, rounds)
+        rows.append({"rows": n} | {name: round(2 * n * V * D / t / 1e9) for name, t in ms.items()})
+        say({"tflop_per_s": rows[-1]})
+    return rows
 
 
 # --- attention

@@ -11,12 +11,18 @@
 
 The loss of a row depends on that row alone, so its gradient is made on the way forward, while its logits are there:
     dz = dloss/dlp (onehot(target) - softmax(z)) / temperature;   dh = dz W;   dW += dz^T h
-Rows go in two sizes: the fp32 logits of a chunk exist at a time, and the dz, of half the bytes, of a span of several chunks:
-each span reads and writes all of dW in fp32, so that few of them are wanted.
+What is stored is not dz but e, with dz = scale e. It can be written while the row is read for the first time:
+    e = exp(z - m) - onehot(target) s,   s = sum exp(z - m),   scale = -dloss/dlp / (temperature s)
+    dh = scale (e W);   dW += e^T (scale h)
+with any m that keeps exp in range. The numbers of a row keep their relative precision, whatever they are multiplied by.
+
+Rows go in two sizes: the fp32 logits of a chunk exist at a time, and the e, of half the bytes, of a span of several chunks:
+each span reads and writes all of dW in fp32, so that few of them are wanted. Logits lie where the e of later chunks will, so
+that chunks get smaller towards the end of a span.
 That is 6 T D V flops (2 for the logits, 2 each for dh and dW), where keeping no logits and recomputing them takes 8. The
 bound is the matmuls. What lies between them, the epilogue, is one Triton kernel on CUDA (policy_epilogue.py) and the
-plain PyTorch below everywhere else. Peak memory above h, W and their gradients: 4 V bytes a row of a
-chunk and 2 V a row of a span.
+plain PyTorch below everywhere else. Peak memory above h, W and their gradients: 2 V bytes a row of a span, and 4 V for
+each of 128 rows.
 
 Clipped ratio: Schulman et al., "Proximal Policy Optimization", https://arxiv.org/abs/1707.06347. Wider upper clip: Yu et al.,
 "DAPO", https://arxiv.org/abs/2503.14476. Dual clip: Ye et al., https://arxiv.org/abs/1912.09729. CISPO: MiniMax, "MiniMax-M1",
@@ -39,12 +45,12 @@ MAX_LOG_RATIO = 20.0
 MAX_K3 = 10.0
 """Bound of one token's k3 [nats]."""
 TILE = 128
-"""Rows that a matmul's program works on at a time."""
+"""Rows that a matmul's program works on at a time; as many have room for their logits beside all of a span's gradients."""
 
 PER_TOKEN = ("advantages", "loss_weights", "old_logprobs", "ref_logprobs", "sampler_logprobs")
 """What an epilogue gets of each token, in the order of the kernel's arguments."""
-OUT = ("loss", "logprobs", "entropy", "kl", "clipped")
-"""What it says of each."""
+OUT = ("loss", "logprobs", "entropy", "kl", "clipped", "scale")
+"""What it says of each; `scale` is what its stored gradient has to be multiplied by."""
 
 Objective = Literal["ppo", "cispo"]
 Backend = Literal["auto", "torch", "triton"]
@@ -107,8 +113,8 @@ def policy_head(
     dual_clip: float = 3.0,
     kl_coef: float = 0.0,
     tis_cap: float = 2.0,
-    chunk: int = 512,
-    span: int = 2560,
+    chunk: int = 1024,
+    span: int = 3456,
     backend: Backend = "auto",
 ) -> tuple[Tensor, HeadStats]:
     """Summed policy loss of T sampled tokens, differentiable in `hidden_TD` and `weight_VD`.
@@ -125,15 +131,15 @@ def policy_head(
             the ratio of the old policy to the sampler, cut at `tis_cap`; None trusts the sampler.
         objective: "ppo", the clipped ratio, or "cispo", the log-prob weighted by the clipped ratio.
         temperature: that of the sampler, > 0.
-        chunk: rows whose logits exist at a time.
-        span: rows whose gradients by logits exist at a time.
+        chunk: most rows whose logits exist at a time.
+        span: most rows whose gradients by logits exist at a time.
         backend: of the epilogue. "auto": triton on CUDA, torch elsewhere.
 
     Returns:
         The sum over tokens, a float32 scalar (divide it by the global number of tokens), and what was seen of each token.
 
     Raises:
-        ValueError: shapes that don't fit, temperature <= 0, a KL term without its reference, an objective there is not.
+        ValueError: shapes that don't fit, float16, temperature <= 0, a KL term without its reference, an objective there is not.
     """
     T = len(hidden_TD)
     per_token = {
@@ -183,7 +189,7 @@ def token_stats(
     No gradient; arguments as in `policy_head`.
     """
     _check_head(hidden_TD, weight_VD, temperature)
-    settings = _NO_LOSS | {"temperature": temperature, "chunk": chunk, "span": chunk, "backend": backend}
+    settings = _NO_LOSS | {"temperature": temperature, "chunk": chunk, "span": max(1, len(ids_T)), "backend": backend}
     _, _, seen = _chunks(hidden_TD, weight_VD, ids_T, dict.fromkeys(PER_TOKEN), settings, False, False)
     return seen["logprobs"], seen["entropy"]
 
@@ -198,6 +204,10 @@ def _check_head(hidden_TD: Tensor, weight_VD: Tensor, temperature: float) -> Non
         raise ValueError(
             f"expected hidden [T, D] and weight [V, D], got {list(hidden_TD.shape)} and {list(weight_VD.shape)}; "
             "pick the rows of the sampled tokens first"
+        )
+    if torch.float16 in (hidden_TD.dtype, weight_VD.dtype):
+        raise ValueError(
+            "hidden or weight is float16, whose range is too small for the gradients; use bfloat16 or float32"
         )
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}; greedy sampling has no log-probability")
@@ -219,7 +229,7 @@ class _PolicyHead(torch.autograd.Function):
             hidden_TD, weight_VD, target_ids_T, per_token, settings, *ctx.needs_input_grad[:2]
         )
         # not saved as tensors are: backward uses their memory up
-        ctx.made = dhidden_TD, dweight_VD
+        ctx.made = dhidden_TD, dweight_VD, seen["scale"]
         ctx.dtypes = hidden_TD.dtype, weight_VD.dtype
         stats = [seen[name] for name in HeadStats._fields]
         ctx.mark_non_differentiable(*stats)
@@ -231,8 +241,14 @@ class _PolicyHead(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         if made is None:
             raise RuntimeError("policy_head keeps its gradients for one backward pass; run the forward again")
-        scaled = (_scaled(grad, grads[0], dtype) for grad, dtype in zip(made, ctx.dtypes, strict=True))
-        return *scaled, None, None, None
+        dhidden_TD, dweight_VD, scale_T = made
+        return (
+            _scaled(dhidden_TD, grads[0] * scale_T[:, None], ctx.dtypes[0]),
+            _scaled(dweight_VD, grads[0], ctx.dtypes[1]),
+            None,
+            None,
+            None,
+        )
 
 
 def _scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -257,8 +273,12 @@ def _chunks(
     want_dhidden: bool,
     want_dweight: bool,
 ) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
-    """For each chunk of rows: logits, epilogue, gradients. Returns dhidden, dweight (float32), and loss and stats of each token."""
-    T, V = len(hidden_TD), len(weight_VD)
+    """For each chunk of rows: logits, epilogue, gradients.
+
+    Returns dhidden before its rows are multiplied by `scale`, dweight (float32), and loss, stats and scale of each token.
+    """
+    T, D = hidden_TD.shape
+    V = len(weight_VD)
     on_cuda = hidden_TD.is_cuda
     backend = settings["backend"]
     if backend == "auto":
@@ -267,7 +287,7 @@ def _chunks(
         from l0fast_kernels.policy_epilogue import triton_epilogue as epilogue
     else:
         epilogue = torch_epilogue
-    low_precision = hidden_TD.dtype in (torch.bfloat16, torch.float16)
+    low_precision = hidden_TD.dtype == torch.bfloat16
     if low_precision and not on_cuda:
         # the CPU has no product of bf16 operands with an fp32 result
         hidden_TD, weight_VD, low_precision = hidden_TD.float(), weight_VD.float(), False
@@ -276,14 +296,13 @@ def _chunks(
     dweight_VD = torch.empty_like(weight_VD, dtype=torch.float32) if want_dweight else None
     want_grad = want_dhidden or want_dweight
     span = _even(T, settings["span"])
-    chunk = _even(span, settings["chunk"])
-    logits = hidden_TD.new_empty(chunk, V, dtype=torch.float32)
-    dlogits = hidden_TD.new_empty(span, V) if want_grad else None
+    room = _Room(span, settings["chunk"], V, hidden_TD, want_grad)
     for start in range(0, T, span):
         end = min(start + span, T)
-        for first in range(start, end, chunk):
-            rows = slice(first, min(first + chunk, end))
-            logits_CV = logits[: rows.stop - first]
+        first = start
+        while first < end:
+            rows = slice(first, first + room.rows(end - first))
+            logits_CV = room.logits(rows.stop - first)
             if low_precision:
                 torch.mm(hidden_TD[rows], weight_VD.T, out_dtype=torch.float32, out=logits_CV)
             elif hidden_TD.dtype == torch.float32:
@@ -292,18 +311,20 @@ def _chunks(
                 logits_CV.copy_(hidden_TD[rows] @ weight_VD.T)
             epilogue(
                 logits_CV,
-                None if dlogits is None else dlogits[first - start : rows.stop - start],
+                room.dlogits[first - start : rows.stop - start] if want_grad else None,
                 target_ids_T[rows],
                 {name: None if values is None else values[rows] for name, values in per_token.items()},
                 {name: values[rows] for name, values in seen.items()},
                 settings,
             )
-        if dlogits is None:
+            first = rows.stop
+        if not want_grad:
             continue
-        dlogits_SV, hidden_SD = dlogits[: end - start], hidden_TD[start:end]
+        dlogits_SV = room.dlogits[: end - start]
         if dhidden_TD is not None:
             torch.mm(dlogits_SV, weight_VD, out=dhidden_TD[start:end])
         if dweight_VD is not None:
+            hidden_SD = torch.mul(hidden_TD[start:end], seen["scale"][start:end, None], out=room.beside(end - start, D))
             # beta = 0 ignores what is there
             beta = 0.0 if start == 0 else 1.0
             if low_precision:
@@ -315,10 +336,40 @@ def _chunks(
     return dhidden_TD, dweight_VD, seen
 
 
+class _Room:
+    """Memory of one span after another: the gradients by logits of all its rows, and, at the other end, the fp32 logits of a
+    chunk, which take what later chunks don't need yet."""
+
+    def __init__(self, span: int, chunk: int, V: int, like: Tensor, with_grad: bool):
+        self._V, self._like, self._chunk = V, like, min(chunk, span)
+        self._row_bytes = V * like.itemsize if with_grad else 0
+        self._spare = min(TILE, self._chunk) if with_grad else self._chunk
+        size = span * self._row_bytes + self._spare * 4 * V
+        self._bytes = torch.empty(-(-size // 16) * 16, dtype=torch.uint8, device=like.device)
+        self._span_bytes = span * self._row_bytes
+        self.dlogits = self._bytes[: self._span_bytes].view(like.dtype).view(-1, V)
+
+    def rows(self, rest: int) -> int:
+        """Of the next chunk of a span that has `rest` rows left: its gradients and its logits must both fit what is free."""
+        free = rest * self._row_bytes + self._spare * 4 * self._V
+        return min(rest, self._chunk, free // (self._row_bytes + 4 * self._V))
+
+    def logits(self, C: int) -> Tensor:
+        """[C, V] float32, at the end."""
+        return self._bytes[len(self._bytes) - C * 4 * self._V :].view(torch.float32).view(C, self._V)
+
+    def beside(self, S: int, D: int) -> Tensor:
+        """[S, D] beside the gradients, where the logits were; new memory if that is too little."""
+        size = S * D * self._like.itemsize
+        if size > len(self._bytes) - self._span_bytes:
+            return self._like.new_empty(S, D)
+        return self._bytes[self._span_bytes :][:size].view(self._like.dtype).view(S, D)
+
+
 def _even(T: int, most: int) -> int:
-    """Rows of a part when T rows are cut into as few as `most` allows; where there are several, whole tiles of a matmul."""
+    """Rows of a part when T rows are cut into as few as `most` allows, in steps of 16 where there are several."""
     num_parts = -(-T // most)
-    return max(T, 1) if num_parts <= 1 else min(most, -(-T // num_parts // TILE) * TILE)
+    return max(T, 1) if num_parts <= 1 else min(most, -(-T // num_parts // 16) * 16)
 
 
 def torch_epilogue(
@@ -333,12 +384,14 @@ def torch_epilogue(
     temperature = settings["temperature"]
     if temperature != 1.0:
         logits_CV.div_(temperature)
-    lse_C1 = logits_CV.logsumexp(1, keepdim=True)
-    logprobs_C = (logits_CV.gather(1, target_ids_C[:, None]) - lse_C1)[:, 0]
-    probs_CV = torch.exp(logits_CV - lse_C1)
+    max_C1 = logits_CV.amax(1, keepdim=True)
+    e_CV = torch.exp(logits_CV - max_C1)
+    sum_C = e_CV.sum(1)
+    lse_C = max_C1[:, 0] + sum_C.log()
+    logprobs_C = logits_CV.gather(1, target_ids_C[:, None])[:, 0] - lse_C
     out["logprobs"].copy_(logprobs_C)
     # H = logsumexp(z) - sum p z
-    out["entropy"].copy_(lse_C1[:, 0] - torch.einsum("cv,cv->c", probs_CV, logits_CV))
+    out["entropy"].copy_(lse_C - torch.einsum("cv,cv->c", e_CV, logits_CV) / sum_C)
     advantages_C = per_token["advantages"]
     if advantages_C is None:
         return
@@ -363,7 +416,6 @@ def torch_epilogue(
     for name, values in (("loss", loss_C), ("kl", kl_C), ("clipped", clipped_C)):
         out[name].copy_(values.detach())
     if dlogits_CV is not None:
-        dlp_C = dlp_C / temperature
-        probs_CV.mul_(-dlp_C[:, None])
-        probs_CV.scatter_add_(1, target_ids_C[:, None], dlp_C[:, None])
-        dlogits_CV.copy_(probs_CV)
+        out["scale"].copy_(-dlp_C / (temperature * sum_C))
+        e_CV.scatter_add_(1, target_ids_C[:, None], -sum_C[:, None])
+        dlogits_CV.copy_(e_CV)

@@ -48,7 +48,7 @@ def truth(logits, targets, per_token, settings):
     dlogits = torch.empty_like(exact)
     doubled = {name: None if x is None else x.double() for name, x in per_token.items()}
     torch_epilogue(exact.clone(), dlogits, targets, doubled, out, settings)
-    return out | {"dlogits": dlogits}
+    return out | {"dlogits": dlogits * out["scale"][:, None]}
 
 
 def run(logits, targets, per_token, settings, out_dtype=torch.float32):
@@ -59,7 +59,8 @@ def run(logits, targets, per_token, settings, out_dtype=torch.float32):
     on_device = {name: None if x is None else x.to(DEVICE) for name, x in per_token.items()}
     triton_epilogue(logits.to(DEVICE), buffer[:, :V], targets.to(DEVICE), on_device, out, settings)
     assert buffer[:, V:].isnan().all(), "the kernel wrote past the row"
-    return {name: x.cpu() for name, x in (out | {"dlogits": buffer[:, :V]}).items()}
+    dlogits = buffer[:, :V].float() * out["scale"][:, None]
+    return {name: x.cpu() for name, x in (out | {"dlogits": dlogits}).items()}
 
 
 def check(ours, theirs, rel=2e-6):
@@ -134,6 +135,23 @@ def test_logits_far_apart_and_tokens_that_are_impossible_stay_finite():
     ours = run(logits, targets, per_token, SETTINGS)
     assert all(x.isfinite().all() for x in ours.values())
     torch.testing.assert_close(ours["logprobs"].double(), theirs["logprobs"], rtol=1e-5, atol=2e-3)
+
+
+# on a GPU that is inf, and written over
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+@pytest.mark.parametrize("rise", [30.0, 50.0, 95.0, 500.0])
+@pytest.mark.parametrize("target", [3, BLOCK_V + 50, BLOCK_V + 51])
+def test_a_logit_far_above_those_of_the_first_tile_is_no_less_exact(rise, target):
+    """exp of 89 is too large for float32; the token itself may be it, or one of the others."""
+    logits, targets, per_token = problem(3, BLOCK_V + 100)
+    logits[:, BLOCK_V + 50] = SETTINGS["temperature"] * rise
+    logits[:, BLOCK_V + 51] = SETTINGS["temperature"] * (rise - 1)
+    targets[:] = target
+    per_token |= {"old_logprobs": None, "sampler_logprobs": None}
+    theirs = truth(logits, targets, per_token, SETTINGS)
+    check(run(logits, targets, per_token, SETTINGS), theirs)
+    rounded = run(logits, targets, per_token, SETTINGS, torch.bfloat16)["dlogits"].double()
+    assert ((rounded - theirs["dlogits"]).norm() / theirs["dlogits"].norm()) < 1e-2
 
 
 @pytest.mark.parametrize("distance", [-300.0, -15.0, 15.0, 300.0])

@@ -1,5 +1,6 @@
 """A tiny random Qwen3 in a folder, and trajectories made of random ids."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from l0fast.ids import Ids
+from l0fast.learner.packing import pack_rows, row_of
+from l0fast.segments import segments_of
 from l0fast.types import Group, Task, Trajectory, TrajectoryStatus, Turn
 
 VOCABULARY = 61
@@ -37,6 +40,29 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make():
     return Make()
+
+
+@pytest.fixture(scope="session")
+def program():
+    """The module ranks.py, which is a program."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    try:
+        import ranks
+    finally:
+        sys.path.remove(str(Path(__file__).parent))
+    return ranks
+
+
+@pytest.fixture(scope="session")
+def packs(make):
+    """Five, so that one of two ranks gets a weightless one."""
+    rng = np.random.default_rng(3)
+    shapes = [[(3, None), (4, 2), (1, None)], [(5, 3), (2, None)]]
+    groups = [[make.episode(rng, n, trim, i) for i, (n, trim) in enumerate(group)] for group in shapes]
+    rows = [[row_of(s, t, rng.normal(size=len(t.turns))) for t in group for s in segments_of(t)] for group in groups]
+    packs = pack_rows(rows, 30)
+    assert len(packs) % 2
+    return packs
 
 
 class Make:

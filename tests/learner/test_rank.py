@@ -14,38 +14,15 @@ from safetensors.torch import load_file
 
 from l0fast.learner.checkpoint import Checkpoints, complete_checkpoints
 from l0fast.learner.critic import CriticModel
-from l0fast.learner.packing import balance, pack_rows, row_of, to_bytes
+from l0fast.learner.packing import balance, to_bytes
 from l0fast.learner.policy_model import PolicyModel
-from l0fast.segments import segments_of
 
 ROOM = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def program():
-    sys.path.insert(0, str(ROOM))
-    try:
-        import ranks
-    finally:
-        sys.path.remove(str(ROOM))
-    return ranks
-
-
-@pytest.fixture(scope="module")
 def new(program, model_path):
     return lambda config=program.CONFIG: PolicyModel(model_path, config, num_steps=10, temperature=1.0)
-
-
-@pytest.fixture(scope="module")
-def packs(make):
-    """Five, so that one of two ranks gets a weightless one."""
-    rng = np.random.default_rng(3)
-    shapes = [[(3, None), (4, 2), (1, None)], [(5, 3), (2, None)]]
-    groups = [[make.episode(rng, n, trim, i) for i, (n, trim) in enumerate(group)] for group in shapes]
-    rows = [[row_of(s, t, rng.normal(size=len(t.turns))) for t in group for s in segments_of(t)] for group in groups]
-    packs = pack_rows(rows, 30)
-    assert len(packs) % 2
-    return packs
 
 
 @pytest.fixture(scope="module")
