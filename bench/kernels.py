@@ -7,7 +7,8 @@ head        policy_head against naive PyTorch (all logits at once), Liger's fuse
             scaled cross-entropy: time of forward + backward, peak memory above the inputs, error against float64
 epilogue    the Triton kernel alone, over tiles and warps, against the bytes it must move; the head over sizes of chunks and
             spans; and its matmuls alone, over rows
-attention   the shared-prefix cascade against the same rows laid out whole (merged), forward + backward
+attention   the shared-prefix cascade against the same rows laid out whole (merged), forward + backward, with FlashAttention
+            from torch and from flash-attn where it is installed
 step        a whole optimizer step of a random-weight model of a real shape, with and without Liger's layers: tokens/s and MFU
 
 Contenders take turns; medians count. Peers that are not installed are named as missing. The last line is JSON.
@@ -15,6 +16,8 @@ Contenders take turns; medians count. Peers that are not installed are named as 
 
 import argparse
 import gc
+import importlib.util
+import itertools
 import json
 import statistics
 import sys
@@ -361,6 +364,16 @@ def matmuls(p: dict[str, Tensor], rounds: int) -> list[dict[str, Any]]:
 # --- attention
 
 
+def attention_sources() -> dict[str, Any]:
+    """FlashAttention of torch, and of the flash-attn package where that is installed."""
+    from l0fast.learner import attention
+
+    found = {"torch": attention.torch_ops()}
+    if importlib.util.find_spec("flash_attn"):
+        found["flash_attn"] = attention.flash_attn_ops()
+    return found
+
+
 def bench_attention(device: str, rounds: int) -> dict[str, Any]:
     import numpy as np
 
@@ -389,8 +402,9 @@ def bench_attention(device: str, rounds: int) -> dict[str, Any]:
 
     heads = {"Qwen3-0.6B": (16, 8), "Qwen2.5-7B": (28, 4)} if device == "cuda" else {"small": (4, 2)}
     scale = 1 if device == "cuda" else 64
+    sources = attention_sources() if device == "cuda" else {"sdpa": None}
     rows = []
-    for shape, (H, K) in heads.items():
+    for (shape, (H, K)), (source, ops) in itertools.product(heads.items(), sources.items()):
         for prefix, count, branch in ((2048, 16, 1024), (2048, 8, 3072), (4096, 16, 1536), (8192, 8, 1024)):
             prefix, branch = prefix // scale, branch // scale
             E = 128 if device == "cuda" else 32
@@ -403,13 +417,17 @@ def bench_attention(device: str, rounds: int) -> dict[str, Any]:
                 q, k, v = (torch.randn(1, h, T, E, device=device, dtype=dtype, requires_grad=True) for h in (H, K, K))
                 upstream = torch.randn(1, T, H, E, device=device, dtype=dtype)
 
-                def run(q=q, k=k, v=v, layout=layout, upstream=upstream) -> None:
-                    out, _ = attention.packed_attention(torch.nn.Identity(), q, k, v, None, layout=layout)
+                def run(q=q, k=k, v=v, layout=layout, upstream=upstream, ops=ops, E=E) -> None:
+                    if ops is None:
+                        out, _ = attention.packed_attention(torch.nn.Identity(), q, k, v, None, layout=layout)
+                    else:
+                        parts = (x[0].transpose(0, 1) for x in (q, k, v))
+                        out = attention.Cascade.apply(*parts, layout, E**-0.5, ops)[None]  # pyright: ignore[reportOptionalSubscript]
                     torch.autograd.grad(out, (q, k, v), upstream)
 
                 runs[name] = run
             ms = clock(runs, rounds)
-            row = {"heads": shape, "prefix": prefix, "branches": count, "branch": branch}
+            row = {"heads": shape, "source": source, "prefix": prefix, "branches": count, "branch": branch}
             row |= {f"{name}_tokens": n for name, n in tokens.items()}
             row |= {f"{name}_ms": round(value, 3) for name, value in ms.items()}
             row["ratio"] = round(ms["merged"] / ms["cascade"], 2)
@@ -417,7 +435,7 @@ def bench_attention(device: str, rounds: int) -> dict[str, Any]:
             say(row)
     found: dict[str, Any] = {"rows": rows}
     if device == "cuda":
-        found["self_test_error"] = {"torch": attention.self_test(attention.torch_ops(), "cuda")}
+        found["self_test_error"] = {name: attention.self_test(ops, "cuda") for name, ops in sources.items()}
         say(found["self_test_error"])
     return found
 

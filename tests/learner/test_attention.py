@@ -233,6 +233,9 @@ def test_a_padded_batch_is_refused(models):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_flash_attention_on_this_gpu_passes_the_self_test():
-    assert attention.self_test(attention.torch_ops(), "cuda") < 0.02
+@pytest.mark.parametrize("source", ["torch", "flash_attn"])
+def test_flash_attention_on_this_gpu_passes_the_self_test(source):
+    if source == "flash_attn":
+        pytest.importorskip("flash_attn")
+    assert attention.self_test(getattr(attention, f"{source}_ops")(), "cuda") < 0.02
     attention.flash()
