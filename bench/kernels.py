@@ -435,7 +435,7 @@ def bench_attention(device: str, rounds: int) -> dict[str, Any]:
             say(row)
     found: dict[str, Any] = {"rows": rows}
     if device == "cuda":
-        found["self_test_error"] = {name: attention.self_test(ops, "cuda") for name, ops in sources.items()}
+        found["self_test_error"] = {name: attention.self_test(ops, "cuda") for name, ops in attention_sources().items()}
         say(found["self_test_error"])
     return found
 
