@@ -11,13 +11,8 @@
 
 The loss of a row depends on that row alone, so its gradient is made on the way forward, while its logits are there:
     dz = dloss/dlp (onehot(target) - softmax(z)) / temperature;   dh = dz W;   dW += dz^T h
-What is stored is not dz but e, with dz = scale e. It can be written while the row is read for the first time:
-    e = exp(z - m) - onehot(target) s,   s = sum exp(z - m),   scale = -dloss/dlp / (temperature s)
-    dh = scale (e W);   dW += e^T (scale h)
-with any m that keeps exp in range. The numbers of a row keep their relative precision, whatever they are multiplied by.
-
-Rows go in two sizes: the fp32 logits of a chunk exist at a time, and the e, of half the bytes, of a span of several chunks:
-each span reads and writes all of dW in fp32, so that few of them are wanted. Logits lie where the e of later chunks will, so
+Rows go in two sizes: the fp32 logits of a chunk exist at a time, and the dz, of half the bytes, of a span of several chunks:
+each span reads and writes all of dW in fp32, so that few of them are wanted. Logits lie where the dz of later chunks will, so
 that chunks get smaller towards the end of a span.
 That is 6 T D V flops (2 for the logits, 2 each for dh and dW), where keeping no logits and recomputing them takes 8. The
 bound is the matmuls. What lies between them, the epilogue, is one Triton kernel on CUDA (policy_epilogue.py) and the
@@ -49,8 +44,8 @@ TILE = 128
 
 PER_TOKEN = ("advantages", "loss_weights", "old_logprobs", "ref_logprobs", "sampler_logprobs")
 """What an epilogue gets of each token, in the order of the kernel's arguments."""
-OUT = ("loss", "logprobs", "entropy", "kl", "clipped", "scale")
-"""What it says of each; `scale` is what its stored gradient has to be multiplied by."""
+OUT = ("loss", "logprobs", "entropy", "kl", "clipped")
+"""What it says of each."""
 
 Objective = Literal["ppo", "cispo"]
 Backend = Literal["auto", "torch", "triton"]
@@ -139,7 +134,7 @@ def policy_head(
         The sum over tokens, a float32 scalar (divide it by the global number of tokens), and what was seen of each token.
 
     Raises:
-        ValueError: shapes that don't fit, float16, temperature <= 0, a KL term without its reference, an objective there is not.
+        ValueError: shapes that don't fit, temperature <= 0, a KL term without its reference, an objective there is not.
     """
     T = len(hidden_TD)
     per_token = {
@@ -205,10 +200,6 @@ def _check_head(hidden_TD: Tensor, weight_VD: Tensor, temperature: float) -> Non
             f"expected hidden [T, D] and weight [V, D], got {list(hidden_TD.shape)} and {list(weight_VD.shape)}; "
             "pick the rows of the sampled tokens first"
         )
-    if torch.float16 in (hidden_TD.dtype, weight_VD.dtype):
-        raise ValueError(
-            "hidden or weight is float16, whose range is too small for the gradients; use bfloat16 or float32"
-        )
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}; greedy sampling has no log-probability")
 
@@ -229,7 +220,7 @@ class _PolicyHead(torch.autograd.Function):
             hidden_TD, weight_VD, target_ids_T, per_token, settings, *ctx.needs_input_grad[:2]
         )
         # not saved as tensors are: backward uses their memory up
-        ctx.made = dhidden_TD, dweight_VD, seen["scale"]
+        ctx.made = dhidden_TD, dweight_VD
         ctx.dtypes = hidden_TD.dtype, weight_VD.dtype
         stats = [seen[name] for name in HeadStats._fields]
         ctx.mark_non_differentiable(*stats)
@@ -241,14 +232,8 @@ class _PolicyHead(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         if made is None:
             raise RuntimeError("policy_head keeps its gradients for one backward pass; run the forward again")
-        dhidden_TD, dweight_VD, scale_T = made
-        return (
-            _scaled(dhidden_TD, grads[0] * scale_T[:, None], ctx.dtypes[0]),
-            _scaled(dweight_VD, grads[0], ctx.dtypes[1]),
-            None,
-            None,
-            None,
-        )
+        scaled = (_scaled(grad, grads[0], dtype) for grad, dtype in zip(made, ctx.dtypes, strict=True))
+        return *scaled, None, None, None
 
 
 def _scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -273,12 +258,8 @@ def _chunks(
     want_dhidden: bool,
     want_dweight: bool,
 ) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
-    """For each chunk of rows: logits, epilogue, gradients.
-
-    Returns dhidden before its rows are multiplied by `scale`, dweight (float32), and loss, stats and scale of each token.
-    """
-    T, D = hidden_TD.shape
-    V = len(weight_VD)
+    """For each chunk of rows: logits, epilogue, gradients. Returns dhidden, dweight (float32), and loss and stats of each token."""
+    T, V = len(hidden_TD), len(weight_VD)
     on_cuda = hidden_TD.is_cuda
     backend = settings["backend"]
     if backend == "auto":
@@ -287,7 +268,7 @@ def _chunks(
         from l0fast_kernels.policy_epilogue import triton_epilogue as epilogue
     else:
         epilogue = torch_epilogue
-    low_precision = hidden_TD.dtype == torch.bfloat16
+    low_precision = hidden_TD.dtype in (torch.bfloat16, torch.float16)
     if low_precision and not on_cuda:
         # the CPU has no product of bf16 operands with an fp32 result
         hidden_TD, weight_VD, low_precision = hidden_TD.float(), weight_VD.float(), False
@@ -320,11 +301,10 @@ def _chunks(
             first = rows.stop
         if not want_grad:
             continue
-        dlogits_SV = room.dlogits[: end - start]
+        dlogits_SV, hidden_SD = room.dlogits[: end - start], hidden_TD[start:end]
         if dhidden_TD is not None:
             torch.mm(dlogits_SV, weight_VD, out=dhidden_TD[start:end])
         if dweight_VD is not None:
-            hidden_SD = torch.mul(hidden_TD[start:end], seen["scale"][start:end, None], out=room.beside(end - start, D))
             # beta = 0 ignores what is there
             beta = 0.0 if start == 0 else 1.0
             if low_precision:
@@ -341,29 +321,22 @@ class _Room:
     chunk, which take what later chunks don't need yet."""
 
     def __init__(self, span: int, chunk: int, V: int, like: Tensor, with_grad: bool):
-        self._V, self._like, self._chunk = V, like, min(chunk, span)
+        self._V, self._chunk = V, min(chunk, span)
         self._row_bytes = V * like.itemsize if with_grad else 0
         self._spare = min(TILE, self._chunk) if with_grad else self._chunk
         size = span * self._row_bytes + self._spare * 4 * V
         self._bytes = torch.empty(-(-size // 16) * 16, dtype=torch.uint8, device=like.device)
-        self._span_bytes = span * self._row_bytes
-        self.dlogits = self._bytes[: self._span_bytes].view(like.dtype).view(-1, V)
+        self.dlogits = self._bytes[: span * self._row_bytes].view(like.dtype).view(-1, V)
 
     def rows(self, rest: int) -> int:
         """Of the next chunk of a span that has `rest` rows left: its gradients and its logits must both fit what is free."""
         free = rest * self._row_bytes + self._spare * 4 * self._V
-        return min(rest, self._chunk, free // (self._row_bytes + 4 * self._V))
+        fit = free // (self._row_bytes + 4 * self._V)
+        return min(rest, self._chunk, fit // TILE * TILE or fit)
 
     def logits(self, C: int) -> Tensor:
         """[C, V] float32, at the end."""
         return self._bytes[len(self._bytes) - C * 4 * self._V :].view(torch.float32).view(C, self._V)
-
-    def beside(self, S: int, D: int) -> Tensor:
-        """[S, D] beside the gradients, where the logits were; new memory if that is too little."""
-        size = S * D * self._like.itemsize
-        if size > len(self._bytes) - self._span_bytes:
-            return self._like.new_empty(S, D)
-        return self._bytes[self._span_bytes :][:size].view(self._like.dtype).view(S, D)
 
 
 def _even(T: int, most: int) -> int:
@@ -384,14 +357,12 @@ def torch_epilogue(
     temperature = settings["temperature"]
     if temperature != 1.0:
         logits_CV.div_(temperature)
-    max_C1 = logits_CV.amax(1, keepdim=True)
-    e_CV = torch.exp(logits_CV - max_C1)
-    sum_C = e_CV.sum(1)
-    lse_C = max_C1[:, 0] + sum_C.log()
-    logprobs_C = logits_CV.gather(1, target_ids_C[:, None])[:, 0] - lse_C
+    lse_C1 = logits_CV.logsumexp(1, keepdim=True)
+    logprobs_C = (logits_CV.gather(1, target_ids_C[:, None]) - lse_C1)[:, 0]
+    probs_CV = torch.exp(logits_CV - lse_C1)
     out["logprobs"].copy_(logprobs_C)
     # H = logsumexp(z) - sum p z
-    out["entropy"].copy_(lse_C - torch.einsum("cv,cv->c", e_CV, logits_CV) / sum_C)
+    out["entropy"].copy_(lse_C1[:, 0] - torch.einsum("cv,cv->c", probs_CV, logits_CV))
     advantages_C = per_token["advantages"]
     if advantages_C is None:
         return
@@ -416,6 +387,7 @@ def torch_epilogue(
     for name, values in (("loss", loss_C), ("kl", kl_C), ("clipped", clipped_C)):
         out[name].copy_(values.detach())
     if dlogits_CV is not None:
-        out["scale"].copy_(-dlp_C / (temperature * sum_C))
-        e_CV.scatter_add_(1, target_ids_C[:, None], -sum_C[:, None])
-        dlogits_CV.copy_(e_CV)
+        dlp_C = dlp_C / temperature
+        probs_CV.mul_(-dlp_C[:, None])
+        probs_CV.scatter_add_(1, target_ids_C[:, None], dlp_C[:, None])
+        dlogits_CV.copy_(probs_CV)

@@ -78,8 +78,13 @@ def without_adapters(model: PreTrainedModel) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer  # pyright: ignore[reportMissingImports]
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for layer in layers:
         layer.enable_adapters(False)
+    for parameter in trained:
+        # peft has frozen them; if this is the first forward, FSDP2 would take them for frozen ever after, and add up their
+        # gradients in bf16
+        parameter.requires_grad_(True)
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from l0fast.config import LearnerConfig
 from l0fast.errors import UsageError
 from l0fast.learner.checkpoint import Checkpoints
+from l0fast.learner.lora import without_adapters
 from l0fast.learner.packing import dummy_pack
 from l0fast.learner.policy_model import PolicyModel
 
@@ -56,6 +57,15 @@ def test_what_is_exported_computes_what_is_trained_and_the_reference_stays(new, 
     exported = new(tmp_path / "exported", LearnerConfig())
     torch.testing.assert_close(dict(policy.weights()), dict(exported.weights()), rtol=0, atol=0)
     torch.testing.assert_close(policy.logprobs(pack), exported.logprobs(pack), rtol=0, atol=1e-6)
+
+
+def test_without_its_additions_a_model_trains_the_same_parameters(new, model_path):
+    """Else FSDP2, whose first forward may be the reference's, would not know what is trained."""
+    policy = new(model_path)
+    trained = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    with without_adapters(policy.model):
+        assert {name for name, p in policy.model.named_parameters() if p.requires_grad} == trained
+    assert {name for name, p in policy.model.named_parameters() if p.requires_grad} == trained
 
 
 def test_a_checkpoint_holds_the_additions_alone(new, model_path, tmp_path, pack):
