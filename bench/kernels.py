@@ -318,13 +318,15 @@ def bench_epilogue(device: str, rounds: int) -> dict[str, Any]:
 
                 runs[f"{block_v} x {num_warps} warps"] = run
     ms = clock(runs, rounds)
-    # as if nothing of the second read came from the cache
     moved = C * V * (4 + 4 + 2)
     rows = [{"tile": name, "ms": round(t, 4), "tb_per_s": round(moved / t / 1e9, 2)} for name, t in ms.items()]
     for row in rows:
         say(row)
     p = head_problem(10_240, V, D, device, torch.bfloat16)
-    sizes = [(c, s) for s in (2048, 2560, 3456, 5120) for c in (384, 512, 768, 1024, 1152)]
+    sizes = [(c, s) for s in (2048, 2560, 3456, 5120) for c in (256, 384, 512, 768, 1024)] + [
+        (1024, 1024),
+        (1152, 1152),
+    ]
     chunks = {f"{c} of {s}": forward_backward(our_head, p, chunk=c, span=s) for c, s in sizes}
     chunk_rows = [
         {

@@ -12,12 +12,11 @@
 The loss of a row depends on that row alone, so its gradient is made on the way forward, while its logits are there:
     dz = dloss/dlp (onehot(target) - softmax(z)) / temperature;   dh = dz W;   dW += dz^T h
 Rows go in two sizes: the fp32 logits of a chunk exist at a time, and the dz, of half the bytes, of a span of several chunks:
-each span reads and writes all of dW in fp32, so that few of them are wanted. Logits lie where the dz of later chunks will, so
-that chunks get smaller towards the end of a span.
+each span reads and writes all of dW in fp32, so that few of them are wanted.
 That is 6 T D V flops (2 for the logits, 2 each for dh and dW), where keeping no logits and recomputing them takes 8. The
 bound is the matmuls. What lies between them, the epilogue, is one Triton kernel on CUDA (policy_epilogue.py) and the
-plain PyTorch below everywhere else. Peak memory above h, W and their gradients: 2 V bytes a row of a span, and 4 V for
-each of 128 rows.
+plain PyTorch below everywhere else. Peak memory above h, W and their gradients: 4 V bytes a row of a
+chunk and 2 V a row of a span.
 
 Clipped ratio: Schulman et al., "Proximal Policy Optimization", https://arxiv.org/abs/1707.06347. Wider upper clip: Yu et al.,
 "DAPO", https://arxiv.org/abs/2503.14476. Dual clip: Ye et al., https://arxiv.org/abs/1912.09729. CISPO: MiniMax, "MiniMax-M1",
@@ -40,7 +39,7 @@ MAX_LOG_RATIO = 20.0
 MAX_K3 = 10.0
 """Bound of one token's k3 [nats]."""
 TILE = 128
-"""Rows that a matmul's program works on at a time; as many have room for their logits beside all of a span's gradients."""
+"""Rows that a matmul's program works on at a time."""
 
 PER_TOKEN = ("advantages", "loss_weights", "old_logprobs", "ref_logprobs", "sampler_logprobs")
 """What an epilogue gets of each token, in the order of the kernel's arguments."""
@@ -108,8 +107,8 @@ def policy_head(
     dual_clip: float = 3.0,
     kl_coef: float = 0.0,
     tis_cap: float = 2.0,
-    chunk: int = 1024,
-    span: int = 3456,
+    chunk: int = 512,
+    span: int = 2560,
     backend: Backend = "auto",
 ) -> tuple[Tensor, HeadStats]:
     """Summed policy loss of T sampled tokens, differentiable in `hidden_TD` and `weight_VD`.
@@ -126,8 +125,8 @@ def policy_head(
             the ratio of the old policy to the sampler, cut at `tis_cap`; None trusts the sampler.
         objective: "ppo", the clipped ratio, or "cispo", the log-prob weighted by the clipped ratio.
         temperature: that of the sampler, > 0.
-        chunk: most rows whose logits exist at a time.
-        span: most rows whose gradients by logits exist at a time.
+        chunk: rows whose logits exist at a time.
+        span: rows whose gradients by logits exist at a time.
         backend: of the epilogue. "auto": triton on CUDA, torch elsewhere.
 
     Returns:
@@ -184,7 +183,7 @@ def token_stats(
     No gradient; arguments as in `policy_head`.
     """
     _check_head(hidden_TD, weight_VD, temperature)
-    settings = _NO_LOSS | {"temperature": temperature, "chunk": chunk, "span": max(1, len(ids_T)), "backend": backend}
+    settings = _NO_LOSS | {"temperature": temperature, "chunk": chunk, "span": chunk, "backend": backend}
     _, _, seen = _chunks(hidden_TD, weight_VD, ids_T, dict.fromkeys(PER_TOKEN), settings, False, False)
     return seen["logprobs"], seen["entropy"]
 
@@ -277,13 +276,14 @@ def _chunks(
     dweight_VD = torch.empty_like(weight_VD, dtype=torch.float32) if want_dweight else None
     want_grad = want_dhidden or want_dweight
     span = _even(T, settings["span"])
-    room = _Room(span, settings["chunk"], V, hidden_TD, want_grad)
+    chunk = _even(span, settings["chunk"])
+    logits = hidden_TD.new_empty(chunk, V, dtype=torch.float32)
+    dlogits = hidden_TD.new_empty(span, V) if want_grad else None
     for start in range(0, T, span):
         end = min(start + span, T)
-        first = start
-        while first < end:
-            rows = slice(first, first + room.rows(end - first))
-            logits_CV = room.logits(rows.stop - first)
+        for first in range(start, end, chunk):
+            rows = slice(first, min(first + chunk, end))
+            logits_CV = logits[: rows.stop - first]
             if low_precision:
                 torch.mm(hidden_TD[rows], weight_VD.T, out_dtype=torch.float32, out=logits_CV)
             elif hidden_TD.dtype == torch.float32:
@@ -292,16 +292,15 @@ def _chunks(
                 logits_CV.copy_(hidden_TD[rows] @ weight_VD.T)
             epilogue(
                 logits_CV,
-                room.dlogits[first - start : rows.stop - start] if want_grad else None,
+                None if dlogits is None else dlogits[first - start : rows.stop - start],
                 target_ids_T[rows],
                 {name: None if values is None else values[rows] for name, values in per_token.items()},
                 {name: values[rows] for name, values in seen.items()},
                 settings,
             )
-            first = rows.stop
-        if not want_grad:
+        if dlogits is None:
             continue
-        dlogits_SV, hidden_SD = room.dlogits[: end - start], hidden_TD[start:end]
+        dlogits_SV, hidden_SD = dlogits[: end - start], hidden_TD[start:end]
         if dhidden_TD is not None:
             torch.mm(dlogits_SV, weight_VD, out=dhidden_TD[start:end])
         if dweight_VD is not None:
@@ -316,33 +315,10 @@ def _chunks(
     return dhidden_TD, dweight_VD, seen
 
 
-class _Room:
-    """Memory of one span after another: the gradients by logits of all its rows, and, at the other end, the fp32 logits of a
-    chunk, which take what later chunks don't need yet."""
-
-    def __init__(self, span: int, chunk: int, V: int, like: Tensor, with_grad: bool):
-        self._V, self._chunk = V, min(chunk, span)
-        self._row_bytes = V * like.itemsize if with_grad else 0
-        self._spare = min(TILE, self._chunk) if with_grad else self._chunk
-        size = span * self._row_bytes + self._spare * 4 * V
-        self._bytes = torch.empty(-(-size // 16) * 16, dtype=torch.uint8, device=like.device)
-        self.dlogits = self._bytes[: span * self._row_bytes].view(like.dtype).view(-1, V)
-
-    def rows(self, rest: int) -> int:
-        """Of the next chunk of a span that has `rest` rows left: its gradients and its logits must both fit what is free."""
-        free = rest * self._row_bytes + self._spare * 4 * self._V
-        fit = free // (self._row_bytes + 4 * self._V)
-        return min(rest, self._chunk, fit // TILE * TILE or fit)
-
-    def logits(self, C: int) -> Tensor:
-        """[C, V] float32, at the end."""
-        return self._bytes[len(self._bytes) - C * 4 * self._V :].view(torch.float32).view(C, self._V)
-
-
 def _even(T: int, most: int) -> int:
-    """Rows of a part when T rows are cut into as few as `most` allows, in steps of 16 where there are several."""
+    """Rows of a part when T rows are cut into as few as `most` allows; where there are several, whole tiles of a matmul."""
     num_parts = -(-T // most)
-    return max(T, 1) if num_parts <= 1 else min(most, -(-T // num_parts // 16) * 16)
+    return max(T, 1) if num_parts <= 1 else min(most, -(-T // num_parts // TILE) * TILE)
 
 
 def torch_epilogue(

@@ -136,23 +136,6 @@ def test_logits_far_apart_and_tokens_that_are_impossible_stay_finite():
     torch.testing.assert_close(ours["logprobs"].double(), theirs["logprobs"], rtol=1e-5, atol=2e-3)
 
 
-# on a GPU that is inf, and written over
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-@pytest.mark.parametrize("rise", [30.0, 50.0, 95.0, 500.0])
-@pytest.mark.parametrize("target", [3, BLOCK_V + 50, BLOCK_V + 51])
-def test_a_logit_far_above_those_of_the_first_tile_is_no_less_exact(rise, target):
-    """exp of 89 is too large for float32; the token itself may be it, or one of the others."""
-    logits, targets, per_token = problem(3, BLOCK_V + 100)
-    logits[:, BLOCK_V + 50] = SETTINGS["temperature"] * rise
-    logits[:, BLOCK_V + 51] = SETTINGS["temperature"] * (rise - 1)
-    targets[:] = target
-    per_token |= {"old_logprobs": None, "sampler_logprobs": None}
-    theirs = truth(logits, targets, per_token, SETTINGS)
-    check(run(logits, targets, per_token, SETTINGS), theirs)
-    rounded = run(logits, targets, per_token, SETTINGS, torch.bfloat16)["dlogits"].double()
-    assert ((rounded - theirs["dlogits"]).norm() / theirs["dlogits"].norm()) < 1e-2
-
-
 @pytest.mark.parametrize("distance", [-300.0, -15.0, 15.0, 300.0])
 @pytest.mark.parametrize("objective", ["ppo", "cispo"])
 def test_log_probs_far_apart_give_what_torch_gives(distance, objective):
