@@ -28,7 +28,8 @@ from l0fast.learner import cost
 from l0fast.learner.client import num_gpus
 
 ASLEEP_BYTES = 2.0 * cost.GIB
-"""What an engine keeps of a GPU while it sleeps: CUDA context, libraries, graphs. An estimate, not yet measured [bytes]."""
+"""What an engine keeps of a GPU while it sleeps: CUDA context, libraries, graphs. An estimate: on one H200 it was less than 3 GiB
+together with the context and the allocator of the learner beside it (bench/results/colocated_sleep_h200.json) [bytes]."""
 STATE = ("master weights", "gradients", "AdamW moments", "reference", "critic", "other")
 """Parts of the learner's memory that are there between two steps."""
 
