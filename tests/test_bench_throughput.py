@@ -216,7 +216,10 @@ def test_the_quick_run_prints_every_figure(tmp_path: Path):
     assert result == json.loads((tmp_path / "throughput.json").read_text())
     assert result["agents"] == result["peak_alive"] == 32
     assert result["lost"] == 0
-    assert result["turns_per_s_full"] > result["turns_per_s"], "an engine that never waits is no harder on the host"
+    full = result["runs"][-1]
+    assert full["turns_per_s"] == result["turns_per_s_full"]
+    # how many turns a second that is depends on who else uses the machine; that the engine waits for the host does not
+    assert full["engine_busy"] < result["engine_busy"] / 2, "an engine that never waits is no harder on the host"
     theirs, ours = result["l0_style"]["theirs"], result["l0_style"]["ours"]
     assert theirs["turns"] == ours["turns"], "both play the same episodes"
     assert result["cpu_ratio_l0_style"] > result["cpu_ratio_l0_style_without_asking"] > 1
