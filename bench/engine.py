@@ -264,7 +264,7 @@ async def start_sglang(
 ) -> str:
     if importlib.util.find_spec("sglang") is None:
         return "not installed: pip install 'l0fast[gpu]', or as tests/engine/test_sglang.py does on a CPU"
-    config = config.model_copy(update={"sglang": tuple(args.sglang)})
+    update: dict[str, Any] = {"sglang": tuple(args.sglang)}
     if args.device == "cpu":
         if torch.cuda.is_available():
             return "takes the GPU where there is one: --device cuda"
@@ -272,7 +272,7 @@ async def start_sglang(
         sys.path.insert(0, str(STAND_INS))
         threads, pool = args.sglang_threads, max(config.slots * max_tokens, 8192)
         update = {"threads": threads, "sglang": (f"max_total_tokens={pool}", *args.sglang)}
-        config = config.model_copy(update=update)
+    config = config.model_copy(update=update)
     from l0fast.engine.sglang import sglang_engine
 
     before = children()
