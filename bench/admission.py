@@ -1,8 +1,8 @@
 """What admission by KV cache is worth: simulated, against fixed limits on the episodes in flight.
 
-    python -m bench.admission [--seconds 960] [--median-response 300] [--out FOLDER]
+    python -m bench.admission [--seconds 9600] [--median-response 300] [--out FOLDER]
 
-    episodes x (gate with rollout/admission.py | nothing) x engine/simulated.py          one clock, which costs no time
+    engine/traffic.py: episodes x (engine/gate.py with rollout/admission.py | nothing) x a simulated engine       in event time
 
 Always `OFFERED` episodes want to be played on one GPU. Fixed: so many of them may be in flight, as with a hand-set
 limit. kv: all of them ask, and the controller lets in whom it likes; it starts knowing nothing, and its learning counts.
@@ -16,13 +16,9 @@ The last line is JSON.
 """
 
 import argparse
-import asyncio
-import itertools
 import json
-import random
 import sys
 import time
-from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,12 +27,13 @@ import matplotlib.pyplot as plt
 
 from bench.machine import machine
 from bench.results_folder import results_folder
-from l0fast.engine.base import Engine, Sampling
-from l0fast.engine.distributions import lognormal
-from l0fast.engine.gate import gated
-from l0fast.engine.simulated import SimulatedClock, SimulatedEngine, Speed
+from l0fast.engine.clock import EventClock
+from l0fast.engine.distributions import lognormal, uniform
+from l0fast.engine.gate import Gate
+from l0fast.engine.simulated_cluster import Cluster
+from l0fast.engine.simulated_replica import Speed
+from l0fast.engine.traffic import Agents, Traffic
 from l0fast.garbage import old_objects_aside
-from l0fast.ids import Ids
 from l0fast.rollout.admission import Admission
 
 matplotlib.use("Agg")
@@ -44,7 +41,7 @@ matplotlib.use("Agg")
 RESULTS = Path(__file__).parent / "results"
 OFFERED = 1024
 """Episodes that want to be played at any time, on one GPU."""
-LIMITS = (64, 80, 96, 128, 192, 256, 320, 512, 1024)
+LIMITS = (32, 48, 64, 80, 96, 128, 192, 256, 320, 512, 1024)
 MAX_NEW_TOKENS = 3072
 
 PARAMETERS = 7.6e9
@@ -83,78 +80,43 @@ class Result:
     """Simulated seconds in one of these."""
 
 
-def simulate(
-    kv_tokens: int,
-    limit: int | None,
-    seconds: float,
-    *,
-    replicas: int = 1,
-    median_response: int = 300,
-    vocab_size: int = 256,
-) -> Result:
-    """Play for so long on the simulated clock, from the first prompt on. `kv_tokens` are those of each replica."""
-    clock = SimulatedClock()
-    engine = SimulatedEngine(
-        vocab_size=vocab_size,
-        max_tokens=32_768,
-        slots=OFFERED,
-        kv_tokens=kv_tokens,
-        replicas=replicas,
-        speed=SPEED,
+def traffic(median_response: int) -> Traffic:
+    return Traffic(
+        turns=uniform(1, 9),
+        prompt_tokens=uniform(1200, 2001),
         response_tokens=lognormal(median_response, 0.7),
-        forgets=False,
-        clock=clock,
+        max_new_tokens=MAX_NEW_TOKENS,
+        output_tokens=lognormal(150, 0.8),
+        tool_s=lognormal(0.8, 1.0),
     )
+
+
+def simulate(
+    kv_tokens: int, limit: int | None, seconds: float, *, replicas: int = 1, median_response: int = 300
+) -> Result:
+    """Play for so long, from the first prompt on. `kv_tokens` are those of each replica."""
     with old_objects_aside():
-        return clock.run(_simulate(clock, engine, limit, seconds))
-
-
-async def _simulate(clock: SimulatedClock, engine: SimulatedEngine, limit: int | None, seconds: float) -> Result:
-    began = time.perf_counter()
-    # as a run makes it (rooms.py)
-    admission = Admission(new_tokens=MAX_NEW_TOKENS // 4)
-    front: Engine = engine
-    if limit is None:
-        # what waits is to be seen, not cut off
-        front = await gated(engine, admission, timeout_s=86_400.0, clock=clock)
-    output, latency = lognormal(150, 0.8), lognormal(0.8, 1.0)
-    one = array("i", [1])
-    numbers, finished, turns, in_flight_s = itertools.count(), 0, 0, 0.0
-
-    async def play(number: int) -> None:
-        nonlocal turns
-        rng = random.Random(number)
-        prompt = Ids(array("i", [number % 256]) * rng.randint(1200, 2000))
-        for turn in range(rng.randint(1, 8)):
-            sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=(0,), seed=number * 8 + turn)
-            sampled = await front.generate(prompt, sampling, conversation=str(number))
-            turns += 1
-            prompt = prompt + sampled.response_ids + one * int(output(rng.random()))
-            await clock.sleep(latency(rng.random()))
-        front.forget(str(number))
-
-    async def player() -> None:
-        nonlocal finished
-        while True:
-            await play(next(numbers))
-            finished += 1
-
-    async with asyncio.TaskGroup() as tg:
-        players = [tg.create_task(player()) for _ in range(limit or OFFERED)]
-        while clock.now_s < seconds:
-            await clock.sleep(1.0)
-            in_flight_s += limit or admission.num_in_flight
-        load, slot_s, ended, wall_s = await engine.load(), engine.slot_s(), finished, time.perf_counter() - began
-        for player_task in players:
-            player_task.cancel()
+        began = time.perf_counter()
+        clock = EventClock()
+        cluster = Cluster(clock, speed=SPEED, slots=OFFERED, kv_tokens=kv_tokens, replicas=replicas, forgets=False)
+        # as a run makes it (rooms.py)
+        admission = Admission(new_tokens=MAX_NEW_TOKENS // 4)
+        gate = Gate(admission, clock) if limit is None else None
+        agents = Agents(traffic(median_response), cluster, gate=gate)
+        agents.start(limit or OFFERED)
+        in_flight = 0
+        for second in range(1, round(seconds) + 1):
+            clock.move_to(second)
+            in_flight += limit or admission.num_in_flight
+        load, wall_s = cluster.load(), time.perf_counter() - began
     return Result(
         limit=limit,
         tokens_per_s=load.decoded_tokens / clock.now_s,
-        episodes_per_s=ended / clock.now_s,
+        episodes_per_s=agents.episodes / clock.now_s,
         computed_again=load.recomputed_tokens / load.prefill_tokens,
-        in_flight=in_flight_s / clock.now_s,
-        running=slot_s / clock.now_s,
-        turns=turns,
+        in_flight=in_flight / clock.now_s,
+        running=cluster.slot_s() / clock.now_s,
+        turns=agents.turns,
         wall_s=wall_s,
         times_real_time=clock.now_s / wall_s,
     )
@@ -193,7 +155,7 @@ def draw(tables: dict[str, list[Result]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.admission", description="Admission by KV cache, simulated.")
-    parser.add_argument("--seconds", type=float, default=960.0, help="simulated time of each row [s]")
+    parser.add_argument("--seconds", type=float, default=9600.0, help="simulated time of each row [s]")
     parser.add_argument("--median-response", type=int, default=300, help="its length, lognormal [tokens]")
     parser.add_argument(
         "--out", type=results_folder, default=RESULTS, help="folder for admission.json and admission.png"

@@ -1,12 +1,14 @@
-"""How many times faster than real time the simulated engine is.
+"""How many times faster than real time simulated engines are.
 
     python -m bench.simulated_speed [--seconds 240] [--out FOLDER]
 
     agents x engines x length of a response, each agent on to its next episode at once; all else as in bench/admission.py
 
-What costs time is a turn of an agent: its prompt compared with the one before, its request through the scheduler, its wait for
-the tool. An idle second costs nothing. So two figures belong together: turns that a second of the host simulates, which
-depends little on the scene, and turns in a simulated second, which are fewer where responses and tools take long.
+Twice, with the same episodes at the same times: agents that are figures (engine/traffic.py), and agents that are coroutines
+before the `Engine` protocol (engine/simulated.py), with prompts of ids, as a scheduler or an agent under test has them.
+
+What costs time is a turn; an idle second costs nothing. So two figures belong together: turns that a second of the host
+simulates, which depends little on the scene, and turns in a simulated second, which are fewer where responses take long.
 
     times real time = turns simulated a second / turns in a simulated second
 
@@ -14,14 +16,24 @@ The last line is JSON.
 """
 
 import argparse
+import asyncio
 import itertools
 import json
+import random
 import statistics
 import sys
+import time
+from array import array
+from collections.abc import Sequence
 
-from bench.admission import CAPACITIES, RESULTS, Result, simulate
+from bench.admission import CAPACITIES, OFFERED, RESULTS, SPEED, simulate, traffic
 from bench.machine import machine
 from bench.results_folder import results_folder
+from l0fast.engine.base import Sampling
+from l0fast.engine.simulated import SimulatedClock, SimulatedEngine
+from l0fast.engine.traffic import Traffic
+from l0fast.garbage import old_objects_aside
+from l0fast.ids import Ids
 
 SCENES = tuple(itertools.product((300, 1500), (1, 8), (16, 128, 1024)))
 """(median response [tokens], engines, agents): L0's agents, and some that think longer."""
@@ -29,6 +41,67 @@ VOCAB_SIZE = 152_064
 """Qwen2.5's: ids below 257 are objects that Python has ready, and so cheaper than a model's."""
 ROUNDS = 3
 """Of all scenes; the figures are medians."""
+
+
+class Coroutines:
+    """The same agents, each a coroutine that asks an engine with ids."""
+
+    def __init__(self, asks: Traffic, *, kv_tokens: int, replicas: int):
+        self.turns = 0
+        """Ended so far."""
+        self.clock = SimulatedClock()
+        self._asks, self._numbers = asks, itertools.count()
+        self._said = Ids(array("i", [VOCAB_SIZE - 1]) * asks.max_new_tokens)
+        self._lengths: dict[str, int] = {}
+        """By conversation, of what it says next."""
+        self._engine = SimulatedEngine(
+            vocab_size=VOCAB_SIZE,
+            max_tokens=kv_tokens,
+            slots=OFFERED,
+            kv_tokens=kv_tokens,
+            replicas=replicas,
+            speed=SPEED,
+            script=self._say,
+            forgets=False,
+            clock=self.clock,
+        )
+
+    def play(self, agents: int, seconds: float) -> float:
+        """Returns how long that took [s]."""
+
+        async def main() -> float:
+            began = time.perf_counter()
+            async with asyncio.TaskGroup() as tg:
+                tasks = [tg.create_task(self._agent()) for _ in range(agents)]
+                await self.clock.sleep(seconds)
+                wall_s = time.perf_counter() - began
+                for task in tasks:
+                    task.cancel()
+            return wall_s
+
+        with old_objects_aside():
+            return self.clock.run(main())
+
+    def _say(self, prompt_ids: Sequence[int], sampling: Sampling, conversation: str) -> Ids:
+        return self._said[: self._lengths[conversation]]
+
+    async def _agent(self) -> None:
+        while True:
+            await self._episode(next(self._numbers))
+
+    async def _episode(self, number: int) -> None:
+        asks, rng, name = self._asks, random.Random(number), str(number)
+        prompt = Ids(array("i", [VOCAB_SIZE - 2]) * int(asks.prompt_tokens(rng.random())))
+        for _ in range(int(asks.turns(rng.random()))):
+            self._lengths[name] = min(1 + int(asks.response_tokens(rng.random())), asks.max_new_tokens)
+            sampling = Sampling(max_new_tokens=asks.max_new_tokens, stop_token_ids=(), seed=number)
+            sampled = await self._engine.generate(prompt, sampling, conversation=name)
+            self.turns += 1
+            output = array("i", [VOCAB_SIZE - 2]) * int(asks.output_tokens(rng.random()))
+            prompt = prompt + sampled.response_ids + output
+            await self.clock.sleep(asks.tool_s(rng.random()))
+        self._engine.forget(name)
+        del self._lengths[name]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,20 +117,21 @@ def main(argv: list[str] | None = None) -> int:
     name, kv_tokens = next(iter(CAPACITIES.items()))
     print(machine())
     print(f"{args.seconds:g} simulated seconds a scene, median of {ROUNDS}; each engine with {name}")
-    runs: dict[tuple[int, int, int], list[Result]] = {scene: [] for scene in SCENES}
+    scenes: dict[tuple[int, int, int], list[tuple[float, int, float, int]]] = {scene: [] for scene in SCENES}
     for _ in range(ROUNDS):
-        for response, engines, agents in SCENES:
-            runs[response, engines, agents].append(
-                simulate(
-                    kv_tokens, agents, args.seconds, replicas=engines, median_response=response, vocab_size=VOCAB_SIZE
-                )
-            )
+        for (response, engines, agents), runs in scenes.items():
+            figures = simulate(kv_tokens, agents, args.seconds, replicas=engines, median_response=response)
+            coroutines = Coroutines(traffic(response), kv_tokens=kv_tokens, replicas=engines)
+            wall_s = coroutines.play(agents, args.seconds)
+            runs.append((figures.wall_s, figures.turns, wall_s, coroutines.turns))
     print(
-        f"\n{'response':>9} {'engines':>8} {'agents':>7} {'turns in a simulated s':>23} {'turns simulated a s':>20} {'x real time':>12}"
+        f"\n{'':>39} {'as figures':^22} {'as coroutines':^22}\n{'response':>9} {'engines':>8} {'agents':>7} {'turns/s':>12} "
+        f"{'simulated/s':>11} {'x real':>10} {'simulated/s':>11} {'x real':>10}"
     )
     rows = []
-    for (response, engines, agents), results in runs.items():
-        wall_s, turns = statistics.median(r.wall_s for r in results), results[0].turns
+    for (response, engines, agents), runs in scenes.items():
+        wall_s, coroutines_wall_s = (statistics.median(run[i] for run in runs) for i in (0, 2))
+        _, turns, _, coroutines_turns = runs[0]
         row = {
             "median_response_tokens": response,
             "engines": engines,
@@ -65,9 +139,11 @@ def main(argv: list[str] | None = None) -> int:
             "turns_in_simulated_s": turns / args.seconds,
             "turns_a_s": turns / wall_s,
             "times_real_time": args.seconds / wall_s,
+            "turns_a_s_coroutines": coroutines_turns / coroutines_wall_s,
+            "times_real_time_coroutines": args.seconds / coroutines_wall_s,
         }
         rows.append(row)
-        print("{:9,d} {:8d} {:7,d} {:23.2f} {:20,.0f} {:12,.0f}".format(*row.values()))
+        print("{:9,d} {:8d} {:7,d} {:12.2f} {:11,.0f} {:10,.0f} {:11,.0f} {:10,.0f}".format(*row.values()))
     result = {"bench": "simulated_speed", "machine": machine(), "simulated_s": args.seconds, "rows": rows}
     (args.out / "simulated_speed.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))

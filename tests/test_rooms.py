@@ -36,6 +36,7 @@ HEAVY = {"torch", "transformers", "sglang", "aiodocker", "matplotlib"}
         ("l0fast.engine.base", {"torch", "sglang"}),
         ("l0fast.engine.transformers", {"torch", "sglang"}),
         ("l0fast.engine.simulated", {"torch", "sglang"}),
+        ("l0fast.engine.traffic", HEAVY),
         ("l0fast.engine.openai", HEAVY),
         ("l0fast.agent.__main__", HEAVY),
         ("l0fast.serve", HEAVY),

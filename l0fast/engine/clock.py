@@ -1,11 +1,12 @@
-"""Two clocks for what is simulated: one that moves when nothing else does, and the loop's own, compressed.
+"""Clocks for what is simulated: two that move when nothing else does, and the loop's own, compressed.
 
-    SimulatedClock     now_s jumps to the next event whenever its loop would have to wait: as fast as the host can
+    EventClock         now_s jumps from event to event, and there is no loop: for worlds of calls alone
+    SimulatedClock     an EventClock that jumps whenever its loop would have to wait: for coroutines
     CompressedClock    now_s = loop.time() x time_compression: whatever delays the loop delays the simulated world too
 
-Both wake sleepers and call back in the order of their times.
+All call back in the order of times, and the two with a loop wake sleepers.
 
-How the first one knows: asyncio's loop asks its selector to wait exactly when no callback is ready. The selector of
+How the second one knows: asyncio's loop asks its selector to wait exactly when no callback is ready. The selector of
 `SimulatedClock.run` looks for I/O without waiting, and where there is none lets the next event happen instead:
 
     no callback is ready: select(timeout) -> I/O that has come, else the next event, else (no events) wait for I/O
@@ -32,7 +33,9 @@ class Timer(Protocol):
     def cancel(self) -> None: ...
 
 
-class Clock(Protocol):
+class Timers(Protocol):
+    """A clock for those who never wait."""
+
     @property
     def now_s(self) -> float: ...
 
@@ -40,6 +43,8 @@ class Clock(Protocol):
         """Call when `now_s` has come to `at_s`; soon, where it has already. What returns False has set nothing going."""
         ...
 
+
+class Clock(Timers, Protocol):
     async def sleep(self, duration_s: float) -> None:
         """Return when the clock has moved on by `duration_s` [s]."""
         ...
@@ -64,14 +69,48 @@ class _Event:
         self.call = None
 
 
-class SimulatedClock:
-    """Event time, from 0. Made outside the loop, which it brings along: `clock.run(main(clock))`."""
+class EventClock:
+    """Event time, from 0, moved by hand."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
         """[s]"""
         self._events: list[tuple[float, int, _Event]] = []
         self._order = itertools.count()
+
+    def call_at(self, at_s: float, call: Callable[[], Any]) -> Timer:
+        event = _Event(call)
+        heapq.heappush(self._events, (max(at_s, self.now_s), next(self._order), event))
+        return event
+
+    def has_events(self) -> bool:
+        """Whether anything is to happen; what was cancelled is not."""
+        while self._events and self._events[0][2].call is None:
+            heapq.heappop(self._events)
+        return bool(self._events)
+
+    def move(self) -> None:
+        """To the next event that sets something going, or past the last."""
+        while self.has_events() and self._happen() is False:
+            pass
+
+    def move_to(self, at_s: float) -> None:
+        """Let happen what does until then."""
+        while self.has_events() and self._events[0][0] <= at_s:
+            self._happen()
+        self.now_s = max(self.now_s, at_s)
+
+    def _happen(self) -> Any:
+        self.now_s, _, event = heapq.heappop(self._events)
+        assert event.call is not None
+        return event.call()
+
+
+class SimulatedClock(EventClock):
+    """Event time for coroutines. Made outside the loop, which it brings along: `clock.run(main(clock))`."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._loop: asyncio.AbstractEventLoop | None = None
         """The one that moves it; none outside `run`."""
 
@@ -91,26 +130,10 @@ class SimulatedClock:
                 "a SimulatedClock moves on no loop but its own: start with clock.run(main()) in place of asyncio.run(main()), "
                 "or use a CompressedClock"
             )
-        event = _Event(call)
-        heapq.heappush(self._events, (max(at_s, self.now_s), next(self._order), event))
-        return event
+        return super().call_at(at_s, call)
 
     async def sleep(self, duration_s: float) -> None:
         await _sleep_on(self, duration_s)
-
-    def has_events(self) -> bool:
-        """Whether anything is to happen; what was cancelled is not."""
-        while self._events and self._events[0][2].call is None:
-            heapq.heappop(self._events)
-        return bool(self._events)
-
-    def move(self) -> None:
-        """To the next event that sets something going, or past the last."""
-        while self.has_events():
-            self.now_s, _, event = heapq.heappop(self._events)
-            assert event.call is not None
-            if event.call() is not False:
-                return
 
     def _new_loop(self) -> asyncio.AbstractEventLoop:
         self._loop = asyncio.SelectorEventLoop(_MovesInsteadOfWaiting(self))

@@ -3,20 +3,20 @@
     generate -> ask -> (wait) -> the engine -> ran -> whoever may go now
     forget   -> the episode's entries are free     -> whoever may go now
 
-Nothing here decides; rollout/admission.py does. Waiting has a deadline of its own, during which the episode's stand still
-(l0fast/deadlines.py), and cancelling takes it out of the line. There is no task: who comes, finishes, gives up or is
-forgotten looks whom that lets in, and a timer looks while somebody waits. What the engine says of itself is asked for by
-whoever finishes, at most once in `_LOOK_S`.
+Nothing here decides; rollout/admission.py does. A `Gate` is the line of those who wait, in calls: who comes, finishes,
+gives up or is forgotten looks whom that lets in, and a timer looks while somebody waits. A `GatedEngine` has it before an
+engine. Waiting has a deadline of its own there, during which the episode's stand still (l0fast/deadlines.py), and
+cancelling takes it out of the line. What the engine says of itself is asked for by whoever finishes, at most once in `_LOOK_S`.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from l0fast.deadlines import standing_still
 from l0fast.engine.base import Engine, EngineLoad, Sampled, Sampling
-from l0fast.engine.clock import Clock, CompressedClock, Timer
+from l0fast.engine.clock import Clock, CompressedClock, Timer, Timers
 from l0fast.errors import EngineError
 
 _LOOK_S = 1.0
@@ -39,6 +39,72 @@ class Admits(Protocol):
     def admit(self, now_s: float) -> list[str]: ...
 
 
+class Gate:
+    """Who waits to be let in."""
+
+    def __init__(self, admission: Admits, clock: Timers):
+        self.admission = admission
+        self._clock = clock
+        self._waiting: dict[str, Callable[[], Any]] = {}
+        self._timer: Timer | None = None
+        self._next_look_s = 0.0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def wants_load(self) -> bool:
+        """Whether who asks shall see to it that `observe` is called: at most once in `_LOOK_S`."""
+        now_s = self._clock.now_s
+        if now_s < self._next_look_s:
+            return False
+        self._next_look_s = now_s + _LOOK_S
+        return True
+
+    def ask(self, conversation: str, prompt_tokens: int, go: Callable[[], Any]) -> bool:
+        """Whether this turn may go at once; if not, `go` is called when it may."""
+        if self.admission.ask(conversation, prompt_tokens, self._clock.now_s):
+            return True
+        self._waiting[conversation] = go
+        self._watch()
+        return False
+
+    def ran(self, conversation: str, tokens: int, cached_tokens: int) -> None:
+        """Its turn is over: so many tokens in its context now, so many of its prompt's found."""
+        self.admission.ran(conversation, tokens, cached_tokens, self._clock.now_s)
+        self._let_in()
+
+    def withdraw(self, conversation: str) -> None:
+        """It no longer wants the turn it asked for, or was given."""
+        self._waiting.pop(conversation, None)
+        self.admission.withdraw(conversation, self._clock.now_s)
+        self._let_in()
+
+    def forget(self, conversation: str) -> None:
+        self.admission.forget(conversation)
+        self._let_in()
+
+    def observe(self, load: EngineLoad) -> None:
+        """What the engine says of itself."""
+        self.admission.observe(load)
+        self._let_in()
+
+    def _let_in(self) -> None:
+        if self._waiting:
+            for conversation in self.admission.admit(self._clock.now_s):
+                self._waiting.pop(conversation)()
+
+    def _watch(self) -> None:
+        """Somebody may go because time has passed."""
+        if self._timer is None and self._waiting:
+            self._timer = self._clock.call_at(self._clock.now_s + _LOOK_S, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._let_in()
+        self._watch()
+
+
 async def gated(engine: Engine, admission: Admits, *, timeout_s: float, clock: Clock | None = None) -> "GatedEngine":
     """An engine behind its gate, which knows by then how large the cache is."""
     gate = GatedEngine(engine, admission, timeout_s=timeout_s, clock=clock)
@@ -56,12 +122,10 @@ class GatedEngine:
             clock: None is the loop's.
         """
         self.engine = engine
-        self._admission, self._timeout_s = admission, timeout_s
+        self._timeout_s = timeout_s
         self._clock: Clock = clock or CompressedClock()
-        self._waiting: dict[str, asyncio.Future[bool]] = {}
+        self._gate = Gate(admission, self._clock)
         self._under_way: set[str] = set()
-        self._timer: Timer | None = None
-        self._next_look_s = 0.0
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str) -> Sampled:
         if conversation in self._under_way:
@@ -76,45 +140,41 @@ class GatedEngine:
         finally:
             self._under_way.remove(conversation)
             if tokens is None:
-                self._admission.withdraw(conversation, self._clock.now_s)
+                self._gate.withdraw(conversation)
             else:
-                self._admission.ran(conversation, tokens, cached_tokens, self._clock.now_s)
-            self._let_in()
-        if self._clock.now_s >= self._next_look_s:
+                self._gate.ran(conversation, tokens, cached_tokens)
+        if self._gate.wants_load():
             await self.look()
         return sampled
 
     async def update_weights(self, policy_version: int) -> None:
-        self._admission.updated_weights()
+        self._gate.admission.updated_weights()
         await self.engine.update_weights(policy_version)
 
     def forget(self, conversation: str) -> None:
-        self._admission.forget(conversation)
         self.engine.forget(conversation)
-        self._let_in()
+        self._gate.forget(conversation)
 
     async def load(self) -> EngineLoad:
         """The engine's, those who wait outside, and what the admission did."""
         load = await self.engine.load()
         return replace(
             load,
-            waiting=load.waiting + len(self._waiting),
-            in_flight=self._admission.num_in_flight,
-            parked=self._admission.num_parked,
+            waiting=load.waiting + self._gate.num_waiting,
+            in_flight=self._gate.admission.num_in_flight,
+            parked=self._gate.admission.num_parked,
         )
 
     async def look(self) -> None:
         """Tell the admission how the engine does."""
-        self._next_look_s = self._clock.now_s + _LOOK_S
-        self._admission.observe(await self.engine.load())
-        self._let_in()
+        self._gate.observe(await self.engine.load())
 
     async def _enter(self, conversation: str, prompt_tokens: int) -> None:
-        if self._admission.ask(conversation, prompt_tokens, self._clock.now_s):
+        admitted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        # one that is cancelled or late in the very moment it is let in says so itself, and withdraws
+        if self._gate.ask(conversation, prompt_tokens, lambda: _settle(admitted, True)):
             return
-        admitted = self._waiting[conversation] = asyncio.get_running_loop().create_future()
         deadline = self._clock.call_at(self._clock.now_s + self._timeout_s, lambda: _settle(admitted, False))
-        self._watch()
         try:
             with standing_still():
                 let_in = await admitted
@@ -125,23 +185,6 @@ class GatedEngine:
                 )
         finally:
             deadline.cancel()
-            self._waiting.pop(conversation, None)
-
-    def _let_in(self) -> None:
-        if self._waiting:
-            for conversation in self._admission.admit(self._clock.now_s):
-                # one that is cancelled or late in this very moment says so itself, and withdraws
-                _settle(self._waiting.pop(conversation), True)
-
-    def _watch(self) -> None:
-        """Somebody may go because time has passed."""
-        if self._timer is None and self._waiting:
-            self._timer = self._clock.call_at(self._clock.now_s + _LOOK_S, self._tick)
-
-    def _tick(self) -> None:
-        self._timer = None
-        self._let_in()
-        self._watch()
 
 
 def _settle(admitted: asyncio.Future[bool], answer: bool) -> None:

@@ -1,32 +1,29 @@
 """An engine without a model, for tests, benchmarks and predictions: scripted or random ids, and time that is only counted.
 
     response     what `script` says, or: a length drawn from `response_tokens`, ids uniform, a stop id last
-    time         what a `Replica` says, SGLang's scheduler as arithmetic (simulated_replica.py), on `clock` (clock.py)
-    replicas     several of them, side by side; placement.py says which one a turn goes to
+    time         what a `Cluster` says, SGLang's scheduler as arithmetic (simulated_cluster.py), on `clock` (clock.py)
     log-probs    -2 u
 
 Every draw is a function of (engine seed, request seed, end of the prompt, position) alone: neither timing, nor who else
 asks, nor the policy version changes what is said. No token costs anything: a turn of an agent costs 0.1 to 0.3 ms of the
-host's CPU. So time goes thousands of times as fast as real time where a few turns a second end, and about a thousand times
-for an engine that is full (`python -m bench.simulated_speed`, README.md).
+host's CPU. On a `SimulatedClock` time goes thousands of times as fast as real time where a few turns a second end, and about
+a thousand times for an engine that is full; agents that are no coroutines are faster (traffic.py, README.md).
 """
 
 import asyncio
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from l0fast.engine.base import EngineLoad, Sampled, Sampling
 from l0fast.engine.check import check_prompt, check_sampling
-from l0fast.engine.clock import Clock, CompressedClock, SimulatedClock, Timer
+from l0fast.engine.clock import Clock, CompressedClock, SimulatedClock
 from l0fast.engine.distributions import Distribution, exponential
-from l0fast.engine.placement import Placement
 from l0fast.engine.sampling import uniforms
-from l0fast.engine.simulated_replica import Replica, Request, Speed
+from l0fast.engine.simulated_cluster import Cluster
+from l0fast.engine.simulated_replica import Request, Speed
 from l0fast.ids import Ids
 
 __all__ = ["Clock", "CompressedClock", "Script", "SimulatedClock", "SimulatedEngine", "Speed"]
@@ -41,16 +38,6 @@ _NO_TIME = 1e6
 """Compression that leaves nothing of a response's time but the loop's timers."""
 _TAIL = 64
 """Last ids of a prompt that stand for it in a draw."""
-
-
-@dataclass(slots=True, eq=False)
-class _Served:
-    """A replica and what waits for it."""
-
-    replica: Replica
-    futures: dict[Request, asyncio.Future[None]] = field(default_factory=dict)
-    timer: Timer | None = None
-    timer_s: float = math.inf
 
 
 class SimulatedEngine:
@@ -96,18 +83,19 @@ class SimulatedEngine:
         self._vocab_size, self._max_tokens = vocab_size, max_tokens
         self._seed, self._script, self._update_s = seed, script, update_s
         self._response_tokens = response_tokens or exponential(mean_response_tokens)
-        self._all = [
-            _Served(Replica(speed or Speed(), slots=slots, kv_tokens=kv_tokens, forgets=forgets))
-            for _ in range(replicas)
-        ]
+        self._cluster = Cluster(
+            self.clock,
+            speed=speed or Speed(),
+            slots=slots,
+            kv_tokens=kv_tokens,
+            replicas=replicas,
+            forgets=forgets,
+        )
         # slices of these cost nothing, thousands of draws a turn would be most of what this engine costs
         self._uniforms = uniforms(np.array([seed % 2**64], np.uint64), np.arange(_POOL + max_tokens))
         self._ids: dict[tuple[int, ...], Ids] = {}
         """By stop ids: those of all others."""
         self._logprobs: tuple[float, ...] = tuple((-2 * self._uniforms).tolist())
-        self._placement = Placement(replicas, slots)
-        for i in range(replicas):
-            self._placement.up(i)
         self._known: OrderedDict[str, Ids] = OrderedDict()
         """By conversation, what its KV entries stand for or once stood for."""
         self._num_known = 4 * slots * replicas
@@ -132,7 +120,13 @@ class SimulatedEngine:
             max_new_tokens=sampling.max_new_tokens,
             matched_tokens=matched,
         )
-        await self._serve(request)
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._cluster.submit(request, lambda: answered.done() or answered.set_result(None))
+        try:
+            await answered
+        except asyncio.CancelledError:
+            self._cluster.cancel(request)
+            raise
         self._know(conversation, prompt + response[:-1])
         spans = request.version_spans if len(request.versions) > 1 else ()
         return Sampled(
@@ -147,84 +141,25 @@ class SimulatedEngine:
     async def update_weights(self, policy_version: int) -> None:
         """In-flight requests keep what they sampled and go on under the new weights, computed again."""
         self.policy_version = policy_version
-        now_s = self.clock.now_s
-        for served in self._all:
-            served.replica.update_weights(policy_version, now_s, pause_s=self._update_s)
-            self._deliver(served)
+        self._cluster.update_weights(policy_version, pause_s=self._update_s)
         if self._update_s:
             await self.clock.sleep(self._update_s)
 
     def forget(self, conversation: str) -> None:
         self._known.pop(conversation, None)
-        self._placement.forget(conversation)
-        for served in self._all:
-            # it may have moved
-            served.replica.forget(conversation)
+        self._cluster.forget(conversation)
 
     async def load(self) -> EngineLoad:
         """Summed over the replicas."""
-        loads = []
-        for served in self._all:
-            served.replica.advance(self.clock.now_s)
-            self._deliver(served)
-            loads.append(served.replica.load())
-        return EngineLoad(**{f.name: sum(getattr(load, f.name) for load in loads) for f in fields(EngineLoad)})
+        return self._cluster.load()
 
     def stall(self, duration_s: float) -> None:
         """Let nothing get any further for so long; returns at once."""
-        for served in self._all:
-            served.replica.stall(duration_s, self.clock.now_s)
-            self._deliver(served)
+        self._cluster.stall(duration_s)
 
     def slot_s(self) -> float:
         """Slots in use, summed over time and replicas; over slots x replicas x `clock.now_s`, how busy it was [slots x s]."""
-        for served in self._all:
-            served.replica.advance(self.clock.now_s)
-            self._deliver(served)
-        return sum(served.replica.slot_s for served in self._all)
-
-    async def _serve(self, request: Request) -> None:
-        place = self._placement.place(request.conversation)
-        assert place is not None, "all replicas are up"
-        served = self._all[place]
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        served.futures[request] = future
-        try:
-            served.replica.submit(request, self.clock.now_s)
-            self._deliver(served)
-            await future
-        except asyncio.CancelledError:
-            if served.futures.pop(request, None) is not None:
-                served.replica.cancel(request, self.clock.now_s)
-                self._deliver(served)
-            raise
-        finally:
-            self._placement.done(place)
-
-    def _deliver(self, served: _Served) -> bool:
-        """Wake who is done, and be called again at the replica's next event. Returns whether anybody was woken."""
-        replica = served.replica
-        woken = bool(replica.finished)
-        for request in replica.finished:
-            # nobody waits for one that was done at the moment it was cancelled
-            future = served.futures.pop(request, None)
-            if future is not None and not future.done():
-                future.set_result(None)
-        replica.finished.clear()
-        at_s = replica.next_finish_s
-        if at_s != served.timer_s:
-            if served.timer is not None:
-                served.timer.cancel()
-                served.timer = None
-            if at_s < math.inf:
-                served.timer = self.clock.call_at(at_s, lambda: self._wake(served))
-            served.timer_s = at_s
-        return woken
-
-    def _wake(self, served: _Served) -> bool:
-        served.timer, served.timer_s = None, math.inf
-        served.replica.advance(self.clock.now_s)
-        return self._deliver(served)
+        return self._cluster.slot_s()
 
     def _matched(self, conversation: str, prompt: Ids) -> int:
         """Leading ids that were computed before."""
@@ -235,7 +170,7 @@ class SimulatedEngine:
         self._known[conversation] = ids
         self._known.move_to_end(conversation)
         if len(self._known) > self._num_known:
-            self._placement.forget(self._known.popitem(last=False)[0])
+            self._cluster.lose_home(self._known.popitem(last=False)[0])
 
     def _checked(self, prompt: NDArray[np.int64], sampling: Sampling) -> Ids:
         check_prompt(prompt, sampling.max_new_tokens, vocab_size=self._vocab_size, max_tokens=self._max_tokens)

@@ -33,8 +33,6 @@ _CLIP_NEW_TOKENS = 4096
 """Nobody is expected to sample more than this [tokens]."""
 _RETRACT_STEPS = 20
 """Steps that shall fit after a retraction."""
-_FEW = 8
-"""Waiting requests that `next_finish_s` looks at; one more look at the clock is cheaper than more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +195,7 @@ class Replica:
                 self._finish()
                 if self._locked + len(self._running) > self.kv_tokens:
                     self._retract()
-            if not self._full:
+            if self._waiting and not self._full:
                 self._admit()
             self._plan()
         self._now_s = max(self._now_s, to_s)
@@ -218,42 +216,6 @@ class Replica:
             prefill_s=self._prefill_s,
             decode_s=self._decode_s,
         )
-
-    @property
-    def next_finish_s(self) -> float:
-        """Nobody is done before this time, unless the outside does something; mostly, somebody is done exactly then.
-
-        For who sleeps until then: to be woken costs far more than what happens in between.
-        """
-        at_s, batch, joining = self.next_event_s, self._prefilling, () if self._full else self._waiting
-        if len(joining) > _FEW or not (batch or joining):
-            return at_s
-        ahead = 0 if batch else self._next_steps
-        running, locked = len(self._running) + len(batch), self._locked + len(self._running) * ahead
-        left = [_left(request) for request in batch]
-        if self._running:
-            left.append(self._finishes[0][0] - self._steps - ahead)
-        if left and min(left) <= 0:
-            return at_s
-        if joining:
-            # they are tried at the next event; where all of them fit for sure, that makes one batch
-            new_tokens, expected = 0, self._expected
-            for request in joining:
-                total = request.prompt_tokens + request.decoded_tokens
-                new_tokens += total - min(self._prefixes.get(request.conversation, 0), _computed_before(request))
-                locked += total
-                expected += _expects(request)
-                left.append(_left(request))
-            running += len(joining)
-            if (
-                running > self.slots
-                or new_tokens > self._prefill_batch_tokens
-                or locked + max(running, self._ratio * expected) > self.kv_tokens
-            ):
-                return at_s
-            at_s += self._prefill_duration_s(new_tokens)
-        steps = min(*left, max(1, (self.kv_tokens - locked) // running))
-        return at_s + _time_of(steps, *self._step_times(running, locked))
 
     @property
     def num_requests(self) -> int:
@@ -410,15 +372,15 @@ class Replica:
 
     def _evict(self, room: int) -> None:
         """Until prefixes take no more than `room` [tokens]."""
-        while self._evictable > max(room, 0):
+        room = max(room, 0)
+        while (over := self._evictable - room) > 0:
             conversation, tokens = next(iter(self._prefixes.items()))
-            going = min(tokens, self._evictable - max(room, 0))
-            if going == tokens:
-                del self._prefixes[conversation]
+            if tokens > over:
+                self._prefixes[conversation] = tokens - over
             else:
-                self._prefixes[conversation] = tokens - going
-            self._evictable -= going
-            self.evicted_tokens += going
+                del self._prefixes[conversation]
+            self._evictable -= min(tokens, over)
+            self.evicted_tokens += min(tokens, over)
 
     def _prefill_duration_s(self, new_tokens: int) -> float:
         return self.speed.prefill_batch_s + new_tokens / self.speed.prefill_tokens_per_s
@@ -451,11 +413,6 @@ def _steps_in(duration_s: float, first_s: float, growth_s: float) -> int:
 
 def _expects(request: Request) -> int:
     return min(request.max_new_tokens, _CLIP_NEW_TOKENS) - request.decoded_tokens
-
-
-def _left(request: Request) -> int:
-    """Tokens it samples after its prefill, which samples one."""
-    return request.response_tokens - request.decoded_tokens - 1
 
 
 def _computed_before(request: Request) -> int:

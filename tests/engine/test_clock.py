@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from l0fast.engine.clock import SimulatedClock
+from l0fast.engine.clock import EventClock, SimulatedClock
 
 
 def test_sleepers_wake_in_the_order_of_their_times():
@@ -264,3 +264,27 @@ def test_two_runs_of_the_same_program_are_the_same():
     first = history()
     assert history() == first
     assert [at_s for _, at_s in first] == sorted(at_s for _, at_s in first)
+
+
+def test_moved_by_hand_it_lets_happen_what_is_due_and_no_more():
+    clock, happened = EventClock(), []
+
+    def note(name: str, and_then: float | None = None):
+        happened.append((name, clock.now_s))
+        if and_then is not None:
+            clock.call_at(clock.now_s + and_then, lambda: note(f"after {name}"))
+        # nothing set going: not a reason to go on past the end
+        return False
+
+    clock.call_at(3.0, lambda: note("c"))
+    clock.call_at(1.0, lambda: note("a", 1.0))
+    clock.call_at(2.5, lambda: note("never")).cancel()
+    clock.call_at(2.0, lambda: note("b", 7.0))
+    clock.move_to(2.0)
+    assert happened == [("a", 1.0), ("b", 2.0), ("after a", 2.0)]
+    clock.move_to(2.75)
+    assert (clock.now_s, len(happened)) == (2.75, 3)
+    clock.move_to(10.0)
+    assert happened[3:] == [("c", 3.0), ("after b", 9.0)]
+    assert clock.now_s == 10.0
+    assert not clock.has_events()

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l0fast.engine.base import Engine, Sampling
-from l0fast.engine.gate import GatedEngine, gated
+from l0fast.engine.base import Engine, EngineLoad, Sampling
+from l0fast.engine.clock import EventClock
+from l0fast.engine.gate import Gate, GatedEngine, gated
 from l0fast.engine.simulated import SimulatedClock, SimulatedEngine
 from l0fast.errors import EngineError
 from l0fast.rollout.admission import Admission
@@ -95,6 +96,40 @@ def test_nobody_waits_for_an_episode_that_is_gone_for_good():
     assert admission.num_in_flight == 1
 
 
+@pytest.mark.parametrize("what", ["forget", "observe", "withdraw", "ran"])
+def test_who_may_go_goes_in_the_very_moment(what):
+    clock, went = EventClock(), []
+    gate = Gate(Admission(max_tokens=100, new_tokens=50), clock)
+    assert gate.ask("first", 60, lambda: went.append("first"))
+    if what == "forget":
+        gate.ran("first", 80, 0)
+    assert not gate.ask("second", 60, lambda: went.append("second"))
+    assert (gate.num_waiting, went) == (1, [])
+    match what:
+        case "forget":
+            gate.forget("first")
+        case "observe":
+            gate.observe(EngineLoad(running=1, waiting=0, used_tokens=60, max_tokens=1000))
+        case "withdraw":
+            gate.withdraw("first")
+        case "ran":
+            # over already when its turn ends
+            gate.forget("first")
+            gate.ran("first", 80, 0)
+    assert (gate.num_waiting, went, clock.now_s) == (0, ["second"], 0.0)
+
+
+def test_the_engine_is_asked_for_its_load_once_a_second():
+    clock = EventClock()
+    gate = Gate(Admission(), clock)
+    asked = []
+    for hundredths in range(0, 300, 25):
+        clock.move_to(hundredths / 100)
+        if gate.wants_load():
+            asked.append(clock.now_s)
+    assert asked == [0.0, 1.0, 2.0]
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32))
 def test_cancelling_at_any_moment_leaves_nothing_behind(seed):
@@ -130,7 +165,6 @@ def test_cancelling_at_any_moment_leaves_nothing_behind(seed):
     assert all(task.cancelled() or task.exception() is None for task in tasks)
     assert (admission.num_in_flight, admission.num_waiting, admission.tokens_in_flight) == (0, 0, 0)
     assert (load.running, load.waiting, load.used_tokens) == (0, 0, 0)
-    assert not gate._waiting
     assert not gate._under_way
 
 
