@@ -92,7 +92,7 @@ def traffic(median_response: int) -> Traffic:
 
 
 def simulate(
-    kv_tokens: int, limit: int | None, seconds: float, *, replicas: int = 1, median_response: int = 300
+    kv_tokens: int, limit: int | None, seconds: int, *, replicas: int = 1, median_response: int = 300
 ) -> Result:
     """Play for so long, from the first prompt on. `kv_tokens` are those of each replica."""
     with old_objects_aside():
@@ -105,7 +105,7 @@ def simulate(
         agents = Agents(traffic(median_response), cluster, gate=gate)
         agents.start(limit or OFFERED)
         in_flight = 0
-        for second in range(1, round(seconds) + 1):
+        for second in range(1, seconds + 1):
             clock.move_to(second)
             in_flight += limit or admission.num_in_flight
         load, wall_s = cluster.load(), time.perf_counter() - began
@@ -145,7 +145,8 @@ def draw(tables: dict[str, list[Result]], path: Path) -> None:
         axis.axhline(kv.tokens_per_s, color="C1", linestyle="--")
         axis.plot(kv.in_flight, kv.tokens_per_s, "s", color="C1", label="admission by KV cache")
         axis.set(xscale="log", xlabel="episodes in flight", title=f"engine with {name}", ylim=(0, None))
-        axis.set_xticks([r.limit for r in fixed], [str(r.limit) for r in fixed], minor=False)
+        # those between powers of two have no room
+        axis.set_xticks(powers := [limit for limit in LIMITS if limit & (limit - 1) == 0], map(str, powers))
         axis.minorticks_off()
     axes[0][0].set_ylabel("tokens sampled a second (simulated)")
     axes[0][0].legend(loc="lower left")
@@ -155,19 +156,19 @@ def draw(tables: dict[str, list[Result]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.admission", description="Admission by KV cache, simulated.")
-    parser.add_argument("--seconds", type=float, default=9600.0, help="simulated time of each row [s]")
+    parser.add_argument("--seconds", type=int, default=9600, help="simulated time of each row [s]")
     parser.add_argument("--median-response", type=int, default=300, help="its length, lognormal [tokens]")
     parser.add_argument(
         "--out", type=results_folder, default=RESULTS, help="folder for admission.json and admission.png"
     )
     args = parser.parse_args(argv)
-    if not args.seconds >= 1:
-        parser.error(f"--seconds {args.seconds:g}: give at least 1")
+    if args.seconds < 1:
+        parser.error(f"--seconds {args.seconds}: give at least 1")
     if args.median_response < 1:
         parser.error(f"--median-response {args.median_response}: give at least 1")
     began, began_cpu = time.perf_counter(), time.process_time()
     print(machine())
-    print(f"{args.seconds:g} simulated seconds a row, {OFFERED} episodes offered")
+    print(f"{args.seconds:,d} simulated seconds a row, {OFFERED} episodes offered")
     tables: dict[str, list[Result]] = {}
     for name, kv_tokens in CAPACITIES.items():
         tables[name] = [

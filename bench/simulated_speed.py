@@ -109,14 +109,14 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.simulated_speed",
         description="How many times faster than real time engines are simulated.",
     )
-    parser.add_argument("--seconds", type=float, default=240.0, help="simulated time of each scene [s]")
+    parser.add_argument("--seconds", type=int, default=240, help="simulated time of each scene [s]")
     parser.add_argument("--out", type=results_folder, default=RESULTS, help="folder for simulated_speed.json")
     args = parser.parse_args(argv)
-    if not args.seconds >= 1:
-        parser.error(f"--seconds {args.seconds:g}: give at least 1")
+    if args.seconds < 1:
+        parser.error(f"--seconds {args.seconds}: give at least 1")
     name, kv_tokens = next(iter(CAPACITIES.items()))
     print(machine())
-    print(f"{args.seconds:g} simulated seconds a scene, median of {ROUNDS}; each engine with {name}")
+    print(f"{args.seconds:,d} simulated seconds a scene, median of {ROUNDS}; each engine with {name}")
     scenes: dict[tuple[int, int, int], list[tuple[float, int, float, int]]] = {scene: [] for scene in SCENES}
     for _ in range(ROUNDS):
         for (response, engines, agents), runs in scenes.items():

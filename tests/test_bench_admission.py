@@ -6,7 +6,7 @@ from bench import admission
 
 
 def test_a_cache_that_is_too_small_for_all_does_more_with_admission():
-    all_at_once, gated = (admission.simulate(292_968, limit, 240.0) for limit in (256, None))
+    all_at_once, gated = (admission.simulate(292_968, limit, 240) for limit in (256, None))
     assert gated.episodes_per_s > 1.5 * all_at_once.episodes_per_s
     assert gated.tokens_per_s > 1.2 * all_at_once.tokens_per_s
     assert gated.computed_again < 0.3 < all_at_once.computed_again
