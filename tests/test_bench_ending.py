@@ -1,5 +1,6 @@
 """A benchmark that is told to end takes away what it made, however it was started."""
 
+import signal
 import subprocess
 import sys
 
@@ -39,5 +40,12 @@ def test_sigterm_ends_it_as_ctrl_c_does(before):
         bench.kill()
         bench.communicate()
     assert said == "tidy\n"
-    assert "KeyboardInterrupt" in error
-    assert bench.returncode != 0
+    assert error == "told to end (Ctrl-C or SIGTERM) before its end\n"
+    assert bench.returncode == -signal.SIGINT
+
+
+def test_an_error_has_its_traceback_all_the_same():
+    bench = "from bench.ending import end_like_ctrl_c; end_like_ctrl_c(); 1 / 0"
+    ended = subprocess.run([sys.executable, "-c", bench], capture_output=True, text=True)
+    assert "Traceback" in ended.stderr
+    assert "ZeroDivisionError" in ended.stderr
