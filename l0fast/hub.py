@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import orjson
+
 from l0fast.errors import UsageError
 
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
@@ -17,14 +19,22 @@ def is_hub_name(path: str) -> bool:
 
 
 def cached_model(name: str) -> Path | None:
-    """Its folder, where it was downloaded before; asks nobody."""
+    """Its folder, where all of it was downloaded before; asks nobody."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=PATTERNS, local_files_only=True))
+        folder = Path(snapshot_download(name, allow_patterns=PATTERNS, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError):
         return None
+    return folder if _is_whole(folder) else None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Not left half-way, and not a tokenizer alone: the hub's cache keeps such folders, too."""
+    index = folder / "model.safetensors.index.json"
+    weights = set(orjson.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    return all((folder / name).exists() for name in ("config.json", *weights))
 
 
 def download_model(name: str) -> Path:

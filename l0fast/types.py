@@ -9,8 +9,13 @@ exchange, a *trajectory* the record of one run of the agent on one task, a *step
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal, get_args
 
 from l0fast.ids import Ids
+
+Check = Literal["exact_match", "numeric", "math", "regex", "unit_tests", "judge"]
+"""How an answer is judged: those rewards (tasks/scoring.py) that say right or wrong."""
+CHECKS: tuple[str, ...] = get_args(Check)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +36,7 @@ class Task:
     tests: tuple[str, ...] = ()
     """Python statements that must pass after the answer has run as code; of check = "unit_tests"."""
     check: str = "exact_match"
-    """How an answer is judged: "exact_match", "numeric", "math", "regex", "unit_tests" or "judge"."""
+    """One of CHECKS."""
 
 
 class TrajectoryStatus(StrEnum):

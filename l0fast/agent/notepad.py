@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from l0fast.errors import ToolError
+
 
 @dataclass(slots=True)
 class Notepad:
@@ -17,9 +19,12 @@ class Notepad:
 
     async def check_todo(self, number: int) -> None:
         """Mark item `number` (from 1) as done."""
-        index = int(number) - 1
+        try:
+            index = int(number) - 1
+        except ValueError as e:
+            raise ToolError(f"a to-do is checked by its number, not by {number!r}") from e
         if not 0 <= index < len(self.todos):
-            raise ValueError(f"there is no to-do {number}, the list has {len(self.todos)}")
+            raise ToolError(f"there is no to-do {number}, the list has {len(self.todos)}")
         self.todos[index] = (self.todos[index][0], True)
 
     async def add_facts(self, *facts: str) -> None:

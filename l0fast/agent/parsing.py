@@ -7,6 +7,7 @@ exactly one <think> of more than 10 characters and exactly one <code> of more th
 """
 
 from dataclasses import dataclass
+from textwrap import dedent
 
 _MIN_THINK_CHARS = 10
 _MIN_CODE_CHARS = 5
@@ -32,6 +33,9 @@ def parse_action(text: str) -> Action:
     """
     thinks, codes = _blocks(text, "<think>", "</think>"), _blocks(text, "<code>", "</code>")
     code = codes[0].strip("\n") if codes else ""
+    if code.startswith((" ", "\t")):
+        # as it stands, it would be an IndentationError
+        code = dedent(code).lstrip(" \t")
     if len(codes) > 1:
         complaint = f"No code was run: found {len(codes)} <code> blocks, write exactly one."
     elif codes and not code.strip():

@@ -7,7 +7,8 @@
                        OUT/work.sqlite holds all of it until then            OUT/card.md, card.json, left_out.jsonl
 
 The same command goes on where it was, after anything, to the same files. Judging is left out where no endpoint is named.
-Then `python -m l0fast.run RECIPE --task.kind questions --task.train OUT/train.parquet`.
+Then `python -m l0fast.run RECIPE --task.kind questions --task.train OUT/train.parquet`: its rows know how they are judged. Where
+questions come with files, `OUT/train.parquet?files=files`.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from l0fast.engine.base import TextEngine
 from l0fast.engine.openai import EndpointConfig, openai_engine
 from l0fast.errors import EngineError, UsageError
 from l0fast.tasks.sources import Problem, parse_source, read_tasks, source_name
+from l0fast.types import Task
 
 SPLITS = ("train", "validation", "test")
 
@@ -69,6 +71,9 @@ async def build(options: argparse.Namespace, say: Any = print) -> dict[str, Any]
         raise UsageError("validation and test shares leave nothing to train on: make them smaller")
     if bool(options.judge_endpoint) != bool(options.judge_model):
         raise UsageError("--judge-endpoint and --judge-model belong together: give both, or neither")
+    names = [source_name(parse_source(text)) for text in options.source]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"two sources are called {', '.join(twice)}: tell them apart with ?name=...")
     out: Path = options.out
     plan = orjson.dumps([options.source, options.against]).decode()
     with Store(out / "work.sqlite", plan) as store:
@@ -92,11 +97,19 @@ def _merge(store: Store, text: str, say: Any) -> None:
     if done:
         return
     rows = ((n, task) for n, task in read_tasks(config, "train") if n > line)
-    rows = islice(rows, config.limit - taken) if config.limit else rows
+    if config.limit:
+        rows = _until(rows, config.limit - taken)
     while batch := list(islice(rows, BATCH)):
         store.add(name, batch, done=False)
     store.add(name, [], done=True)
     say(f"read {name}")
+
+
+def _until(rows: Iterator[tuple[int, Task | Problem]], limit: int) -> Iterator[tuple[int, Task | Problem]]:
+    """As far as the row that is the last of so many questions."""
+    while limit > 0 and (found := next(rows, None)):
+        limit -= isinstance(found[1], Task)
+        yield found
 
 
 def _questions(texts: Sequence[str]) -> Iterator[str]:
@@ -180,6 +193,8 @@ def _record(row: Row) -> dict[str, Any]:
         "question": task.question,
         "answers": list(task.answers),
         "tests": list(task.tests),
+        "check": task.check,
+        "files": list(task.files.items()),
         "source": row.source,
         "kind": task.kind,
         "objectivity": row.objectivity,
@@ -202,6 +217,8 @@ def _parquet_writers(out: Path) -> Iterator[Any]:
             "question": pa.string(),
             "answers": texts,
             "tests": texts,
+            "check": pa.string(),
+            "files": pa.map_(pa.string(), pa.string()),
             "source": pa.string(),
             "kind": pa.string(),
             "objectivity": pa.int8(),

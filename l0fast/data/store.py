@@ -73,9 +73,12 @@ class Store:
     # --- reading ---
 
     def begun(self, source: str) -> tuple[int, int, bool]:
-        """The line up to which a source was read, the rows that were, and whether that is all of it."""
+        """The line up to which a source was read, the questions found by there, and whether that is all of it."""
         found = self._db.execute("SELECT line, rows, done FROM sources WHERE name = ?", (source,)).fetchone()
-        return (found[0], found[1], bool(found[2])) if found else (0, 0, False)
+        if not found:
+            return 0, 0, False
+        line, rows, done = found
+        return line, rows - self._count("problems", "source = ?", source), bool(done)
 
     def add(self, source: str, batch: Sequence[tuple[int, Task | Problem]], *, done: bool) -> None:
         """Rows of a source, with their lines; one commit."""

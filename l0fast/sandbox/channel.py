@@ -15,7 +15,9 @@ known before it comes, so it is compared rather than parsed.
 
 import asyncio
 import enum
+import json
 import math
+import re
 import socket
 import struct
 from collections.abc import Callable
@@ -30,6 +32,8 @@ MAX_FRAME = 128 * 1024
 """Longest JSON text taken from a session [bytes]."""
 
 _length = struct.Struct("<I")
+_LONG_NUMBER = re.compile(rb"\d{19}")
+"""Perhaps an integer beyond 64 bits."""
 
 
 class ProtocolError(SandboxError):
@@ -71,11 +75,19 @@ class FrameParser:
 
 def _decode(body: bytes) -> dict[str, Any]:
     try:
-        frame = orjson.loads(body)
-    except orjson.JSONDecodeError as e:
+        frame = _with_all_digits(body) if _LONG_NUMBER.search(body) else orjson.loads(body)
+    except (ValueError, RecursionError) as e:
         raise ProtocolError(f"the session sent a frame that is no JSON: {e}") from e
     if not isinstance(frame, dict):
         raise ProtocolError(f"the session sent a JSON {type(frame).__name__}, where a frame is an object")
+    return frame
+
+
+def _with_all_digits(body: bytes) -> Any:
+    """orjson makes floats of integers beyond 64 bits. All else is refused that it refuses. Raises ValueError, RecursionError."""
+    frame = json.loads(body.decode())
+    # no infinity, no half of a surrogate pair
+    json.dumps(frame, allow_nan=False, ensure_ascii=False).encode()
     return frame
 
 

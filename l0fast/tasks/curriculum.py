@@ -15,6 +15,7 @@ from l0fast.seeding import derive_seed
 from l0fast.tasks import load_variants, load_world
 from l0fast.tasks.invented import invented_world
 from l0fast.tasks.outcomes import outcome_shares, plain_outcome_shares
+from l0fast.tasks.rewards import normalize_answer
 from l0fast.tasks.sources import load_source, parse_source, stream
 from l0fast.tasks.world import World, world_of
 from l0fast.types import Task, Trajectory
@@ -114,12 +115,25 @@ class Questions:
                 )
         self._train = [load_source(parse_source(text), "train") for text in config.train]
         self._eval = [load_source(parse_source(text), "eval") for text in config.eval]
-        if twice := {s.name for s in self._train if [t.name for t in self._train].count(s.name) > 1}:
-            raise UsageError(f"two sources are called {', '.join(twice)}: tell them apart with ?name=...")
+        for sources in (self._train, self._eval):
+            names = [source.name for source in sources]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise UsageError(f"two sources are called {', '.join(twice)}: tell them apart with ?name=...")
         self.worlds: Sequence[World] = ()
         self.corpora: Mapping[str, Sequence[str]] = {}
         self.evaluation = NAMED_TOOLS
-        self.reports: Sequence[str] = tuple(source.report() for source in (*self._train, *self._eval))
+        self.reports: Sequence[str] = (*(source.report() for source in (*self._train, *self._eval)), *self._shared())
+
+    def _shared(self) -> Iterator[str]:
+        evaluated = [{normalize_answer(task.question) for task in source.tasks} for source in self._eval]
+        trained = set[str]().union(*evaluated)
+        trained &= {normalize_answer(task.question) for source in self._train for task in source.tasks}
+        for source, questions in zip(self._eval, evaluated, strict=True):
+            if shared := len(questions & trained):
+                yield (
+                    f"{source.name}: {shared:,} of {len(source.tasks):,} questions to evaluate on are trained on as well: where "
+                    "that is not meant, give the same ?heldout_share=0.05 to both"
+                )
 
     def questions(self, seed: int) -> Iterator[Task]:
         return stream(self._train, seed)

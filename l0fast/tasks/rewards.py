@@ -11,7 +11,8 @@ Here is what an answer alone decides; what needs a process, a session or a model
 the SQuAD rules (Rajpurkar et al., arXiv 1606.05250): case, punctuation, articles and spacing do not count. Where we differ
 from L0:
   * letters of every script count (L0 keeps [a-z0-9], which makes any two non-Latin answers equal); NFKC and casefold first;
-  * an answer that is nothing but articles and punctuation is compared as it stands, instead of equalling every other;
+  * an answer of nothing but articles ("A", a choice) or of nothing but punctuation is compared by them, instead of equalling
+    every other;
   * an empty answer does not earn "has answer";
   * L0 counts what a cell printed and its traceback as two outputs; we show a cell's output as one text, so that code_t of
     a cell that failed is 0.
@@ -42,13 +43,16 @@ def normalize_answer(text: str) -> str:
     if text.isascii():
         # the same, twenty times faster
         folded = text.lower()
-        tokens = folded.translate(_NO_PUNCTUATION).split()
-        return " ".join(token for token in tokens if token not in ARTICLES) or " ".join(folded.split())
+        return _without_articles(folded.translate(_NO_PUNCTUATION).split()) or " ".join(folded.split())
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     bare = "".join(c for c in folded if c not in punctuation and not unicodedata.category(c).startswith("P"))
     # what removing a mark has joined may compose anew
-    tokens = unicodedata.normalize("NFKC", bare).split()
-    return " ".join(token for token in tokens if token not in ARTICLES) or " ".join(folded.split())
+    return _without_articles(unicodedata.normalize("NFKC", bare).split()) or " ".join(folded.split())
+
+
+def _without_articles(tokens: list[str]) -> str:
+    """Unless there is nothing else."""
+    return " ".join(token for token in tokens if token not in ARTICLES) or " ".join(tokens)
 
 
 def exact_match(answer: str | None, answers: Iterable[str]) -> bool:
@@ -85,7 +89,8 @@ def numeric(answer: str | None, answers: Iterable[str], tolerance: float = 1e-6)
 
 
 _NUMBER = regex.compile(
-    r"[-+]?(?:\d{1,3}(?:[,\u202f\u00a0 ]\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d+)?(?:\s*/\s*(?<over>\d+(?:\.\d+)?))?"
+    r"(?<sign>[-+]?)[$€£¥]?(?<digits>(?:\d{1,3}(?:[,\u202f\u00a0 ]\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?<exponent>[eE][-+]?\d+)?"
+    r"(?:\s*/\s*(?<over>\d+(?:\.\d+)?))?"
 )
 
 
@@ -93,14 +98,13 @@ def last_number(text: str) -> float | None:
     """The last number that a text holds, None where it holds none."""
     found = None
     # the sign that typesetting has
-    for match in _NUMBER.finditer(text.replace("\u2212", "-")):
-        if match.group().strip():
-            found = match
+    for found in _NUMBER.finditer(text.replace("\u2212", "-")):  # noqa: B007
+        pass
     if found is None:
         return None
-    digits = regex.sub(r"[,\u202f\u00a0 ]", "", found.group().partition("/")[0])
+    digits = regex.sub(r"[,\u202f\u00a0 ]", "", found["digits"])
     over = float(found["over"]) if found["over"] else 1.0
-    return float(digits) / over if over else None
+    return float(found["sign"] + digits + (found["exponent"] or "")) / over if over else None
 
 
 def matches(answer: str | None, patterns: Iterable[str]) -> bool:

@@ -22,19 +22,19 @@ from typing import Any
 
 from l0fast.child_pool import ChildPool
 from l0fast.config import RewardConfig
-from l0fast.errors import UsageError, WorldError
+from l0fast.errors import SandboxError, UsageError, WorldError
 from l0fast.sandbox.base import Sandbox
 from l0fast.tasks.expressions import any_equal, start_child
 from l0fast.tasks.rewards import exact_match, f1, has_answer, matches, numeric, turn_rewards
-from l0fast.types import Task, Trajectory, TrajectoryStatus
+from l0fast.types import CHECKS, Task, Trajectory, TrajectoryStatus
 
 Judge = Callable[[Task, str], Awaitable[float]]
 """Whether a model calls this answer to this task correct, 0 or 1. Raises WorldError where no judgement was to be had."""
 CustomReward = Callable[[Trajectory], Any]
 
-CHECKS = ("exact_match", "numeric", "math", "regex", "unit_tests", "judge")
-"""What `Task.check` may be: those rewards that say right or wrong."""
 _RIGHT = 1 - 1e-9
+_LIVES = 3
+"""Sessions that an answer may lose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,19 +126,30 @@ class Scorer:
         """
         if not task.tests:
             return 0.0
+        for _ in range(_LIVES):
+            if (share := await self._share_passed(task, code)) is not None:
+                return share
+        # a session may be lost for many reasons, the same one time after time for one alone: it ends its own process
+        return 0.0
+
+    async def _share_passed(self, task: Task, code: str) -> float | None:
+        """None where the session was lost while the answer or its tests ran."""
         assert self.sandbox is not None, "a scorer of unit tests is opened with a sandbox"
         try:
             async with (
                 asyncio.timeout(2 * self.config.timeout_s),
                 self.sandbox.session({}, seed=0, files=task.files) as session,
             ):
-                ran = await session.execute(code, timeout_s=self.config.timeout_s)
-                if ran.error is not None:
-                    return 0.0
-                passed = 0
-                for test in task.tests:
-                    cell = await session.execute(test, timeout_s=self.config.timeout_s)
-                    passed += cell.error is None
+                try:
+                    ran = await session.execute(code, timeout_s=self.config.timeout_s)
+                    if ran.error is not None:
+                        return 0.0
+                    passed = 0
+                    for test in task.tests:
+                        cell = await session.execute(test, timeout_s=self.config.timeout_s)
+                        passed += cell.error is None
+                except SandboxError:
+                    return None
         except TimeoutError:
             # each cell ended in time, all of them did not
             return 0.0

@@ -29,7 +29,7 @@ from l0fast.config import Config
 from l0fast.errors import UsageError
 from l0fast.seeding import derive_seed
 from l0fast.tasks.catalog import DATASETS, Columns, DataSet
-from l0fast.types import Task
+from l0fast.types import CHECKS, Check, Task
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 SHOWN_PROBLEMS = 5
@@ -51,8 +51,8 @@ class SourceConfig(Config):
     """First so many questions alone; 0 for all [questions]."""
     heldout_share: float = Field(default=0.0, ge=0, lt=1)
     """Deal one file into a training and an evaluation part: the share that is evaluated on."""
-    check: Literal["", "exact_match", "numeric", "math", "regex", "unit_tests", "judge"] = ""
-    """How an answer is judged, where not as the map says or else by exact match."""
+    check: Literal["", Check] = ""
+    """How an answer is judged, where not as the row's own `check` or else the map says, or else by exact match."""
     question: str = ""
     answers: str = ""
     id: str = ""
@@ -109,8 +109,8 @@ def load_source(config: SourceConfig, split: str) -> Source:
     """Read a source. Blocks for as long as its rows take: a thread's work.
 
     Args:
-        split: "train" or "eval". With `config.heldout_share`, or a file without splits, rows are dealt by a hash of their
-            question: the same question is on the same side, whatever file it stands in.
+        split: "train" or "eval": a data set's own. A file has none, and is the same for both, unless `config.heldout_share`
+            deals its rows by a hash of their question: the same question is on the same side, whatever file it stands in.
 
     Raises:
         UsageError: no such file or data set, a format that isn't read here, or not one row that can be asked.
@@ -126,8 +126,7 @@ def load_source(config: SourceConfig, split: str) -> Source:
             problems.append(Problem(line, f"its id {task.id!r} is that of line {lines[task.id]}"))
         else:
             lines[task.id] = line
-            if not config.heldout_share or is_heldout(task.question, config.heldout_share) == (split == "eval"):
-                tasks.append(task)
+            tasks.append(task)
             if config.limit and len(tasks) == config.limit:
                 break
     source = Source(name=name, tasks=tuple(tasks), problems=tuple(problems), weight=config.weight)
@@ -144,17 +143,24 @@ def source_name(config: SourceConfig) -> str:
 
 
 def read_tasks(config: SourceConfig, split: str) -> Iterator[tuple[int, "Task | Problem"]]:
-    """Row by row, with its line number; nothing is kept. Raises UsageError as `load_source` does."""
+    """Row by row, with its line number, those of the other side left out; nothing is kept.
+
+    Raises:
+        UsageError: as `load_source` does, but for a source without a row that can be asked.
+    """
     data_set = _data_set(config)
     columns, name = _columns(config, data_set), source_name(config)
     find, rows = _rows(config, data_set, split)
-    check = config.check or (data_set.check if data_set else "exact_match")
+    check, usual = config.check, data_set.check if data_set else "exact_match"
     find = _beside(Path(config.files_folder)) if config.files_folder else find
     for line, row in rows:
         try:
-            yield line, _task(row, columns, name=name, line=line, check=check, find=find)
+            task = _task(row, columns, name=name, line=line, check=check or _own_check(row) or usual, find=find)
         except _Misfit as e:
             yield line, Problem(line, str(e))
+            continue
+        if not config.heldout_share or is_heldout(task.question, config.heldout_share) == (split == "eval"):
+            yield line, task
 
 
 def is_heldout(question: str, share: float) -> bool:
@@ -337,6 +343,12 @@ def _task(row: Any, columns: Columns, *, name: str, line: int, check: str, find:
     )
 
 
+def _own_check(row: Any) -> str:
+    """As l0fast.data writes it. A column of that name that says something else is somebody else's."""
+    check = row.get("check") if isinstance(row, Mapping) else None
+    return check if check in CHECKS else ""
+
+
 def _has(row: Mapping[str, Any]) -> str:
     return f", of the columns {', '.join(map(repr, row))}"
 
@@ -357,19 +369,27 @@ def _column(row: Mapping[str, Any], names: str) -> Any:
 
 def _texts(value: Any) -> list[str]:
     if isinstance(value, str):
-        if value.lstrip().startswith("["):
-            try:
-                return _texts(orjson.loads(value))
-            except ValueError:
-                return [value]
-        return [value]
+        return [value] if (listed := _listed(value)) is None else listed
     if isinstance(value, bool) or value is None:
         return [] if value is None else [str(value)]
     if isinstance(value, int | float):
         return [repr(value)]
     if isinstance(value, Sequence):
-        return [text for item in value for text in ([str(item)] if isinstance(item, int | float) else _texts(item))]
+        return [
+            text for item in value for text in ([str(item)] if isinstance(item, str | int | float) else _texts(item))
+        ]
     raise _Misfit(f"an answer is a text, a number or a list of them, not {type(value).__name__}")
+
+
+def _listed(text: str) -> list[str] | None:
+    """A text that is a JSON list of texts. One of numbers is an interval, a point or a pattern."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        items = orjson.loads(text)
+    except ValueError:
+        return None
+    return items if all(isinstance(item, str) for item in items) else None
 
 
 def _answers(value: Any, check: str) -> tuple[str, ...]:
@@ -383,7 +403,13 @@ def _answers(value: Any, check: str) -> tuple[str, ...]:
 def _files(value: Any, find: Find) -> dict[str, str]:
     if value is None:
         return {}
-    named = value if isinstance(value, Mapping) else {Path(path).name: path for path in _texts(value)}
+    if isinstance(value, Mapping):
+        named = value
+    elif isinstance(value, Sequence) and all(isinstance(item, tuple) for item in value):
+        # a mapping, as parquet has it
+        named = dict(value)
+    else:
+        named = {Path(path).name: path for path in _texts(value)}
     files: dict[str, str] = {}
     for name, given in named.items():
         if given:

@@ -136,6 +136,21 @@ def test_a_tools_error_reaches_the_agent_as_an_exception(chat: Chat):
     assert trajectory.answer == "ToolError"
 
 
+@pytest.mark.parametrize("number", ["1", "0", "'x'", "None", "1e999"])
+def test_a_to_do_that_is_not_there_is_the_agents_error_and_no_more(chat: Chat, number: str):
+    trajectory, _ = play(
+        chat,
+        say("try:\n    notepad.check_todo(" + number + ")\nexcept Exception as e:\n    name = type(e).__name__"),
+        say("submit_final_answer(name)"),
+    )
+    assert trajectory.answer == ("TypeError" if number in ("None", "1e999") else "ToolError")
+
+
+def test_a_long_integer_is_submitted_to_its_last_digit(chat: Chat):
+    trajectory, _ = play(chat, say("submit_final_answer(3**500)"))
+    assert trajectory.answer == str(3**500)
+
+
 def test_only_the_first_answer_counts(chat: Chat):
     trajectory, _ = play(chat, say('submit_final_answer("first")\nsubmit_final_answer("second")'))
     assert trajectory.answer == "first"

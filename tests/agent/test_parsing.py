@@ -32,6 +32,20 @@ def test_words_around_the_blocks_do_not_matter_to_what_runs():
     assert action.well_formed
 
 
+@pytest.mark.parametrize(
+    ("code", "run"),
+    [
+        (" print(1) ", "print(1)"),
+        (" x = 1\n if x:\n     x\n", "x = 1\nif x:\n    x"),
+        (" import math\nmath.pi", "import math\nmath.pi"),
+        ("if x:\n    y", "if x:\n    y"),
+    ],
+)
+def test_spaces_before_the_code_are_no_indentation(code: str, run: str):
+    compile(run, "", "exec")
+    assert parse_action(f"<code>{code}</code>").code.rstrip() == run
+
+
 @pytest.mark.parametrize(("text", "complaint"), [
     ("Oslo", "write one <code>"),
     ("<code>search('Oslo')", "not closed"),

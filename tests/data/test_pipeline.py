@@ -21,6 +21,7 @@ from l0fast.data.__main__ import SPLITS, build, main, parser
 from l0fast.data.contamination import NGRAM, Contamination, question_key
 from l0fast.data.quality import read_quality
 from l0fast.errors import EngineError
+from l0fast.tasks.sources import load_source, parse_source
 
 ROWS = 100_000
 DUPLICATE, BROKEN, CONTAMINATED = 11, 997, 503
@@ -246,6 +247,56 @@ def test_the_work_of_another_command_is_not_continued(tmp_path, capsys):
     assert main(["--source", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "bad")]) == 2
     assert main(["--source", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "new")]) == 2
     assert "there is no file" in capsys.readouterr().err
+
+
+def written(path: Path, rows: list[dict]) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_row_keeps_how_it_is_judged_and_its_files(tmp_path):
+    (tmp_path / "table.csv").write_text("1")
+    plain = written(tmp_path / "plain.jsonl", [{"question": "one?", "answer": "x"}])
+    proof = written(tmp_path / "proof.jsonl", [{"question": "two?", "answer": "3/4", "has": {"t.csv": "table.csv"}}])
+    tested = written(tmp_path / "tested.jsonl", [{"question": "three?", "tests": ["assert f()"]}])
+    out = tmp_path / "out"
+    sources = [plain, f"{proof}?check=math&files=has", f"{tested}?check=unit_tests"]
+    options = [word for source in sources for word in ("--source", source)]
+    assert main([*options, "--validation-share", "0", "--test-share", "0", "--out", str(out)]) == 0
+    tasks = load_source(parse_source(f"{out / 'train.parquet'}?files=files"), "train").tasks
+    assert [(task.check, dict(task.files)) for task in tasks] == [
+        ("exact_match", {}),
+        ("math", {"t.csv": str(tmp_path / "table.csv")}),
+        ("unit_tests", {}),
+    ]
+
+
+def test_what_is_held_out_of_a_source_is_not_in_it(tmp_path):
+    data = written(tmp_path / "mine.jsonl", [{"question": f"question {i}?", "answer": "x"} for i in range(300)])
+    dealt, out = f"{data}?heldout_share=0.2", tmp_path / "out"
+    assert main(["--source", dealt, "--against", dealt, "--out", str(out)]) == 0
+    card = json.loads((out / "card.json").read_text())
+    assert (card["total"]["contaminated"], card["total"]["duplicate"]) == (0, 0)
+    heldout = {task.question for task in load_source(parse_source(dealt), "eval").tasks}
+    assert len(heldout) > 30
+    assert {row["question"] for row in rows_of(out)} == {f"question {i}?" for i in range(300)} - heldout
+
+
+def test_two_sources_of_one_name_are_refused_and_told_apart_by_another(tmp_path, capsys):
+    a = written(tmp_path / "a" / "train.jsonl", [{"question": "a?", "answer": "x"}])
+    b = written(tmp_path / "b" / "train.jsonl", [{"question": "b?", "answer": "x"}])
+    assert main(["--source", a, "--source", b, "--out", str(tmp_path / "out")]) == 2
+    assert "two sources are called train" in capsys.readouterr().err
+    assert main(["--source", a, "--source", f"{b}?name=other", "--out", str(tmp_path / "out")]) == 0
+    assert {row["question"] for row in rows_of(tmp_path / "out")} == {"a?", "b?"}
+
+
+def test_a_limit_counts_questions_whatever_stands_between_them(tmp_path):
+    rows = [{"question": f"{i}?", "answer": "x"} if i % 2 else {"answer": "x"} for i in range(100)]
+    data, out = written(tmp_path / "a.jsonl", rows), tmp_path / "out"
+    assert main(["--source", f"{data}?limit=20", "--out", str(out)]) == 0
+    assert {row["question"] for row in rows_of(out)} == {f"{i}?" for i in range(1, 40, 2)}
 
 
 LONG = "who was the first person to walk on the far side of the moon"

@@ -90,9 +90,15 @@ def test_a_megabyte_of_garbage_ends_in_the_protocols_own_error():
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b"1", b"null", b'"x"', b"{", b'{"a":NaN}', b"\xff\xff", b'{"a":"\\ud800"}', b"[" * 100_000]
 )
-def test_a_frame_that_is_no_json_object_is_refused(body):
+@pytest.mark.parametrize("number", [b"", b"12345678901234567890123,"], ids=["", "beside a long number"])
+def test_a_frame_that_is_no_json_object_is_refused(body, number):
     with pytest.raises(ProtocolError):
-        FrameParser().feed(frame(body))
+        FrameParser().feed(frame(body.replace(b":", b":[" + number).replace(b"}", b"]}")))
+
+
+@given(st.integers() | st.integers(-(2**70), 2**70) | st.integers(min_value=10**200))
+def test_no_digit_of_an_integer_is_lost(number):
+    assert FrameParser().feed(frame(b'{"a":[%d,1.5]}' % number)) == [{"a": [number, 1.5]}]
 
 
 def test_a_frame_is_refused_by_its_length_alone_before_its_bytes_arrive():

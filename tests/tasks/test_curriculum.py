@@ -41,7 +41,16 @@ def test_questions_from_files_have_the_recipes_tools(files):
     assert asked.scope(task) == asked.evaluation == NAMED_TOOLS
     assert NAMED_TOOLS not in asked.corpora
     assert (asked.worlds, asked.transfer(3)) == ((), {})
-    assert asked.reports == ("a: 6 questions", "b: 2 questions", "b: 2 questions")
+    assert asked.reports[:3] == ("a: 6 questions", "b: 2 questions", "b: 2 questions")
+    [shared] = asked.reports[3:]
+    assert "b: 2 of 2 questions to evaluate on are trained on as well" in shared
+
+
+def test_a_file_dealt_in_two_is_not_called_shared(tmp_path):
+    rows = [{"question": f"{i}?", "answer": str(i)} for i in range(50)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dealt = [f"{tmp_path / 'a.jsonl'}?heldout_share=0.3"]
+    assert len(curriculum(kind="questions", train=dealt, eval=dealt).reports) == 2
 
 
 def test_held_out_questions_are_of_each_source_alike_many_and_always_the_same(files):
@@ -70,3 +79,5 @@ def test_missing_and_twice_named_sources_are_refused(files, tmp_path):
         curriculum(kind="questions", train=files)
     with pytest.raises(UsageError, match="two sources are called a"):
         curriculum(kind="questions", train=(files[0], files[0]), eval=files)
+    with pytest.raises(UsageError, match="two sources are called b"):
+        curriculum(kind="questions", train=files, eval=(files[1], files[1]))

@@ -60,13 +60,26 @@ def judged(say, answers, **settings):
         ("<think>INCORRECT? no</think>grade: correct", "correct"),
         ("GRADE: NOT ATTEMPTED", "not_attempted"),
         ("**GRADE: NOT_ATTEMPTED**", "not_attempted"),
+        ("**Grade:** CORRECT", "correct"),
+        ("The answer says Lyon.\nGRADE: INCORRECT\n\n(The correct answer is Paris.)", "incorrect"),
+        ("GRADE: INCORRECT (correct answer: Paris)", "incorrect"),
+        ("GRADE: CORRECT? No, wait.\nGRADE: INCORRECT", "incorrect"),
     ],
 )
 def test_the_last_grade_named_counts(text, grade):
     assert read_grade(text) == grade
 
 
-@pytest.mark.parametrize("text", ["", "CORRECTLY done", "<think>CORRECT</think>"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "GRADE: CORRECTLY done",
+        "<think>GRADE: CORRECT</think>",
+        "That is not correct.",
+        "<think>GRADE: CORRECT would be too kind, and",
+    ],
+)
 def test_words_without_a_grade_are_none(text):
     with pytest.raises(ToolError, match="without a grade"):
         read_grade(text)

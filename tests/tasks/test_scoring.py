@@ -92,6 +92,9 @@ def test_unit_tests_score_their_share_in_a_session_of_their_own():
         episode(code, check="unit_tests", tests=tests[:3], turns=1),
         episode(code, check="unit_tests", tests=tests[1:], turns=1),
         episode("def double(:", check="unit_tests", tests=tests[:2], turns=1),
+        # who ends the session is wrong, and the judge is not to blame
+        episode("import os; os._exit(0)", check="unit_tests", tests=tests[:2], turns=1),
+        episode(f"{code}\nimport atexit", check="unit_tests", tests=("import os; os._exit(0)",), turns=1),
     ]
 
     async def main():
@@ -102,8 +105,8 @@ def test_unit_tests_score_their_share_in_a_session_of_their_own():
             return [await scorer.score(t) for t in trajectories]
 
     scores = asyncio.run(main())
-    assert [s.answer["unit_tests"] for s in scores] == pytest.approx([1, 2 / 3, 1 / 3, 0])
-    assert [s.correct for s in scores] == [True, False, False, False]
+    assert [s.answer["unit_tests"] for s in scores] == pytest.approx([1, 2 / 3, 1 / 3, 0, 0, 0])
+    assert [s.correct for s in scores] == [True, False, False, False, False, False]
 
 
 def test_a_judge_is_asked_once_and_one_that_fails_is_no_zero():

@@ -13,7 +13,7 @@ from pyarrow import parquet
 from l0fast.errors import UsageError
 from l0fast.tasks.catalog import DATASETS
 from l0fast.tasks.sources import Source, is_heldout, load_source, parse_source, stream
-from l0fast.types import Task
+from l0fast.types import CHECKS, Task
 
 
 def write(path, rows) -> str:
@@ -40,6 +40,9 @@ def test_a_jsonl_row_becomes_a_task_by_its_columns(tmp_path):
         ("Oslo", ("Oslo",)),
         ('["a", "b"]', ("a", "b")),
         ("[sic", ("[sic",)),
+        ("[-2, 7]", ("[-2, 7]",)),
+        ("[12]", ("[12]",)),
+        (["[0, 1)", "[2, 3]", '["x"]'], ("[0, 1)", "[2, 3]", '["x"]')),
         (3, ("3",)),
         (2.5, ("2.5",)),
         (True, ("True",)),
@@ -137,9 +140,15 @@ def test_tasks_with_unit_tests_need_no_answer_but_tests(tmp_path):
     assert source.problems[0].reason.startswith("no tests")
 
 
-def test_every_ready_map_names_its_data_set_and_a_check_there_is():
-    from l0fast.tasks.scoring import CHECKS
+def test_a_row_may_say_how_it_is_judged(tmp_path):
+    rows = [{"question": f"q {i}", "answer": "1", "check": check} for i, check in enumerate(("math", "by eye", None))]
+    data = write(tmp_path / "x.jsonl", rows)
+    assert [task.check for task in load(data).tasks] == ["math", "exact_match", "exact_match"]
+    assert [task.check for task in load(f"{data}?map=gsm8k").tasks] == ["math", "numeric", "numeric"]
+    assert {task.check for task in load(f"{data}?check=regex").tasks} == {"regex"}
 
+
+def test_every_ready_map_names_its_data_set_and_a_check_there_is():
     for data_set in DATASETS.values():
         assert data_set.hub.count("/") == 1
         assert set(data_set.splits) <= {"train", "eval"}
@@ -150,6 +159,8 @@ def test_one_file_is_dealt_into_parts_that_share_no_question(tmp_path):
     data = write(tmp_path / "x.jsonl", [{"question": f"q {i}", "answer": "a"} for i in range(2000)])
     train, heldout = (load(f"{data}?heldout_share=0.1", split).tasks for split in ("train", "eval"))
     assert len(train) + len(heldout) == 2000
+    assert not {task.question for task in train} & {task.question for task in heldout}
+    assert len(load(f"{data}?heldout_share=0.1&limit=20", "eval").tasks) == 20
     assert 150 < len(heldout) < 250
     assert is_heldout("Q  1", 0.5) == is_heldout("q 1", 0.5)
 
