@@ -73,6 +73,8 @@ def export(checkpoint: Path, out: Path, *, dtype: str = "float32", model: Path |
     _check_names(weights, {name: tuple(p.shape) for name, p in shell.named_parameters()}, checkpoint, model)
     partial = out.with_name(f".{out.name}.partial")
     try:
+        # of one that was killed
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             shell.save_pretrained(partial, state_dict=weights)
@@ -97,10 +99,14 @@ def trained_weights(checkpoint: Path, model: Path, config: Mapping[str, Any]) ->
     if not learner.lora_rank:
         return saved
     from safetensors.torch import load_file
+    from transformers import AutoConfig
 
     from l0fast.learner import lora
 
     weights = {name: tensor for file in sorted(model.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    if AutoConfig.from_pretrained(model, local_files_only=True).tie_word_embeddings:
+        # some files have it twice
+        weights.pop("lm_head.weight", None)
     for name in [name for name in weights if name.endswith(".weight")]:
         a, b = lora.adapters_of(f"{name.removesuffix('.weight')}.base_layer.weight") or ("", "")
         if a in saved:

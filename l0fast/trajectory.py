@@ -22,7 +22,7 @@ from l0fast.run_dir import SavedTrajectory, read_trajectories, step_name
 
 
 def trajectory_file(run_dir: Path, *, step: int | None = None, evaluation: str | None = None) -> Path:
-    """The file of a step, of an evaluation ("before", "after"), or the last evaluation's, else the last step's."""
+    """The file of a step, of an evaluation ("before", "after"), or the newest: of a run that ended, "after"."""
     folder = run_dir / "trajectories"
     if step is not None:
         path = folder / f"{step_name(step)}.jsonl"

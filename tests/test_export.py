@@ -1,11 +1,12 @@
 """Export: what a checkpoint holds is what transformers loads, in the dtype asked for, LoRA merged; bad input is a sentence."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from l0fast.config import LearnerConfig, RunConfig
@@ -86,6 +87,26 @@ def test_lora_is_merged(policy_folder: Path, tmp_path: Path):
         assert torch.equal(parameter, merged[name])
     before = load_file(policy_folder / "model.safetensors")
     assert any(not torch.equal(before[name].float(), merged[name]) for name in merged)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_file_that_has_tied_weights_twice_is_no_other_model(policy_folder: Path, tmp_path: Path, lora_rank: int):
+    pytest.importorskip("peft")
+    twice = shutil.copytree(policy_folder, tmp_path / "twice")
+    weights = load_file(twice / "model.safetensors")
+    assert "lm_head.weight" not in weights, "it is a tied model"
+    head = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file(weights | head, twice / "model.safetensors", metadata={"format": "pt"})
+    policy = saved(tmp_path / "run", twice, lora_rank=lora_rank)
+    export(find_checkpoint(tmp_path / "run"), tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == dict(policy.weights()).keys()
+
+
+def test_an_export_that_was_killed_is_no_hindrance(run, tmp_path: Path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"half")
+    export(find_checkpoint(run[0]), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # --- what can't be used -----------------------------------------------------------------------------------------------

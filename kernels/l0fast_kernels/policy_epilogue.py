@@ -103,8 +103,9 @@ def policy_epilogue_kernel(
             clipped = worst > plain
             bounded = (A < 0) & (worst > -dual_clip * A)
             loss = tl.where(bounded, -dual_clip * A, worst)
-            # where the log-ratio was cut, this is clipped, bounded, or exp(-20)
-            dlp = tl.where((clipped == 0) & (bounded == 0), plain, 0.0)
+            # a log-ratio that was cut has no slope
+            cut = tl.abs(lp - old) > max_log_ratio
+            dlp = tl.where((clipped == 0) & (bounded == 0) & (cut == 0), plain, 0.0)
         else:
             loss = -A * in_ratio * lp
             dlp = -A * in_ratio

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from l0fast.errors import ToolError
 
+MAX_CHARS = 8000
+"""What may be noted in all; every trim of the context shows it again [characters]."""
+
 
 @dataclass(slots=True)
 class Notepad:
@@ -14,6 +17,7 @@ class Notepad:
 
     async def add_todo(self, item: str) -> str:
         """Add an item to the to-do list; returns its number."""
+        self._check_room(str(item))
         self.todos.append((str(item), False))
         return str(len(self.todos))
 
@@ -29,11 +33,22 @@ class Notepad:
 
     async def add_facts(self, *facts: str) -> None:
         """Keep facts that matter for the answer."""
+        self._check_room(*map(str, facts))
         self.facts.extend(map(str, facts))
 
     async def write_draft(self, text: str) -> None:
         """Replace the draft of the answer."""
+        self._check_room(str(text), instead_of=self.draft)
         self.draft = str(text)
+
+    def _check_room(self, *texts: str, instead_of: str = "") -> None:
+        used = sum(len(what) for what, _ in self.todos) + sum(map(len, self.facts)) + len(self.draft) - len(instead_of)
+        # numbers and marks count, too: a thousand empty facts are not nothing
+        entries = len(self.todos) + len(self.facts) + len(texts)
+        if used + sum(map(len, texts)) + 4 * entries > MAX_CHARS:
+            raise ToolError(
+                f"the notepad is full: it holds {MAX_CHARS:,} characters in all, so note what matters alone"
+            )
 
     def render(self) -> str:
         """What is shown in the context; empty for an empty notepad."""

@@ -96,7 +96,7 @@ class Checkpoints:
             self._thread.shutdown()
 
     def load(self, path: Path) -> int:
-        """Set model, optimizer, schedule and random states as they were; returns the policy version.
+        """Set model, optimizer, schedule and random states as they were; returns the policy version. A batch begun is forgotten.
 
         Raises:
             UsageError: no checkpoint, or one of another model.
@@ -122,6 +122,9 @@ class Checkpoints:
                 dcp.load({name: t for name, t in state.items() if name in saved}, storage_reader=reader)
         except (OSError, ValueError, RuntimeError, CheckpointException) as e:
             raise UsageError(f"{path} can't be loaded as a checkpoint ({e}); take another") from e
+        policy.discard()
+        if self._critic is not None:
+            self._critic.discard()
         policy.step_index = about["step_index"]
         _set_random_states(state, policy.place.rank)
         return about["policy_version"]

@@ -152,6 +152,11 @@ class CriticModel:
         self._held, self._sums = [], dict.fromkeys(_SUMS, 0.0)
         return {**_metrics(**sums), "critic_grad_norm": max(norms)}
 
+    def discard(self) -> None:
+        """Forget what was accumulated."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._held, self._sums = [], dict.fromkeys(_SUMS, 0.0)
+
     def _forward(self, pack: Pack) -> Tensor:
         """[R] values, with a gradient where one is wanted."""
         root = self._policy.root if self._copy is None else self._copy

@@ -193,6 +193,11 @@ class PolicyModel:
             "skipped": "; ".join(skipped) or None,
         }
 
+    def discard(self) -> None:
+        """Forget what was accumulated."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._held, self._tally = [], Tally()
+
     def _forward_backward(self, pack: Pack, old_logprobs: Tensor | None) -> None:
         with self._tally.clock("reference_s"):
             ref_logprobs = self.reference_logprobs(pack)
@@ -331,7 +336,8 @@ class PolicyModel:
                 continue
             self.progress.say(f"weights out, {name}", limit_s)
             if (adapters := lora.adapters_of(name)) is None:
-                yield name, whole(parameter, dtype)
+                # a bias lies beside the layer's additions, too
+                yield lora.base_name(name), whole(parameter, dtype)
             else:
                 a, b = (whole(parameters[adapter]) for adapter in adapters)
                 sum_ = lora.merged(whole(parameter), a, b, self.config)

@@ -136,13 +136,14 @@ def test_logits_far_apart_and_tokens_that_are_impossible_stay_finite():
     torch.testing.assert_close(ours["logprobs"].double(), theirs["logprobs"], rtol=1e-5, atol=2e-3)
 
 
-@pytest.mark.parametrize("distance", [-300.0, -15.0, 15.0, 300.0])
+@pytest.mark.parametrize("distance", [-300.0, -21.0, -15.0, 15.0, 300.0])
 @pytest.mark.parametrize("objective", ["ppo", "cispo"])
-def test_log_probs_far_apart_give_what_torch_gives(distance, objective):
+@pytest.mark.parametrize("dual_clip", [3.0, 1e9])
+def test_log_probs_far_apart_give_what_torch_gives(distance, objective, dual_clip):
     logits, targets, per_token = problem(6, 100)
     for name in ("old_logprobs", "ref_logprobs", "sampler_logprobs"):
         per_token[name] = per_token[name] + distance
-    settings = SETTINGS | {"objective": objective}
+    settings = SETTINGS | {"objective": objective, "dual_clip": dual_clip}
     theirs = truth(logits, targets, per_token, settings)
     ours = run(logits, targets, per_token, settings)
     assert ours["dlogits"].isfinite().all()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from l0fast.config import LearnerConfig
 from l0fast.errors import UsageError
@@ -56,6 +56,34 @@ def test_what_is_exported_computes_what_is_trained_and_the_reference_stays(new, 
     policy.save(tmp_path / "exported")
     exported = new(tmp_path / "exported", LearnerConfig())
     torch.testing.assert_close(dict(policy.weights()), dict(exported.weights()), rtol=0, atol=0)
+    torch.testing.assert_close(policy.logprobs(pack), exported.logprobs(pack), rtol=0, atol=1e-6)
+
+
+def test_biases_have_the_names_of_the_model_folder(new, tmp_path, pack):
+    config = Qwen2Config(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config)
+    model.save_pretrained(tmp_path / "qwen2")
+    names = [name for name, _ in model.named_parameters()]
+    assert any(name.endswith("q_proj.bias") for name in names)
+    policy = new(tmp_path / "qwen2")
+    policy.step([pack])
+    assert [name for name, _ in policy.weights()] == names
+    shapes = [[(name, tuple(t.shape)) for name, t in bucket] for bucket in policy.buckets(4096, torch.bfloat16)]
+    assert shapes == policy.bucket_shapes(4096, torch.bfloat16)
+    published = {name: torch.empty_like(tensor) for name, tensor in policy.weights()}
+    policy.publish(published)
+    torch.testing.assert_close(published, dict(policy.weights()), rtol=0, atol=0)
+    policy.save(tmp_path / "exported")
+    exported = new(tmp_path / "exported", LearnerConfig())
     torch.testing.assert_close(policy.logprobs(pack), exported.logprobs(pack), rtol=0, atol=1e-6)
 
 
