@@ -139,6 +139,8 @@ class Meters:
             ExceptionGroup: a WorldError of the watchdog.
         """
         config = self._config.watchdog
+        # the rooms are open, however long that took
+        self.shares.alive()
         self._watchdog = Watchdog(
             self.shares.quiet,
             {"engine": load, **probes},

@@ -92,11 +92,11 @@ def descendants(root: int, proc: Path = Path("/proc")) -> list[int]:
         if not entry.name.isdigit():
             continue
         try:
-            stat = (entry / "stat").read_text()
+            stat = (entry / "stat").read_bytes()
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        # pid (name) state ppid ...; the name may hold spaces and brackets
-        parent = int(stat.rpartition(")")[2].split()[1])
+        # pid (name) state ppid ...; the name may hold spaces and brackets, and half a character
+        parent = int(stat.rpartition(b")")[2].split()[1])
         children.setdefault(parent, []).append(int(entry.name))
     found: list[int] = []
     pending = [root]

@@ -43,6 +43,8 @@ START_TIMEOUT_S = 600.0
 POLL_S = 0.25
 """Between two questions whether it is there [s]."""
 PLAIN_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""All that is kept of a model's own generation_config.json."""
 
 # no look at what newer versions there are, or which models
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -141,18 +143,24 @@ def _command(server: str, name: str, host: str, port: int) -> tuple[str, list[st
 
 def _lay_out(folder: Path, to: Path) -> None:
     """`folder` again, by links, but for what makes the model say less, or other things, than it was trained to."""
-    changed = {"generation_config.json": PLAIN_SAMPLING}
+    # a maker's penalties and limits would be in force as well
+    generation = {
+        name: value for name, value in _read(folder / "generation_config.json").items() if name in SPECIAL_IDS
+    }
+    changed = {"generation_config.json": generation | PLAIN_SAMPLING}
     special = [
         token["content"] for token in _read(folder / "tokenizer.json").get("added_tokens", []) if token["special"]
     ]
     if special:
-        changed["tokenizer_config.json"] = {"response_template": _as_written(special)}
+        changed["tokenizer_config.json"] = _read(folder / "tokenizer_config.json") | {
+            "response_template": _as_written(special)
+        }
     to.mkdir()
     for file in folder.iterdir():
         if file.name not in changed:
             (to / file.name).symlink_to(file.absolute())
     for name, settings in changed.items():
-        (to / name).write_text(json.dumps(_read(folder / name) | settings))
+        (to / name).write_text(json.dumps(settings))
 
 
 def _as_written(special: list[str]) -> dict[str, Any]:

@@ -136,6 +136,10 @@ class StepShares:
         self._due: int | None = None
         self._work: tuple[float, ...] = (0, 0, 0, 0)
 
+    def alive(self) -> None:
+        """Something finished that has no block."""
+        self.finished_at = self._now()
+
     # --- observer ----------------------------------------------------------------------------------------------------
 
     def episode(self, name: str) -> EpisodeObserver:

@@ -235,8 +235,10 @@ class Training:
             results=self.results,
         )
         if self.checkpoint:
-            await rooms.learner.load_checkpoint(self.checkpoint)
-            await rooms.engine.update_weights(self.step)
+            with self.meters.observer.span("checkpoint"):
+                await rooms.learner.load_checkpoint(self.checkpoint)
+            with self.meters.observer.span("sync"):
+                await rooms.engine.update_weights(self.step)
         else:
             await heldout.all("before")
         questions = rooms.curriculum.questions(config.seed)

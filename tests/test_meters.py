@@ -13,7 +13,7 @@ from l0fast.config import RunConfig
 from l0fast.engine.base import EngineLoad
 from l0fast.errors import EngineError, WorldError
 from l0fast.meters import Meters
-from l0fast.step_shares import CAUSES
+from l0fast.step_shares import CAUSES, StepShares
 
 
 @dataclass
@@ -143,6 +143,21 @@ def test_a_run_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "the learner has not finished a step for 0 s (its state: rank 0: layer 3)" in str(_only(found))
     assert any("running=3" in line for line in said), "the engine's state is written down, too"
     assert timers[-1] == "cancel_dump_traceback_later", "this process is to go on"
+
+
+def test_what_the_rooms_take_to_start_is_not_held_against_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    now = [0]
+    monkeypatch.setattr("l0fast.meters.StepShares", lambda: StepShares(lambda: now[0]))
+
+    async def main() -> None:
+        measured = meters(tmp_path, [], watchdog={"quiet_s": 600})
+        async with measured.running():
+            now[0] = 3_600 * 10**9
+            async with measured.watching(Engine().load, {}):
+                # it looks at once
+                await asyncio.sleep(0.05)
+
+    asyncio.run(main())
 
 
 def _only(group: BaseExceptionGroup) -> BaseException:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ from l0fast.engine.base import SampledText, Sampling
 from l0fast.engine.openai import EndpointConfig, openai_engine
 from l0fast.errors import EngineError
 from l0fast.policies import MODELS
-from l0fast.serve import _answers, main
+from l0fast.serve import PLAIN_SAMPLING, _answers, _lay_out, main
 from l0fast.types import TrajectoryStatus
 from tests.command import children_of, wait_until_gone
 
@@ -175,6 +176,17 @@ def test_what_can_be_set_right_is_one_sentence(words: list[str], part: str, caps
     error = capsys.readouterr().err
     assert part in error
     assert error.count("\n") == 1
+
+
+def test_of_a_makers_way_of_sampling_nothing_is_left(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("")
+    theirs = {"eos_token_id": [1, 2], "repetition_penalty": 1.05, "min_p": 0.1, "temperature": 0.7, "max_length": 20}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(theirs))
+    _lay_out(tmp_path / "model", tmp_path / "served")
+    served = json.loads((tmp_path / "served" / "generation_config.json").read_text())
+    assert served == {"eos_token_id": [1, 2], **PLAIN_SAMPLING}
+    assert (tmp_path / "served" / "weights").resolve() == tmp_path / "model" / "weights"
 
 
 def test_a_broken_settings_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -5,11 +5,12 @@
 
 Nothing here decides; rollout/admission.py does. A `Gate` is the line of those who wait, in calls: who comes, finishes,
 gives up or is forgotten looks whom that lets in, and a timer looks while somebody waits. A `GatedEngine` has it before an
-engine. Waiting has a deadline of its own there, during which the episode's stand still (l0fast/deadlines.py), and
-cancelling takes it out of the line. What the engine says of itself is asked for by whoever finishes, at most once in `_LOOK_S`.
+engine. Whoever waits there fails when the line stands still, however long it is while it moves; meanwhile the episode's own
+deadlines stand still (l0fast/deadlines.py), and cancelling takes it out of the line. What the engine says of itself is asked for by whoever finishes, at most once in `_LOOK_S`.
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -44,6 +45,8 @@ class Gate:
 
     def __init__(self, admission: Admits, clock: Timers):
         self.admission = admission
+        self.moved_s = -math.inf
+        """When a turn was last let in, or ended, or an episode did."""
         self._clock = clock
         self._waiting: dict[str, Callable[[], Any]] = {}
         self._timer: Timer | None = None
@@ -72,7 +75,7 @@ class Gate:
     def ran(self, conversation: str, tokens: int, cached_tokens: int) -> None:
         """Its turn is over: so many tokens in its context now, so many of its prompt's found."""
         self.admission.ran(conversation, tokens, cached_tokens, self._clock.now_s)
-        self._let_in()
+        self._move()
 
     def withdraw(self, conversation: str) -> None:
         """It no longer wants the turn it asked for, or was given."""
@@ -82,16 +85,21 @@ class Gate:
 
     def forget(self, conversation: str) -> None:
         self.admission.forget(conversation)
-        self._let_in()
+        self._move()
 
     def observe(self, load: EngineLoad) -> None:
         """What the engine says of itself."""
         self.admission.observe(load)
         self._let_in()
 
+    def _move(self) -> None:
+        self.moved_s = self._clock.now_s
+        self._let_in()
+
     def _let_in(self) -> None:
         if self._waiting:
             for conversation in self.admission.admit(self._clock.now_s):
+                self.moved_s = self._clock.now_s
                 self._waiting.pop(conversation)()
 
     def _watch(self) -> None:
@@ -118,7 +126,7 @@ class GatedEngine:
     def __init__(self, engine: Engine, admission: Admits, *, timeout_s: float, clock: Clock | None = None):
         """
         Args:
-            timeout_s: a request that waits longer to be let in fails [s of the clock].
+            timeout_s: a request that waits to be let in fails when the line has not moved for so long [s of the clock].
             clock: None is the loop's.
         """
         self.engine = engine
@@ -174,14 +182,24 @@ class GatedEngine:
         # one that is cancelled or late in the very moment it is let in says so itself, and withdraws
         if self._gate.ask(conversation, prompt_tokens, lambda: _settle(admitted, True)):
             return
-        deadline = self._clock.call_at(self._clock.now_s + self._timeout_s, lambda: _settle(admitted, False))
+        asked_s = self._clock.now_s
+
+        def look() -> None:
+            nonlocal deadline
+            due_s = max(asked_s, self._gate.moved_s) + self._timeout_s
+            if due_s > self._clock.now_s:
+                deadline = self._clock.call_at(due_s, look)
+            else:
+                _settle(admitted, False)
+
+        deadline = self._clock.call_at(asked_s + self._timeout_s, look)
         try:
             with standing_still():
                 let_in = await admitted
             if not let_in:
                 raise EngineError(
-                    f"waited {self._timeout_s:g} s for room in the KV cache: lower rollout.max_open_groups, or raise "
-                    "engine.request_timeout_s"
+                    f"waited {self._clock.now_s - asked_s:.3g} s for room in the KV cache, the last {self._timeout_s:g} s without "
+                    "anybody being let in or done: lower rollout.max_open_groups, or raise engine.request_timeout_s"
                 )
         finally:
             deadline.cancel()

@@ -239,7 +239,8 @@ class OpenAIEngine:
         status, said = response.status, self._clean(_complaint(answer))
         how = f"it answered {status} {response.reason or ''}".rstrip() + (f": {said}" if said else "")
         if status in (408, 409, 429) or status >= 500:
-            wait_s = retry_after_s(response.headers.get("Retry-After"), time.time())
+            # none at all, or by a clock that differs from ours: a wait that grows, as without it
+            wait_s = retry_after_s(response.headers.get("Retry-After"), time.time()) or None
             return _Passing(how if wait_s is None else f"{how}, try again in {wait_s:g} s", wait_s)
         if 300 <= status < 400:
             return UsageError(

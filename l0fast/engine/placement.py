@@ -1,8 +1,8 @@
 """Which of several engines the next turn of an episode goes to. Decisions only: no tasks, no clocks.
 
     an episode that was here before   stays on its engine, where its prefix is cached
-    its engine is overloaded          it moves: no slot is free there, and another engine has a good share of its own free,
-                                      so that to wait would cost more than to compute the prefix again
+    its engine is overloaded          it moves to the engine with the fewest requests: no slot is free at home, and there a good
+                                      share is, so that to wait would cost more than to compute the prefix again
     its engine is down, or it is new  to the engine with the fewest episodes, then the fewest requests
 
 Whoever gets a place gives it back (`done`) when the request is answered, and says when the episode is over (`forget`).
@@ -31,7 +31,11 @@ class Placement:
             return None
         home = self._homes.get(conversation)
         if home not in self._up or self._should_leave(home):
-            home = min(self._up, key=lambda engine: (self._episodes[engine], self._requests[engine], engine))
+            order = [self._episodes, self._requests]
+            if home in self._up:
+                # it goes for a free slot
+                order.reverse()
+            home = min(self._up, key=lambda engine: (*(of[engine] for of in order), engine))
             self.forget(conversation)
             self._homes[conversation] = home
             self._episodes[home] += 1

@@ -80,6 +80,27 @@ def test_who_waits_too_long_fails_and_the_line_goes_on():
     assert (admission.num_waiting, admission.num_in_flight) == (0, 2)
 
 
+def test_who_waits_while_the_line_moves_waits_as_long_as_it_takes():
+    clock = SimulatedClock()
+
+    async def main():
+        gate, _ = await open_gate(simulated(clock), clock, timeout_s=2.0)
+        longest_s = 0.0
+
+        async def watched(name: str):
+            nonlocal longest_s
+            began_s = clock.now_s
+            await episode(gate, clock, name)
+            longest_s = max(longest_s, clock.now_s - began_s)
+
+        async with asyncio.TaskGroup() as tg:
+            for i in range(100):
+                tg.create_task(watched(str(i)))
+        return longest_s
+
+    assert clock.run(main()) > 10
+
+
 def test_nobody_waits_for_an_episode_that_is_gone_for_good():
     clock = SimulatedClock()
 

@@ -227,6 +227,15 @@ def test_retry_after_is_waited_for():
     assert time.monotonic() - began >= 0.3
 
 
+@pytest.mark.parametrize("value", ["0", "Thu, 01 Jan 1970 00:00:00 GMT"])
+def test_who_may_come_at_once_comes_later_and_later(value: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("l0fast.engine.openai.MAX_WAIT_S", 0.1)
+    began = time.monotonic()
+    result, requests, _ = ask([status(429, Retry_After=value)] * 3 + [data(whole())], backoff_s=0.1)
+    assert (result.text, len(requests)) == ("Oslo", 4)
+    assert time.monotonic() - began >= 0.3
+
+
 def test_a_wait_beyond_the_deadline_is_not_begun():
     began = time.monotonic()
     with pytest.raises(EngineError, match="in 1 try: it answered 429.*try again in 3600 s"):

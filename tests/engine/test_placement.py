@@ -48,6 +48,18 @@ def test_it_leaves_an_engine_without_a_free_slot_for_one_with_many():
     assert placement.place("e") == moved
 
 
+def test_it_leaves_for_the_free_slots_and_not_for_who_has_fewer_episodes():
+    placement = three(slots=4)
+    homes = [placement.place(f"e{i}") for i in range(15)]
+    placement.forget("e1")  # one episode fewer on engine 1
+    for i, home in enumerate(homes):
+        if home == 2 or i == 1:
+            placement.done(home)
+    # five requests on 0, four on 1, none on 2
+    assert placement.requests == (5, 4, 0)
+    assert placement.place("e0") == 2
+
+
 def test_it_waits_at_home_where_the_others_are_nearly_full_too():
     placement = Placement(2, 4)
     placement.up(0)

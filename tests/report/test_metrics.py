@@ -70,6 +70,9 @@ def test_only_descendants_count_and_the_vanished_are_no_error(tmp_path: Path):
     fake_process(tmp_path, 12, 11, 250)
     fake_process(tmp_path, 13, 10, None)
     fake_process(tmp_path, 14, 1, 9999)
+    # a name is cut at 15 bytes, wherever that is
+    stat = tmp_path / "14" / "stat"
+    stat.write_bytes(stat.read_bytes().replace(b"(", b"(fourteen bytes\xc3"))
     (tmp_path / "meminfo").touch()
     memory = ProcessTreeMemory(root=10, proc=tmp_path)
     assert memory.sample() == pytest.approx(1750 * 1024 / 1e6)
