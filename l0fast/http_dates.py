@@ -16,6 +16,6 @@ def retry_after_s(value: str | None, now: float) -> float | None:
     except ValueError:
         try:
             wait_s = email.utils.parsedate_to_datetime(value).timestamp() - now
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
     return max(wait_s, 0.0) if wait_s < float("inf") else None

@@ -254,6 +254,8 @@ def test_retry_after_in_seconds(value: str | None, wait_s: float | None):
 def test_retry_after_as_a_date():
     assert retry_after_s(formatdate(1_700_000_060, usegmt=True), 1_700_000_000.0) == 60.0
     assert retry_after_s(formatdate(1_600_000_000, usegmt=True), 1_700_000_000.0) == 0.0
+    # a year that no date has
+    assert retry_after_s("Fri, 31 Dec 99999999999 23:59:59 GMT", 0.0) is None
 
 
 def test_what_stays_is_given_up_with_its_words_and_without_the_key():
