@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import PurePath
 
 from l0fast.child_pool import ChildPool
-from l0fast.errors import ToolError
+from l0fast.errors import ToolError, WorldError
 
 TIMEOUT_S = 20.0
 """Of one conversion [s]."""
@@ -24,9 +24,12 @@ MAX_ROWS = 2000
 """Of a sheet [rows]."""
 MAX_CHARS = 2_000_000
 """Of a converted text [characters]."""
+MAX_WHY_CHARS = 200
+"""Of what a library says of a file that it can't read [characters]."""
 
 _TYPES = {"html": "text/html", "htm": "text/html", "pdf": "application/pdf", "xlsx": "application/xlsx"}
 _XLSX = "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet"
+_NAMES = {"application/pdf": "PDF", "application/xlsx": "workbook", _XLSX: "workbook"}
 
 
 class Converter:
@@ -42,7 +45,7 @@ class Converter:
             content_type: as HTTP has it; "" goes by the ending of `name`.
 
         Raises:
-            ToolError: what it is can't be read, or not in time.
+            ToolError: what it is can't be read, or not in time, or its reader died of it.
         """
         try:
             return await self._pool.run(convert, data, content_type, name, charset)
@@ -50,6 +53,9 @@ class Converter:
             raise ToolError(f"{name} could not be read within {TIMEOUT_S:g} s: take another one") from e
         except (Unreadable, MemoryError) as e:
             raise ToolError(f"{name} could not be read ({e or 'it takes too much memory'})") from e
+        except WorldError as e:
+            # the next call starts another child
+            raise ToolError(f"{name} could not be read ({e}): take another one") from e
 
 
 @asynccontextmanager
@@ -95,7 +101,18 @@ def convert(data: bytes, content_type: str, name: str, charset: str | None) -> s
             text = _text(data, charset, kind)
     except ImportError as e:
         raise Unreadable(f"{kind} needs {e.name or e}: pip install 'l0fast[web]'") from e
-    return text[:MAX_CHARS]
+    except (Unreadable, MemoryError):
+        raise
+    except Exception as e:
+        # the libraries meet broken files with whatever their code runs into
+        why = f"no {_NAMES.get(kind, kind)} that can be read: {type(e).__name__}: {e}"
+        raise Unreadable(_whole(why[:MAX_WHY_CHARS])) from e
+    return _whole(text[:MAX_CHARS])
+
+
+def _whole(text: str) -> str:
+    """Without halves of surrogate pairs, which PDFs and some charsets have and JSON does not."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _html(data: bytes, url: str) -> str:
@@ -117,14 +134,9 @@ def _html(data: bytes, url: str) -> str:
 
 def _pdf(data: bytes) -> str:
     import pypdf
-    from pypdf.errors import PyPdfError
 
-    try:
-        reader = pypdf.PdfReader(io.BytesIO(data))
-        pages = [f"[page {n}]\n{page.extract_text()}" for n, page in enumerate(reader.pages, 1)]
-    except (PyPdfError, ValueError, KeyError, TypeError, RecursionError) as e:
-        # its readers meet broken files with whatever their code runs into
-        raise Unreadable(f"no PDF that can be read: {e}") from e
+    reader = pypdf.PdfReader(io.BytesIO(data))
+    pages = [f"[page {n}]\n{page.extract_text()}" for n, page in enumerate(reader.pages, 1)]
     if not any(page.partition("\n")[2].strip() for page in pages):
         raise Unreadable("its pages are pictures, without text")
     return "\n\n".join(pages)
@@ -132,14 +144,10 @@ def _pdf(data: bytes) -> str:
 
 def _xlsx(data: bytes) -> str:
     import csv
-    import zipfile
 
     import openpyxl
 
-    try:
-        book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as e:
-        raise Unreadable(f"no workbook that can be read: {e}") from e
+    book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
     parts = []
     for sheet in book.worksheets:
         out = io.StringIO()
@@ -160,5 +168,6 @@ def _text(data: bytes, charset: str | None, kind: str) -> str:
         charset = "utf-16"
     try:
         return data.decode(charset or "utf-8")
-    except (LookupError, UnicodeDecodeError):
+    except (LookupError, UnicodeError):
+        # UnicodeError itself: the charsets undefined, idna and punycode
         return data.decode("utf-8", errors="replace")

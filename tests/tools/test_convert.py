@@ -2,7 +2,10 @@
 
 import asyncio
 import io
+import random
 import time
+import warnings
+import zipfile
 
 import openpyxl
 import pypdf
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from l0fast.child_pool import ChildPool
 from l0fast.config import WebConfig
 from l0fast.errors import ToolError, WorldError
-from l0fast.tools.convert import Unreadable, convert
+from l0fast.tools.convert import Converter, Unreadable, convert
 from l0fast.tools.files import inspect_file_of, inspect_file_tool
 from l0fast.types import Task
 
@@ -53,6 +56,27 @@ def pdf(text: str) -> bytes:
     return out.getvalue()
 
 
+def locked() -> bytes:
+    """A PDF under AES-256, which pypdf reads with the package cryptography alone."""
+    key = b"00" * 48
+    strings = b" ".join(b"/%b <%b>" % (name, key) for name in (b"O", b"U", b"OE", b"UE", b"Perms"))
+    how = b"/CF << /StdCF << /CFM /AESV3 /Length 32 >> >> /StmF /StdCF /StrF /StdCF"
+    lock = b"/Encrypt << /Filter /Standard /V 5 /R 6 /Length 256 /P -4 %b %b >>" % (strings, how)
+    whole = pdf("Hello PDF")
+    assert whole.count(b"trailer\n<<") == 1
+    return whole.replace(b"trailer\n<<", b"trailer\n<<\n" + lock)
+
+
+def cut_sheet() -> bytes:
+    """A workbook whose sheet ends in the middle, in a whole zip."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(workbook())) as whole, zipfile.ZipFile(out, "w") as cut:
+        for name in whole.namelist():
+            data = whole.read(name)
+            cut.writestr(name, data[: len(data) // 2] if "sheet1" in name else data)
+    return out.getvalue()
+
+
 def test_each_format_becomes_text():
     assert convert(workbook(), "", "x.xlsx", None) == '[sheet Sales]\ncity,sold\n"Oslo, N",3\n'
     assert convert(pdf("Hello PDF"), "", "x.pdf", None) == "[page 1]\nHello PDF"
@@ -60,6 +84,7 @@ def test_each_format_becomes_text():
     assert convert("naïve".encode("latin-1"), "text/plain", "x", "latin-1") == "naïve"
     assert convert("naïve".encode("utf-16"), "text/plain", "x", None) == "naïve"
     assert convert(b"\xffbad", "text/plain", "x", "no-such-charset") == "\ufffdbad"
+    assert convert(b"bad", "text/plain", "x", "undefined") == "bad"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +92,9 @@ def test_each_format_becomes_text():
     [
         (b"%PDF-1.4 broken", "x.pdf", "no PDF"),
         (pdf(""), "x.pdf", "pictures"),
+        (locked(), "x.pdf", "no PDF"),
         (b"no zip", "x.xlsx", "no workbook"),
+        (cut_sheet(), "x.xlsx", "no workbook"),
         (b"\x00\x01\x02", "x.bin", "no text"),
         (b"<html></html>", "x.html", "no"),
     ],
@@ -83,6 +110,26 @@ def test_any_bytes_are_text_or_unreadable(data, name):
         assert isinstance(convert(data, "", name, None), str)
     except Unreadable:
         pass
+
+
+@pytest.mark.parametrize("whole", [workbook(), pdf("Hello PDF")], ids=["xlsx", "pdf"])
+def test_damaged_files_are_text_or_unreadable(whole: bytes):
+    suffix = "pdf" if whole.startswith(b"%PDF-") else "xlsx"
+    for seed in range(100):
+        rng, damaged = random.Random(seed), bytearray(whole)
+        for _ in range(3):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                assert isinstance(convert(bytes(damaged), "", f"x.{suffix}", None), str)
+        except Unreadable:
+            pass
+
+
+def test_a_text_has_no_halves_of_surrogate_pairs():
+    assert convert(b"a+2AA-b", "text/plain", "x", "utf-7") == "a\ufffdb"
+    assert convert(b"+2D3eAA-", "text/plain", "x", "utf-7") == "\U0001f600"
+    assert convert(b"\\ud83d\\ude00", "text/plain", "x", "unicode_escape") == "\U0001f600"
 
 
 def _endless() -> None:
@@ -113,6 +160,22 @@ def test_a_child_that_goes_on_for_ever_or_ends_costs_its_own_call_only():
             await pool.close()
 
     assert asyncio.run(main()) == 3
+
+
+def test_a_reader_that_dies_of_a_file_is_an_error_for_the_agent():
+    class Deadly(ChildPool):
+        async def run(self, function, *args, **kwargs):
+            return await super().run(_end)
+
+    async def main():
+        pool = Deadly("testing", needs="", initializer=_nothing, timeout_s=10)
+        try:
+            await Converter(pool).markdown(b"", "", "x.pdf")
+        finally:
+            await pool.close()
+
+    with pytest.raises(ToolError, match=r"x\.pdf could not be read \(the process for testing ended"):
+        asyncio.run(main())
 
 
 class Here:
