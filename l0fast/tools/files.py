@@ -16,6 +16,7 @@ from l0fast.engine.base import Sampling
 from l0fast.engine.openai import OpenAIEngine
 from l0fast.errors import EngineError, ToolError
 from l0fast.sandbox.base import ToolSpec
+from l0fast.tools.cache import normaliser
 from l0fast.tools.convert import Converter
 from l0fast.tools.http import Http
 from l0fast.types import Task
@@ -91,8 +92,13 @@ def visual_qa_tool(engine: OpenAIEngine, http: Http) -> ToolSpec:
 def visual_qa_of(look: ToolSpec) -> TaskTool:
     """`visual_qa(image, question)`: what a model that sees says about a picture of the task, or of the web."""
 
+    signature = "(image: str, question: str) -> str"
+    fits = normaliser("visual_qa", signature)
+
     def of(task: Task) -> ToolSpec:
         async def visual_qa(image: str, question: str) -> str:
+            # no broker has checked them yet
+            fits(image, question)
             if not image.startswith(("http://", "https://")):
                 path = _own_file(task.files, image)
                 if path.suffix.lower() not in IMAGES:
@@ -102,7 +108,7 @@ def visual_qa_of(look: ToolSpec) -> TaskTool:
 
         return ToolSpec(
             name="visual_qa",
-            signature="(image: str, question: str) -> str",
+            signature=signature,
             doc="Ask about a picture: a file of this task by its name, or a web address.",
             call=visual_qa,
         )

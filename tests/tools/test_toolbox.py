@@ -79,6 +79,8 @@ def test_a_picture_of_a_task_or_the_web_is_shown_to_the_model_that_sees_and_its_
                 ):
                     with pytest.raises(ToolError, match=complaint):
                         await tool.call(image, "?")
+                with pytest.raises(TypeError, match=r"visual_qa\(\) does not take these arguments: image"):
+                    await tool.call(["p.png"], "?")
                 return answers
 
     assert asyncio.run(main()) == ["a dog"] * 3
