@@ -206,7 +206,9 @@ def checked_url(url: str, *, private: bool = False) -> URL:
 
 
 def _refusal(response: aiohttp.ClientResponse, name: str) -> Exception:
-    status = f"{response.status} {response.reason or ''}".rstrip()
+    # bytes that are no UTF-8 arrive as halves of surrogate pairs, which JSON does not have
+    reason = (response.reason or "").encode(errors="replace").decode()
+    status = f"{response.status} {reason}".rstrip()
     if response.status in (408, 429) or response.status >= 500:
         wait_s = retry_after_s(response.headers.get("Retry-After"), time.time())
         if wait_s is not None and wait_s > MAX_RETRY_AFTER_S:

@@ -140,6 +140,24 @@ def test_a_status_is_told_and_only_passing_ones_are_asked_again(serving, status,
     assert getattr(caught.value, "retry_after_s", None) == (3.0 if passes else None)
 
 
+def test_a_reason_in_bytes_that_are_no_text_is_told_as_text():
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 404 No\xff\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async def main():
+        async with (
+            await asyncio.start_server(answer, "127.0.0.1", 0) as server,
+            open_http(**LIMITS, allow_private=True) as http,
+        ):
+            await http.page(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
+
+    with pytest.raises(ToolError, match=r"answered 404 No\?$"):
+        asyncio.run(main())
+
+
 def test_a_service_that_wants_to_be_left_alone_for_long_is_left_alone(serving):
     async def answer(request):
         return web.Response(status=429, headers={"Retry-After": "3600"})
