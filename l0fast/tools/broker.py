@@ -10,7 +10,7 @@
 A flight is a task of the broker, and the callers of one (tool, arguments) are its waiters. One that is cancelled leaves
 the others and the flight alone; the last to leave cancels the flight and waits until it has ended, as if it had awaited
 the tool itself. Leaving `open_broker` ends every flight. A slot is held for one try, not over the wait between two, and
-every wait is bounded: for a slot by `queue_timeout_s`, for the tool by `timeout_s`, between tries by `MAX_BACKOFF_S`. A
+where the tool is a function in a thread until that has returned, given up or not; every wait is bounded: for a slot by `queue_timeout_s`, for the tool by `timeout_s`, between tries by `MAX_BACKOFF_S`. A
 session's cell has its own, often shorter limit: it cancels the waiter.
 
 Who is told what. The broker checks arguments against the signature that agents read, types included (so annotate
@@ -42,6 +42,7 @@ import stamina
 from l0fast.errors import ToolError, UsageError
 from l0fast.sandbox.base import ToolSpec
 from l0fast.tools.cache import CacheFile, Key, Memory, Mode, normaliser
+from l0fast.tools.threads import InThread
 
 MAX_BACKOFF_S = 5.0
 """Longest wait between two tries [s]."""
@@ -327,9 +328,14 @@ class _Tool:
             self._counts.queue_s += time.perf_counter() - began
         began = time.perf_counter()
         limit = asyncio.timeout(policy.timeout_s)
+        call, thread = self._spec.call, None
         try:
             async with limit:
-                result = await self._spec.call(*args, **kw)
+                if isinstance(call, InThread):
+                    thread = call.begin(*args, **kw)
+                    result = (await asyncio.shield(thread)).result()
+                else:
+                    result = await call(*args, **kw)
             return self._without_secrets(orjson.dumps(result))
         except ToolError as e:
             raise ToolError(self._blank(str(e))) from e
@@ -354,7 +360,10 @@ class _Tool:
             how = f"timeout after {policy.timeout_s:g} s" if timed_out else type(e).__name__
             raise _Failed(how, again=passing) from e
         finally:
-            self._slots.release()
+            if thread is None or thread.done():
+                self._slots.release()
+            else:
+                thread.add_done_callback(lambda _: self._slots.release())
             self._counts.run_s += time.perf_counter() - began
 
     async def _turn(self) -> None:

@@ -5,7 +5,7 @@
     my_tools:look_up         a function of the user's own, from a module that Python finds
 
 A function is a tool as it stands: agents are shown its name, its signature and its docstring. It may be async; one that
-isn't runs in a thread. Annotate its arguments with builtins, Any or Literal, return what JSON can say, and raise ToolError
+isn't runs in a thread (threads.py). Annotate its arguments with builtins, Any or Literal, return what JSON can say, and raise ToolError
 for what it can't do: any other exception is a bug in it, and ends the run.
 
     def look_up(isbn: str) -> dict:
@@ -13,7 +13,6 @@ for what it can't do: any other exception is a bug in it, and ends the run.
         ...
 """
 
-import asyncio
 import difflib
 import importlib
 import inspect
@@ -21,13 +20,13 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from l0fast.errors import UsageError
 from l0fast.sandbox.base import ToolSpec
 from l0fast.tools.cache import normaliser
+from l0fast.tools.threads import InThread
 
 Builder = Callable[[str], ToolSpec | AbstractAsyncContextManager[ToolSpec]]
 """What stands after "=", empty where nothing does, -> the tool, or a block that opens and closes it. Raises UsageError."""
@@ -94,8 +93,7 @@ def function_tool(function: Callable[..., Any]) -> ToolSpec:
         normaliser(name, signature)
     except (NameError, TypeError, ValueError) as e:
         raise UsageError(str(e)) from e
-    is_async = inspect.iscoroutinefunction(function)
-    call = function if is_async else partial(asyncio.to_thread, function)
+    call = function if inspect.iscoroutinefunction(function) else InThread(function)
     return ToolSpec(name=name, signature=signature, doc=doc, call=call)
 
 

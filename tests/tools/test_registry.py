@@ -1,6 +1,8 @@
 """Tools by name: what is found, what agents are told of it, and one sentence for what can't be one."""
 
 import asyncio
+import queue
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l0fast.errors import UsageError
+from l0fast.errors import ToolError, UsageError
 from l0fast.sandbox.base import ToolSpec
+from l0fast.tools.broker import ToolPolicy, open_broker
 from l0fast.tools.registry import PASSAGE_CHARS, _cut, function_tool, known_tools, load_tool, register
 
 
@@ -45,6 +48,89 @@ def test_a_function_is_a_tool_as_it_stands():
     assert (spec.name, spec.doc) == ("look_up", "Title and author\nof a book.")
     assert asyncio.run(spec.call("1", k=2)) == ["1", "2", "fast"]
     assert asyncio.run(function_tool(plain).call(7)) == "said 7"
+
+
+def test_as_many_functions_block_at_once_as_there_are_slots():
+    together = threading.Barrier(48)
+
+    def meet(n: int) -> int:
+        """Waits for all others."""
+        together.wait(10)
+        return n
+
+    async def main() -> list[int]:
+        async with open_broker() as broker:
+            call = broker.wrap(function_tool(meet), ToolPolicy(attempts=1)).call
+            return await asyncio.gather(*map(call, range(48)))
+
+    assert asyncio.run(main()) == list(range(48))
+
+
+def test_a_function_that_was_given_up_keeps_its_slot_until_it_returns():
+    begun: queue.SimpleQueue[int] = queue.SimpleQueue()
+    go_on = threading.Event()
+
+    def hang(n: int) -> int:
+        """Hangs."""
+        begun.put(n)
+        go_on.wait(10)
+        return n
+
+    async def main() -> int:
+        async with open_broker() as broker:
+            call = broker.wrap(function_tool(hang), ToolPolicy(max_concurrent=1)).call
+            first = asyncio.create_task(call(1))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert begun.get(timeout=10) == 1
+            first.cancel()
+            await asyncio.wait([first])
+            assert first.cancelled()
+            second = asyncio.create_task(call(2))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert begun.empty()
+            go_on.set()
+            return await second
+
+    assert asyncio.run(main()) == 2
+
+
+def test_a_function_that_hangs_keeps_no_run_from_ending():
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def hang() -> None:
+        """Hangs."""
+        begun.set()
+        go_on.wait(10)
+        ended.set()
+
+    async def main() -> None:
+        async with open_broker() as broker:
+            waiter = asyncio.create_task(broker.wrap(function_tool(hang)).call())
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert begun.wait(10)
+        with pytest.raises(RuntimeError, match="the broker was left"):
+            await waiter
+
+    asyncio.run(main())
+    assert not ended.is_set()
+    go_on.set()
+
+
+def test_what_a_function_raises_is_raised_to_its_caller():
+    def fail(how: str) -> None:
+        """Fails."""
+        if how == "known":
+            raise ToolError("no such book")
+        next(iter(()))
+
+    with pytest.raises(ToolError, match="no such book"):
+        asyncio.run(function_tool(fail).call("known"))
+    # which no future could hold
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(function_tool(fail).call("bug"))
 
 
 @pytest.mark.parametrize(("function", "words"), [(bare, "has no docstring"), (odd, "can't be checked")])
