@@ -305,7 +305,9 @@ class _Tool:
         except _Failed as e:
             self._counts.failures += 1
             tries = "1 attempt" if num == 1 else f"{num} attempts"
-            raise ToolError(f"{self._spec.name}() gave no answer in {tries} ({e}): try later, or do without") from e
+            # a tool's own words may hold a key, in an address say
+            how = self._blank(str(e))
+            raise ToolError(f"{self._spec.name}() gave no answer in {tries} ({how}): try later, or do without") from e
         raise AssertionError("stamina ended without an outcome")
 
     async def _try(self, args: tuple[Any, ...], kw: dict[str, Any]) -> bytes:

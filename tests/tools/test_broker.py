@@ -590,6 +590,13 @@ def test_secrets_are_blanked_in_tool_errors():
     assert str(caught.value) == "GET /?key=***: 404"
 
 
+def test_secrets_are_blanked_in_what_is_left_of_passing_failures():
+    call, _ = failing(*[Passing("GET /?key=hush: 503")] * 9)
+    with pytest.raises(ToolError) as caught:
+        asyncio.run(brokered(call, ToolPolicy(secrets=("hush",), attempts=2)))
+    assert str(caught.value) == ("search() gave no answer in 2 attempts (GET /?key=***: 503): try later, or do without")
+
+
 def test_a_policy_does_not_show_its_secrets():
     assert "hush" not in repr(ToolPolicy(secrets=("hush",)))
 
