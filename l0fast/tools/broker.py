@@ -318,9 +318,15 @@ class _Tool:
         began = time.perf_counter()
         try:
             if policy.per_minute or self._slots.locked():
-                async with asyncio.timeout(policy.queue_timeout_s):
-                    await self._turn()
+                deadline = asyncio.get_running_loop().time() + policy.queue_timeout_s
+                async with asyncio.timeout_at(deadline):
                     await self._slots.acquire()
+                    try:
+                        # with the slot in hand: turns that passed while a slot was waited for would be taken all at once
+                        await self._turn(deadline)
+                    except BaseException:
+                        self._slots.release()
+                        raise
             else:
                 # nothing to wait for, and a deadline would cost more than the slot
                 await self._slots.acquire()
@@ -368,12 +374,12 @@ class _Tool:
                 thread.add_done_callback(lambda _: self._slots.release())
             self._counts.run_s += time.perf_counter() - began
 
-    async def _turn(self) -> None:
+    async def _turn(self, deadline: float) -> None:
         if not self._policy.per_minute:
             return
         now = asyncio.get_running_loop().time()
         begin = max(now, self._next_turn)
-        if begin - now > self._policy.queue_timeout_s:
+        if begin > deadline:
             # it would give up before its turn came: somebody else may have it
             raise TimeoutError
         self._next_turn = begin + 60 / self._policy.per_minute

@@ -787,6 +787,45 @@ def test_tries_begin_as_far_apart_as_a_minute_allows():
     assert all(at - since >= 0.01 * n - 1e-3 for n, at in enumerate(begun))
 
 
+def test_tries_that_waited_for_a_slot_begin_as_far_apart_too():
+    begun: list[float] = []
+
+    async def slow_at_first(query: str) -> str:
+        begun.append(asyncio.get_running_loop().time())
+        # longer than the turns of all others take
+        await asyncio.sleep(0 if query else 0.06)
+        return query
+
+    async def main() -> None:
+        async with open_broker() as broker:
+            policy = ToolPolicy(per_minute=6000, max_concurrent=1)
+            search = broker.wrap(tool(slow_at_first), policy).call
+            await asyncio.gather(*map(search, ["", "a", "b", "c", "d", "e"]))
+
+    asyncio.run(main())
+    # 0.04, less what a busy machine makes the first of them late
+    assert begun[5] - begun[1] >= 0.02
+
+
+def test_a_try_that_leaves_before_its_turn_leaves_its_slot():
+    async def main() -> None:
+        async with open_broker() as broker:
+            policy = ToolPolicy(per_minute=1, queue_timeout_s=100, max_concurrent=1, cache=False)
+            search = broker.wrap(tool(lambda query: asyncio.sleep(0, query)), policy).call
+            await search("a")
+            waiter = asyncio.create_task(search("b"))
+            await settle()
+            waiter.cancel()
+            await asyncio.wait([waiter])
+            # neither waits for a slot: their turns would come too late
+            async with asyncio.timeout(10):
+                for _ in range(2):
+                    with pytest.raises(ToolError, match="no free slot within 100 s"):
+                        await search("c")
+
+    asyncio.run(main())
+
+
 def test_a_try_whose_turn_would_come_too_late_is_not_waited_for_and_takes_nobodys_turn():
     async def main():
         async with open_broker() as broker:
