@@ -3,10 +3,13 @@
 A file is one of the task's own, by its name in the session's folder; the host reads its own copy, so an agent can't name
 another file of this machine. A picture may also be a public web address. `visual_qa` asks any OpenAI-compatible endpoint
 with a model that sees.
+
+Answers are kept by the file's path and its content: a cache outlives the run, and a file may be another one by the next.
 """
 
 import asyncio
 import base64
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,9 +35,9 @@ TaskTool = Callable[[Task], ToolSpec]
 
 
 def inspect_file_tool(config: WebConfig, converter: Converter) -> ToolSpec:
-    """What `inspect_file_of` calls: by path, so that its answers can be kept. Never handed to an agent."""
+    """What `inspect_file_of` calls: by path and content, so that its answers can be kept. Never handed to an agent."""
 
-    async def inspect(path: str, part: int) -> str:
+    async def inspect(path: str, content: str, part: int) -> str:
         file = Path(path)
         text = await converter.markdown(await _read(file), "", file.name)
         num_parts = max(1, -(-len(text) // config.page_chars))
@@ -43,7 +46,7 @@ def inspect_file_tool(config: WebConfig, converter: Converter) -> ToolSpec:
         more = f"\n[part {part} of {num_parts}]" if num_parts > 1 else ""
         return text[(part - 1) * config.page_chars : part * config.page_chars] + more
 
-    return ToolSpec(name="inspect_file", signature="(path: str, part: int) -> str", doc="", call=inspect)
+    return ToolSpec(name="inspect_file", signature="(path: str, content: str, part: int) -> str", doc="", call=inspect)
 
 
 def inspect_file_of(inspect: ToolSpec) -> TaskTool:
@@ -54,7 +57,7 @@ def inspect_file_of(inspect: ToolSpec) -> TaskTool:
             path = _own_file(task.files, name)
             if path.suffix.lower() in IMAGES:
                 raise ToolError(f"{name} is a picture: ask visual_qa({name!r}, question)")
-            return await inspect.call(str(path), part)
+            return await inspect.call(str(path), await _content(path), part)
 
         return ToolSpec(
             name="inspect_file",
@@ -67,9 +70,9 @@ def inspect_file_of(inspect: ToolSpec) -> TaskTool:
 
 
 def visual_qa_tool(engine: OpenAIEngine, http: Http) -> ToolSpec:
-    """What `visual_qa_of` calls: by path or web address. Never handed to an agent."""
+    """What `visual_qa_of` calls: by path and content, or web address. Never handed to an agent."""
 
-    async def look(image: str, question: str) -> str:
+    async def look(image: str, content: str, question: str) -> str:
         if image.startswith(("http://", "https://")):
             page = await http.page(image)
             data, kind = page.body, page.content_type
@@ -78,15 +81,15 @@ def visual_qa_tool(engine: OpenAIEngine, http: Http) -> ToolSpec:
         else:
             data, kind = await _read(Path(image)), IMAGES[Path(image).suffix.lower()]
         url = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-        content: Any = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
+        asked: Any = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
         sampling = Sampling(max_new_tokens=ANSWER_TOKENS, stop_token_ids=(), temperature=0.0)
         try:
-            said = await engine.generate([{"role": "user", "content": content}], sampling, conversation="visual_qa")
+            said = await engine.generate([{"role": "user", "content": asked}], sampling, conversation="visual_qa")
         except EngineError as e:
             raise ToolError(f"the model that sees gave no answer: {e}") from e
         return said.text.rpartition("</think>")[2].strip()
 
-    return ToolSpec(name="visual_qa", signature="(image: str, question: str) -> str", doc="", call=look)
+    return ToolSpec(name="visual_qa", signature="(image: str, content: str, question: str) -> str", doc="", call=look)
 
 
 def visual_qa_of(look: ToolSpec) -> TaskTool:
@@ -99,12 +102,13 @@ def visual_qa_of(look: ToolSpec) -> TaskTool:
         async def visual_qa(image: str, question: str) -> str:
             # no broker has checked them yet
             fits(image, question)
+            content = ""
             if not image.startswith(("http://", "https://")):
                 path = _own_file(task.files, image)
                 if path.suffix.lower() not in IMAGES:
                     raise ToolError(f"{image} is no picture ({', '.join(IMAGES)}): ask inspect_file({image!r})")
-                image = str(path)
-            return await look.call(image, question)
+                image, content = str(path), await _content(path)
+            return await look.call(image, content, question)
 
         return ToolSpec(
             name="visual_qa",
@@ -124,10 +128,19 @@ def _own_file(files: Mapping[str, str], name: str) -> Path:
     return Path(files[wanted])
 
 
-async def _read(path: Path) -> bytes:
-    def read() -> bytes:
-        if path.stat().st_size > MAX_BYTES:
-            raise ToolError(f"{path.name} is larger than {MAX_BYTES >> 20} MiB: open it with Python, a part at a time")
-        return path.read_bytes()
+async def _content(path: Path) -> str:
+    """Stands for the file's content. Not its time: a copy of it is the same file to a replay."""
+    try:
+        return await asyncio.to_thread(lambda: hashlib.sha256(_bytes(path)).hexdigest())
+    except OSError as e:
+        raise ToolError(f"{path.name} can't be read ({type(e).__name__}): do without") from e
 
-    return await asyncio.to_thread(read)
+
+async def _read(path: Path) -> bytes:
+    return await asyncio.to_thread(_bytes, path)
+
+
+def _bytes(path: Path) -> bytes:
+    if path.stat().st_size > MAX_BYTES:
+        raise ToolError(f"{path.name} is larger than {MAX_BYTES >> 20} MiB: open it with Python, a part at a time")
+    return path.read_bytes()

@@ -7,7 +7,10 @@ from aiohttp import web
 
 from l0fast.config import ToolsConfig, WebConfig
 from l0fast.errors import ToolError, UsageError
+from l0fast.sandbox.base import ToolSpec
 from l0fast.tools.broker import open_broker
+from l0fast.tools.convert import Converter
+from l0fast.tools.files import visual_qa_of
 from l0fast.tools.toolbox import open_toolbox
 from l0fast.types import Task
 
@@ -49,6 +52,58 @@ def test_a_tool_that_can_not_be_had_is_named(names, complaint, monkeypatch):
     monkeypatch.delenv("SERPER_API_KEY", raising=False)
     with pytest.raises(UsageError, match=complaint):
         opened(names, shown)
+
+
+def test_a_file_that_has_changed_since_an_earlier_run_is_read_again_and_one_that_was_copied_is_not(
+    tmp_path, monkeypatch
+):
+    file, cache = tmp_path / "a.csv", tmp_path / "cache.db"
+    task = Task(id="t", question="q", answers=("a",), files={"a.csv": str(file)})
+    converted = []
+
+    async def markdown(self, data, content_type, name, charset=None):
+        converted.append(data)
+        return data.decode()
+
+    monkeypatch.setattr(Converter, "markdown", markdown)
+
+    async def use(box):
+        [tool] = box.for_task(task)
+        return await tool.call("a.csv")
+
+    def said(text, mode="use"):
+        file.write_text(text)
+        return opened(["inspect_file"], use, file=cache, mode=mode)
+
+    assert [said("1"), said("2"), said("1", "replay")] == ["1", "2", "1"]
+    assert converted == [b"1", b"2"]
+
+
+def test_a_picture_that_has_changed_is_looked_at_again_and_a_file_that_is_gone_is_an_error_for_the_agent(tmp_path):
+    picture = tmp_path / "p.png"
+    task = Task(id="t", question="q", answers=("a",), files={"p.png": str(picture)})
+    looked = []
+
+    async def look(image: str, content: str, question: str) -> str:
+        looked.append(picture.read_bytes())
+        return f"{len(looked)}"
+
+    async def main():
+        async with open_broker() as broker:
+            spec = ToolSpec(
+                name="visual_qa", signature="(image: str, content: str, question: str) -> str", doc="", call=look
+            )
+            tool = visual_qa_of(broker.wrap(spec))(task)
+            answers = []
+            for data in (b"1", b"1", b"2"):
+                picture.write_bytes(data)
+                answers.append(await tool.call("p.png", "?"))
+            picture.unlink()
+            with pytest.raises(ToolError, match=r"p\.png can't be read \(FileNotFoundError\)"):
+                await tool.call("p.png", "?")
+            return answers
+
+    assert asyncio.run(main()) == ["1", "1", "2"]
 
 
 def test_a_picture_of_a_task_or_the_web_is_shown_to_the_model_that_sees_and_its_answer_is_kept(serving, tmp_path):
