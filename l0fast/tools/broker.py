@@ -9,9 +9,10 @@
 
 A flight is a task of the broker, and the callers of one (tool, arguments) are its waiters. One that is cancelled leaves
 the others and the flight alone; the last to leave cancels the flight and waits until it has ended, as if it had awaited
-the tool itself. Leaving `open_broker` ends every flight. A slot is held for one try, not over the wait between two, and
-where the tool is a function in a thread until that has returned, given up or not; every wait is bounded: for a slot by `queue_timeout_s`, for the tool by `timeout_s`, between tries by `MAX_BACKOFF_S`. A
-session's cell has its own, often shorter limit: it cancels the waiter.
+the tool itself. Leaving `open_broker` ends every flight. A slot is held for one try, not over the wait between two; by a
+function in a thread until that has returned, given up or not. Every wait is bounded: for a slot by `queue_timeout_s`, for
+the tool by `timeout_s`, between tries by `MAX_BACKOFF_S`. A session's cell has its own, often shorter limit: it cancels the
+waiter.
 
 Who is told what. The broker checks arguments against the signature that agents read, types included (so annotate
 with JSON's types), and what doesn't fit is the agent's TypeError. From there on a tool says what it can't do with
