@@ -453,7 +453,8 @@ class Training:
         """Write what was learned so far: a model to use, and a checkpoint to go on from if every step was a whole one."""
         if not self.step:
             return
-        if self.config.checkpoint.every and self.saved_step < self.step == self.state["step"]:
+        # a first step that was not a whole one leaves no state at all
+        if self.config.checkpoint.every and self.saved_step < self.step == self.state.get("step"):
             await self._save_checkpoint(rooms)
         await rooms.learner.save(self.run_dir.model_path)
 

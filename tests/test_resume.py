@@ -22,7 +22,7 @@ from rich.console import Console
 from l0fast.cli import parse, render_plan
 from l0fast.config import RunConfig
 from l0fast.engine.simulated import SimulatedEngine
-from l0fast.errors import LearnerError, UsageError
+from l0fast.errors import EngineError, LearnerError, UsageError
 from l0fast.garbage import OldObjects
 from l0fast.ids import Ids
 from l0fast.report.live import Live
@@ -511,6 +511,30 @@ def test_a_bug_in_an_episode_loses_no_step(tmp_path: Path):
         asyncio.run(run())
     assert caught.value.subgroup(KeyError)
     assert run.ledger.saved == [("save_checkpoint", "step_000001", 1, 2), ("save", "model")]
+
+
+@pytest.mark.parametrize(("step", "before"), [
+    (1, []),
+    (2, []),
+    (3, [("save_checkpoint", "step_000002", 2, 4)]),
+])  # fmt: skip
+def test_a_step_that_breaks_once_it_is_learned_says_why_and_leaves_the_model(
+    tmp_path: Path, step: int, before: list[tuple[Any, ...]]
+):
+    class Engine(SimulatedEngine):
+        async def update_weights(self, policy_version: int) -> None:
+            if policy_version == step:
+                raise EngineError("the engine took no weights")
+            await super().update_weights(policy_version)
+
+    run = Run(tmp_path / "run", Ledger())
+    engine = run.agent.engine = run.evaluator.engine = Engine(vocab_size=8, max_tokens=8)
+    run.rooms = replace(run.rooms, engine=engine)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        asyncio.run(run())
+    assert caught.value.subgroup(EngineError)
+    # the learner is ahead of what is written: a model to use, and no checkpoint that would skip this step's rows
+    assert run.ledger.saved == [*before, ("save", "model")]
 
 
 def test_a_dead_learner_is_asked_for_nothing(tmp_path: Path):
