@@ -11,7 +11,8 @@
     plots/  model/                 made at the end by others
 
 One run writes it at a time: `log.txt` is locked, by the kernel, so that a killed run leaves no lock behind. A run that goes
-on first takes away what was written after its checkpoint, so that it is written once.
+on first takes away what was written after its checkpoint, so that it is written once; it does so only when everything it
+needs has started, for one that can't start leaves the folder as it found it.
 
 Trajectories are encoded and written by a thread that sleeps as long as it works, half a millisecond at a time. Without
 the sleeps it takes the interpreter back from the event loop at once: 10-35 ms of lag for 600 long trajectories, measured.
@@ -92,8 +93,10 @@ class GroupRow:
 class RunDir:
     """Writes a run's folder. Not for several threads at once, except `log`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, as_found: bool = False):
         self.path = path
+        self.as_found = as_found
+        """Whether all that another run left is still there: true until `go_on_after`."""
         self._log = (path / "log.txt").open("a", encoding="utf-8")
         try:
             fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,23 +126,29 @@ class RunDir:
             raise UsageError(f"run folder {path} can't be written ({e.strerror}): choose another with --run-dir") from e
 
     @classmethod
-    def resume(cls, path: Path, config: RunConfig, step: int) -> "RunDir":
-        """Open the folder of a run that goes on after `step`, as that step left it.
+    def resume(cls, path: Path) -> "RunDir":
+        """Open the folder of a run to go on with, and leave it as it is.
 
         Raises:
             UsageError: a run is still writing it, or it can't be written.
         """
         try:
-            run_dir = cls(path)
-            try:
-                _forget_after(path, step)
-                _write_config(path, config)
-            except BaseException:
-                run_dir.close()
-                raise
+            return cls(path, as_found=True)
         except OSError as e:
-            raise UsageError(f"run folder {path} can't be written ({e.strerror}): make it yours and try again") from e
-        return run_dir
+            raise _not_yours(path, e) from e
+
+    def go_on_after(self, step: int, config: RunConfig) -> None:
+        """Make it what `step` left, for a run that goes on from there with these settings.
+
+        Raises:
+            UsageError: it can't be written.
+        """
+        self.as_found = False
+        try:
+            _forget_after(self.path, step)
+            _write_config(self.path, config)
+        except OSError as e:
+            raise _not_yours(self.path, e) from e
 
     @property
     def model_path(self) -> Path:
@@ -210,6 +219,10 @@ class RunDir:
         """
         holds_work = any((self.path / "trajectories").iterdir()) or (self.path / "metrics.jsonl").stat().st_size > 0
         return _is_usage_error(error) and not holds_work
+
+
+def _not_yours(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"run folder {path} can't be written ({error.strerror}): make it yours and try again")
 
 
 def _is_usage_error(error: BaseException | None) -> bool:

@@ -86,7 +86,9 @@ async def run(invocation: Invocation) -> int:
                 run_dir.log(resume_hint(run_dir.path))
             raise
         summary = training.summary() | {"finished": not interrupted}
-        run_dir.summary(summary)
+        if not run_dir.as_found:
+            # one that was interrupted before it went on leaves the outcome of the run before
+            run_dir.summary(summary)
         if interrupted:
             live.phase(f"interrupted after {training.step} steps; what was done is kept")
             live.phase(resume_hint(run_dir.path))
@@ -103,8 +105,7 @@ async def run(invocation: Invocation) -> int:
 def _open_run_dir(invocation: Invocation) -> RunDir:
     if invocation.resume is None:
         return RunDir.create(invocation.run_dir, invocation.config)
-    step = read_driver_state(invocation.resume)["step"]
-    return RunDir.resume(invocation.run_dir, invocation.config, step)
+    return RunDir.resume(invocation.run_dir)
 
 
 async def _until_interrupted(work: Coroutine[Any, Any, None], live: Live) -> bool:
@@ -239,6 +240,8 @@ class Training:
                 await rooms.learner.load_checkpoint(self.checkpoint)
             with self.meters.observer.span("sync"):
                 await rooms.engine.update_weights(self.step)
+            # nothing can refuse to go on any more
+            await _to_its_end(asyncio.to_thread(self.run_dir.go_on_after, self.step, config))
         else:
             await heldout.all("before")
         questions = rooms.curriculum.questions(config.seed)

@@ -7,6 +7,7 @@ import asyncio
 import io
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -156,6 +157,11 @@ def stopped(tmp_path: Path) -> Path:
     return path
 
 
+def left_in(run_dir: Path) -> dict[Path, bytes]:
+    """All that a run left but its log."""
+    return {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != "log.txt"}
+
+
 def checkpoint(path: Path, **state: Any) -> None:
     path.mkdir(parents=True)
     (path / "driver.json").write_bytes(orjson.dumps(state))
@@ -223,7 +229,8 @@ def test_what_was_written_after_the_checkpoint_is_taken_away(stopped: Path):
     for name in ("step_000012.tmp", "step_000001"):
         # being written, being removed
         (stopped / "checkpoints" / name).mkdir()
-    with RunDir.resume(stopped, RunConfig(num_steps=20), 8) as run_dir:
+    with RunDir.resume(stopped) as run_dir:
+        run_dir.go_on_after(8, RunConfig(num_steps=20))
         assert [row["step"] for row in read_metrics(stopped)] == list(range(1, 9))
         run_dir.metrics({"step": 9})
     assert [row["step"] for row in read_metrics(stopped)] == list(range(1, 10))
@@ -237,17 +244,17 @@ def test_what_was_written_after_the_checkpoint_is_taken_away(stopped: Path):
 def test_half_a_row_is_taken_away(stopped: Path):
     with (stopped / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1')
-    RunDir.resume(stopped, read_config(stopped), 9).close()
+    with RunDir.resume(stopped) as run_dir:
+        run_dir.go_on_after(9, read_config(stopped))
     assert [row["step"] for row in read_metrics(stopped)] == list(range(1, 10))
 
 
 def test_a_run_that_still_goes_on_is_left_alone(stopped: Path):
-    with RunDir.resume(stopped, read_config(stopped), 8):
-        before = (stopped / "metrics.jsonl").read_bytes()
+    with RunDir.resume(stopped):
+        before = left_in(stopped)
         with pytest.raises(UsageError, match="still goes on"):
-            RunDir.resume(stopped, RunConfig(num_steps=99), 4)
-        assert (stopped / "metrics.jsonl").read_bytes() == before
-        assert read_config(stopped).num_steps == 12
+            RunDir.resume(stopped)
+        assert left_in(stopped) == before
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -374,8 +381,7 @@ class Run:
             sleeper=None,
             learner=ledger,
         )  # pyright: ignore[reportArgumentType]
-        step = read_driver_state(resume)["step"] if resume else 0
-        self.run_dir = RunDir.resume(path, self.config, step) if resume else RunDir.create(path, self.config)
+        self.run_dir = RunDir.resume(path) if resume else RunDir.create(path, self.config)
         self.console = io.StringIO()
         live = Live(self.config.num_steps, console=Console(file=self.console))
         self.training = Training(self.config, self.run_dir, live, time.monotonic())
@@ -597,6 +603,51 @@ def test_streamed_groups_are_learned_from_while_others_are_played(tmp_path: Path
     other = Run(tmp_path / "other", Ledger(), num_steps=2)
     asyncio.run(other())
     assert run.questions == other.questions
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """The folder of a run that went to its end."""
+    run = Run(tmp_path / "finished", Ledger())
+    asyncio.run(run())
+    run.run_dir.summary(run.training.summary() | {"finished": True})
+    assert (run.run_dir.path / "trajectories" / "eval_after.jsonl").exists()
+    return run.run_dir.path
+
+
+def test_a_resume_that_a_setting_refuses_leaves_the_finished_run_as_it_was(finished: Path, capsys):
+    before = left_in(finished)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        sink = ["--metrics.sinks", "prometheus", "--metrics.prometheus-port", str(port)]
+        assert main(["--resume", str(finished), "--num-steps", "6", *sink]) == 2
+    assert "can't be listened at" in capsys.readouterr().err
+    assert left_in(finished) == before
+
+
+def test_a_resume_whose_learner_fails_leaves_the_finished_run_as_it_was(finished: Path):
+    class Broken(Ledger):
+        async def load_checkpoint(self, path: Path) -> dict[str, Any]:
+            raise LearnerError("out of memory")
+
+    before = left_in(finished)
+    with pytest.raises(LearnerError):
+        asyncio.run(Run(finished, Broken(), resume=checkpoints(finished)[-1], num_steps=6)())
+    assert left_in(finished) == before
+
+
+def test_a_resume_that_is_interrupted_before_it_goes_on_leaves_the_finished_run_as_it_was(
+    finished: Path, monkeypatch, capsys
+):
+    async def starts(training: Training) -> None:
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Training, "run", starts)
+    before = left_in(finished)
+    assert main(["--resume", str(finished), "--num-steps", "6"]) == 130
+    assert "interrupted after 4 steps" in capsys.readouterr().out
+    assert left_in(finished) == before
 
 
 @pytest.mark.parametrize(("stream", "learns"), [("off", "step"), ("on", "accumulate")])
