@@ -99,7 +99,7 @@ class Invocation:
     smoke: bool = False
     dry_run: bool = False
     resume: Path | None = None
-    """The checkpoint to go on from."""
+    """The checkpoint to go on from: the newest when parsed. A run that was still ending then may have left a newer one."""
     changes: tuple[str, ...] = ()
     """What the flags changed of the settings of a run that goes on, e.g. "num_steps = 48, was 24"."""
 
@@ -152,29 +152,34 @@ def _resumed(
                 f"{_flag(path)} {new} would make another run of {run_dir}, which has {old}: leave it out to go on, or "
                 f"start a new run with --model.path {run_dir / 'model'}"
             )
-    if not (valid := checkpoints(run_dir)):
-        raise UsageError(
-            f"{run_dir} holds no checkpoint, so there is nothing to go on from (checkpoint.every = "
-            f"{before.checkpoint.every} steps): start the run again"
-        )
-    step = read_driver_state(valid[-1])["step"]
-    if config.num_steps < step:
-        raise UsageError(
-            f"num_steps = {config.num_steps}, but {run_dir} has taken {step} steps already: give --num-steps {step} or more"
-        )
-    if config.num_steps == step and read_summary(run_dir).get("finished"):
-        raise UsageError(
-            f"{run_dir} is done, with all of its {step} steps: give --num-steps {2 * step} or another number above "
-            f"{step} to go on"
-        )
     return Invocation(
         recipe=f"as in {run_dir / 'config.toml'}",
         config=config,
         run_dir=run_dir,
         dry_run=command.get("dry_run", False),
-        resume=valid[-1],
+        resume=newest_checkpoint(run_dir, config.num_steps),
         changes=tuple(f"{path} = {new}, was {old}" for path, (old, new) in changed.items()),
     )
+
+
+def newest_checkpoint(run_dir: Path, num_steps: int) -> Path:
+    """That to go on from with a run, up to `num_steps`. Raises UsageError where there is none, or nothing left to do."""
+    if not (valid := checkpoints(run_dir)):
+        raise UsageError(
+            f"{run_dir} holds no checkpoint, so there is nothing to go on from (checkpoint.every = "
+            f"{read_config(run_dir).checkpoint.every} steps): start the run again"
+        )
+    step = read_driver_state(valid[-1])["step"]
+    if num_steps < step:
+        raise UsageError(
+            f"num_steps = {num_steps}, but {run_dir} has taken {step} steps already: give --num-steps {step} or more"
+        )
+    if num_steps == step and read_summary(run_dir).get("finished"):
+        raise UsageError(
+            f"{run_dir} is done, with all of its {step} steps: give --num-steps {2 * step} or another number above "
+            f"{step} to go on"
+        )
+    return valid[-1]
 
 
 def changed(config: RunConfig, flags: Sequence[str]) -> RunConfig:

@@ -307,6 +307,11 @@ def _step_of(name: str, ending: str) -> int | None:
 
 def _forget_after(run_dir: Path, step: int) -> None:
     """Remove what a run wrote after a step, and what it was writing when it ended."""
+    kept = {path for path in checkpoints(run_dir) if (_step_of(path.name, "") or 0) <= step}
+    for other in {*(run_dir / "checkpoints").glob("*")} - kept:
+        # before all else: whenever this is killed, no checkpoint is of a step whose rows are gone
+        (other / "learner.json").unlink(missing_ok=True)
+        shutil.rmtree(other)
     for name in ("metrics.jsonl", "groups.jsonl"):
         kept_bytes = 0
         for line, place in _lines(run_dir / name):
@@ -319,8 +324,6 @@ def _forget_after(run_dir: Path, step: int) -> None:
         of_step = _step_of(file.name, ".jsonl")
         if file.name.endswith(".partial") or "_after" in file.stem or (of_step is not None and of_step > step):
             file.unlink()
-    for unfinished in {*(run_dir / "checkpoints").glob("*")} - {*checkpoints(run_dir)}:
-        shutil.rmtree(unfinished)
     (run_dir / "summary.json").unlink(missing_ok=True)
 
 

@@ -34,7 +34,7 @@ import numpy as np
 
 from l0fast import __version__
 from l0fast.agent.nb_agent import NBAgent
-from l0fast.cli import Invocation
+from l0fast.cli import Invocation, newest_checkpoint
 from l0fast.config import RunConfig
 from l0fast.errors import LearnerError
 from l0fast.garbage import OldObjects, let_go, old_objects_aside
@@ -75,7 +75,8 @@ async def run(invocation: Invocation) -> int:
         training = Training(config, run_dir, live, started)
         begins = f"recipe {invocation.recipe}"
         if invocation.resume:
-            training.go_on(invocation.resume)
+            # once more, for now the folder is this run's: the other one may have gone on since the words were read
+            training.go_on(newest_checkpoint(invocation.run_dir, config.num_steps))
             begins = "; ".join((f"going on after step {training.step}", *invocation.changes))
         live.phase(f"l0fast {__version__}, {begins}, writing {invocation.run_dir}")
         try:

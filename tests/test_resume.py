@@ -44,6 +44,7 @@ from l0fast.seeding import derive_seed
 from l0fast.tasks.curriculum import load_curriculum
 from l0fast.tasks.scoring import open_scorer
 from l0fast.training import Rooms, Training, _to_its_end, check, staleness
+from l0fast.training import run as train
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 from tests.command import children_of, finish, seen, start, wait_until_gone
 
@@ -239,6 +240,13 @@ def test_what_was_written_after_the_checkpoint_is_taken_away(stopped: Path):
     assert [path.name for path in sorted((stopped / "checkpoints").iterdir())] == ["step_000004", "step_000008"]
     assert read_config(stopped).num_steps == 20
     assert read_summary(stopped) == {}
+
+
+def test_no_checkpoint_is_left_of_a_step_whose_rows_are_taken_away(stopped: Path):
+    with RunDir.resume(stopped) as run_dir:
+        run_dir.go_on_after(4, read_config(stopped))
+    assert [row["step"] for row in read_metrics(stopped)] == [1, 2, 3, 4]
+    assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["step_000004"]
 
 
 def test_half_a_row_is_taken_away(stopped: Path):
@@ -648,6 +656,32 @@ def test_a_resume_that_is_interrupted_before_it_goes_on_leaves_the_finished_run_
     assert main(["--resume", str(finished), "--num-steps", "6"]) == 130
     assert "interrupted after 4 steps" in capsys.readouterr().out
     assert left_in(finished) == before
+
+
+@pytest.mark.parametrize("num_steps", [6, 4, 3])
+def test_a_checkpoint_that_comes_after_the_words_were_read_is_the_one_to_go_on_from(
+    finished: Path, monkeypatch, num_steps: int
+):
+    begun = []
+
+    async def begins(training: Training) -> None:
+        begun.append((training.step, training.checkpoint))
+        raise LearnerError("that was all")
+
+    monkeypatch.setattr(Training, "run", begins)
+    newest = checkpoints(finished)[-1]
+    moved = newest.rename(finished / "being written")
+    invocation = parse(["--resume", str(finished), "--num-steps", str(num_steps)])
+    assert invocation.resume == finished / "checkpoints" / "step_000002"
+    moved.rename(newest)
+    error, sentence = {
+        6: (LearnerError, "that was all"),
+        4: (UsageError, "is done, with all of its 4 steps"),
+        3: (UsageError, "has taken 4 steps already"),
+    }[num_steps]
+    with pytest.raises(error, match=sentence):
+        asyncio.run(train(invocation))
+    assert begun == ([(4, newest)] if num_steps == 6 else [])
 
 
 @pytest.mark.parametrize(("stream", "learns"), [("off", "step"), ("on", "accumulate")])
