@@ -182,9 +182,24 @@ def test_how_long_and_how_fast_may_change_and_is_told(stopped: Path):
     assert changed.changes == ("num_steps = 20, was 12", "engine.slots = 7, was 128", "checkpoint.keep = 5, was 2")
 
 
+@pytest.mark.parametrize("flag", [
+    "--judge.endpoint=http://other/v1", "--judge.api-key-env=OTHER_KEY", "--judge.timeout-s=9", "--judge.max-concurrent=9",
+    "--judge.cache-file=judged", "--tools.cache-file=answers", "--tools.timeout-s=9", "--tools.attempts=9",
+    "--tools.max-concurrent=9", "--tools.per-minute=9", "--web.timeout-s=9", "--web.search-url=http://other/search",
+    "--web.reader-url=http://other/", "--web.vision-endpoint=http://other/v1", "--web.vision-api-key-env=OTHER_KEY",
+])  # fmt: skip
+def test_services_that_moved_or_became_slow_are_asked_where_they_are_now(stopped: Path, flag: str):
+    assert len(parse(["--resume", str(stopped), flag]).changes) == 1
+
+
 @pytest.mark.parametrize(("flags", "sentence"), [
     (["--learner.lr", "0.1"], r"--learner.lr 0.1 would make another run .* 0.0007: leave it out"),
     (["--seed", "1"], r"--seed 1 would make another run"),
+    (["--tools.use", "web_search"], r"--tools.use \('web_search',\) would make another run"),
+    (["--judge.model", "other"], r"--judge.model other would make another run"),
+    (["--judge.votes", "3"], r"--judge.votes 3 would make another run"),
+    (["--web.search-provider", "exa"], r"--web.search-provider exa would make another run"),
+    (["--web.page-chars", "9"], r"--web.page-chars 9 would make another run"),
     (["--num-steps", "7"], r"num_steps = 7, but .* has taken 8 steps already: give --num-steps 8 or more"),
     (["invented"], r"so invented has no place beside it"),
     (["--smoke"], r"so --smoke has no place beside it"),
