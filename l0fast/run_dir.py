@@ -133,9 +133,12 @@ class RunDir:
             UsageError: a run is still writing it, or it can't be written.
         """
         try:
-            return cls(path, as_found=True)
+            run_dir = cls(path, as_found=True)
+            # they take most of the room, so they may have been deleted
+            (path / "trajectories").mkdir(exist_ok=True)
         except OSError as e:
             raise _not_yours(path, e) from e
+        return run_dir
 
     def go_on_after(self, step: int, config: RunConfig) -> None:
         """Make it what `step` left, for a run that goes on from there with these settings.
@@ -217,7 +220,11 @@ class RunDir:
 
         Only while it ran did it show that a setting can't be used: the same command, set right, finds its folder free.
         """
-        holds_work = any((self.path / "trajectories").iterdir()) or (self.path / "metrics.jsonl").stat().st_size > 0
+        holds_work = (
+            bool(checkpoints(self.path))
+            or any((self.path / "trajectories").iterdir())
+            or (self.path / "metrics.jsonl").stat().st_size > 0
+        )
         return _is_usage_error(error) and not holds_work
 
 

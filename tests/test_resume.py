@@ -272,6 +272,14 @@ def test_half_a_row_is_taken_away(stopped: Path):
     assert [row["step"] for row in read_metrics(stopped)] == list(range(1, 10))
 
 
+def test_a_setting_that_shows_itself_wrong_takes_no_checkpoint_with_it(stopped: Path):
+    shutil.rmtree(stopped / "trajectories")
+    (stopped / "metrics.jsonl").unlink()
+    with pytest.raises(UsageError), RunDir.resume(stopped):
+        raise UsageError("no such image")
+    assert len(checkpoints(stopped)) == 2
+
+
 def test_a_run_that_still_goes_on_is_left_alone(stopped: Path):
     with RunDir.resume(stopped):
         before = left_in(stopped)
@@ -671,6 +679,14 @@ def test_a_resume_that_is_interrupted_before_it_goes_on_leaves_the_finished_run_
     assert main(["--resume", str(finished), "--num-steps", "6"]) == 130
     assert "interrupted after 4 steps" in capsys.readouterr().out
     assert left_in(finished) == before
+
+
+def test_a_run_goes_on_without_the_trajectories_that_were_deleted(finished: Path):
+    shutil.rmtree(finished / "trajectories")
+    run = Run(finished, Ledger(), resume=checkpoints(finished)[-1], num_steps=5)
+    asyncio.run(run())
+    assert [row["step"] for row in run.rows] == [1, 2, 3, 4, 5]
+    assert len(run.questions) == 1
 
 
 @pytest.mark.parametrize("num_steps", [6, 4, 3])
