@@ -12,6 +12,7 @@ TOML or on the command line gets the same answer, one sentence with what, the va
 """
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
-import orjson
 import tyro
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -445,8 +445,8 @@ def _validate(layers: Sequence[Mapping[str, Any]], recipe: Path) -> RunConfig:
     for layer in layers:
         settings = _merge(settings, layer)
     try:
-        # as JSON: there an array may be a tuple, and true is no number
-        return RunConfig.model_validate_json(orjson.dumps(settings, default=str), strict=True)
+        # as JSON: there an array may be a tuple, and true is no number; orjson has no whole numbers of more than 64 bits
+        return RunConfig.model_validate_json(json.dumps(settings, default=str), strict=True)
     except ValidationError as e:
         error = e.errors()[0]
         if not error["loc"]:

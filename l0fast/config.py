@@ -12,11 +12,14 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     model_validator,
 )
+
+# TOML, JSON and generators of random numbers have no larger ones
+_LARGEST = 2**63 - 1
+PositiveInt = Annotated[int, Field(gt=0, le=_LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=_LARGEST)]
 
 
 class Config(BaseModel):
