@@ -460,7 +460,8 @@ class Training:
         # a first step that was not a whole one leaves no state at all
         if self.config.checkpoint.every and self.saved_step < self.step == self.state.get("step"):
             await self._save_checkpoint(rooms)
-        await rooms.learner.save(self.run_dir.model_path)
+        with self.meters.observer.span("checkpoint"):
+            await rooms.learner.save(self.run_dir.model_path)
 
     async def _play(
         self, scorer: Scorer, agent: NBAgent, task: Task, *, index: int, temperature: float, seed: int
