@@ -122,7 +122,12 @@ def advise(run_dir: Path, *, last_steps: int = LAST_STEPS) -> str | None:
     base = simulate(recording, recording.config, timing, steps=steps)
     best: tuple[float, str] | None = None
     for changes in _candidates(recording.config):
-        then = simulate(recording, changed_config(recording.config, changes), timing, steps=steps)
+        try:
+            config = changed_config(recording.config, changes)
+        except UsageError:
+            # the rest of this run's settings forbids it
+            continue
+        then = simulate(recording, config, timing, steps=steps)
         gain = 1 - base.episodes_per_s / then.episodes_per_s
         if best is None or gain > best[0]:
             best = gain, _way(recording.config, changes)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,6 +214,23 @@ def test_advice_names_the_wait_the_setting_and_the_gain(runs):
 def test_no_advice_where_nothing_helps(runs, monkeypatch):
     monkeypatch.setattr("l0fast.rollout.whatif._candidates", lambda config: [{"engine.slots": 48}])
     assert advise(runs["tools"]) is None
+
+
+def test_advice_leaves_out_what_the_other_settings_forbid(runs, tmp_path, monkeypatch):
+    run_dir = shutil.copytree(runs["tools"], tmp_path / "run")
+    text = (run_dir / "config.toml").read_text()
+    assert "tis_cap = 2.0\n" in text
+    # forbids every mode but on_policy
+    (run_dir / "config.toml").write_text(text.replace("tis_cap = 2.0\n", "tis_cap = 0.0\n"))
+    candidates = [{"rollout.mode": "carry_over"}, {"engine.slots": 32}]
+    monkeypatch.setattr("l0fast.rollout.whatif._candidates", lambda config: candidates)
+    monkeypatch.setattr("l0fast.rollout.whatif.ADVISES_FROM", -1.0)
+    monkeypatch.setattr("l0fast.rollout.whatif._calibrate", lambda recording: (TIMING, 0.0))
+    advice = advise(run_dir)
+    assert advice is not None
+    assert "raise engine.slots from 16 to 32" in advice
+    candidates.pop()
+    assert advise(run_dir) is None
 
 
 def test_what_is_no_setting_is_refused():
