@@ -126,8 +126,12 @@ def comparison_table(differences: Mapping[str, Difference], name_a: str, name_b:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {name} | {d.questions:,} | {d.a:.3f} | {d.b:.3f} | {d.a - d.b:+.3f} | {d.low:+.3f} to {d.high:+.3f} | "
+        f"| {name} | {d.questions:,} | {d.a:.3f} | {d.b:.3f} | {d.a - d.b:+.3f} | {_range(d)} | "
         f"{d.p_value:.4f} | {'yes' if d.real else 'no'} |"
         for name, d in differences.items()
     ]
     return "\n".join(lines)
+
+
+def _range(difference: Difference) -> str:
+    return f"{difference.low:+.3f} to {difference.high:+.3f}" if math.isfinite(difference.low) else ""

@@ -3,7 +3,8 @@
 mean over questions of each question's mean over samples; its spread over questions gives the interval, because
 questions, not samples, are what a benchmark has few of:  mean +- 1.96 std / sqrt(questions)
 pass@k = mean over questions of 1 - C(n - c, k) / C(n, k)      Chen et al., arXiv 2107.03374, equation 1
-A against B: paired bootstrap over the questions both answered    Efron and Tibshirani 1993; Koehn, EMNLP 2004
+A against B, over the questions both answered: the interval by a paired bootstrap, p by flipping the signs of the differences,
+which are as likely either way where A and B are equally good    Efron and Tibshirani 1993, chapters 13 and 15
 """
 
 import math
@@ -54,7 +55,7 @@ class Difference:
     b: float
     questions: int
     low: float
-    """The 95 % interval of the difference."""
+    """The 95 % interval of the difference; nan for a single question."""
     high: float
     p_value: float
     """How often, if A and B were equally good, a difference this large would be seen; two-sided."""
@@ -66,7 +67,7 @@ class Difference:
 
 
 def compare(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]], *, seed: int = 0) -> Difference:
-    """Paired bootstrap. Raises ValueError where they share no question."""
+    """Paired, question by question. Raises ValueError where they share none."""
     common = sorted(key for key in a if len(a[key]) and len(b.get(key, ())))
     if not common:
         raise ValueError("they have no question in common")
@@ -74,26 +75,42 @@ def compare(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]], 
     mean_b = np.array([np.mean(b[key]) for key in common])
     differences = mean_a - mean_b
     rng = np.random.default_rng(seed)
-    # in parts: ten thousand resamples of ten thousand questions are 800 MB
-    resampled = np.concatenate(
-        [
-            rng.choice(differences, (part, len(differences))).mean(axis=1)
-            for part in _parts(RESAMPLES, max(1, 5_000_000 // len(differences)))
-        ]
-    )
-    observed = differences.mean()
-    # resampled around 0: what differences chance alone would give
-    as_extreme = np.abs(resampled - observed) >= abs(observed) - 1e-12
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    low = high = math.nan
+    if len(common) > 1:
+        # in parts: ten thousand resamples of ten thousand questions are 800 MB
+        resampled = np.concatenate(
+            [rng.choice(differences, (part, len(common))).mean(axis=1) for part in _parts(RESAMPLES, len(common))]
+        )
+        low, high = np.quantile(resampled, [0.025, 0.975])
     return Difference(
         a=float(mean_a.mean()),
         b=float(mean_b.mean()),
         questions=len(common),
         low=float(low),
         high=float(high),
-        p_value=float((as_extreme.sum() + 1) / (RESAMPLES + 1)),
+        p_value=_sign_flip_p(differences, rng),
     )
 
 
-def _parts(total: int, size: int) -> list[int]:
+def _sign_flip_p(differences: np.ndarray, rng: np.random.Generator) -> float:
+    """Two-sided: all flips where they are few, else a sample of them."""
+    # a difference of 0 is the same either way
+    differences = differences[differences != 0]
+    # a bit less: the order of a sum changes its last digits
+    observed = abs(differences.sum()) - 1e-9
+    num_flips = 2 ** len(differences)
+    if num_flips <= RESAMPLES:
+        bits = np.arange(num_flips)[:, None] >> np.arange(len(differences)) & 1
+        return float((np.abs((2 * bits - 1) @ differences) >= observed).mean())
+    as_extreme = sum(
+        int((np.abs((2.0 * rng.integers(0, 2, (part, len(differences))) - 1) @ differences) >= observed).sum())
+        for part in _parts(RESAMPLES, len(differences))
+    )
+    # the flip that was observed is one of them
+    return (as_extreme + 1) / (RESAMPLES + 1)
+
+
+def _parts(total: int, length: int) -> list[int]:
+    """Rows of `length` numbers, as many at once as memory takes."""
+    size = max(1, 5_000_000 // length)
     return [min(size, total - start) for start in range(0, total, size)]

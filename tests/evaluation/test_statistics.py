@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from l0fast.evaluation.report import comparison_table
 from l0fast.evaluation.statistics import compare, interval, pass_at_k
 
 
@@ -66,6 +67,35 @@ def test_equal_policies_are_called_different_as_rarely_as_promised():
         b = {str(i): [float(rng.random() < 0.5)] for i in range(60)}
         called += compare(a, b, seed=trial).real
     assert called <= 22
+
+
+@pytest.mark.parametrize("num_questions", [1, 2, 3, 4, 5, 6])
+def test_that_few_questions_all_go_one_way_is_as_likely_as_as_many_coins(num_questions):
+    a, b = {str(i): [1.0] for i in range(num_questions)}, {str(i): [0.0] for i in range(num_questions)}
+    same = {"same": [1.0, 0.0]}
+    for one, other in ((a, b), (b, a), (a | same, b | same)):
+        found = compare(one, other)
+        assert found.p_value == 2 / 2**num_questions
+        assert found.real == (num_questions > 5)
+
+
+def test_a_sampled_p_value_is_near_the_exact_one(monkeypatch):
+    rng = np.random.default_rng(2)
+    a = {str(i): [float(rng.random()) + 0.1] for i in range(12)}
+    b = {str(i): [float(rng.random())] for i in range(12)}
+    exact = compare(a, b).p_value
+    assert 0.01 < exact < 0.5
+    monkeypatch.setattr("l0fast.evaluation.statistics.RESAMPLES", 2000)
+    sampled = compare(a, b).p_value
+    assert sampled != exact
+    assert sampled == pytest.approx(exact, abs=0.03)
+
+
+def test_a_single_question_has_no_interval_of_the_difference():
+    found = compare({"a": [1.0]}, {"a": [0.0]})
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    assert "| +1.000 |  | 1.0000 | no |" in comparison_table({"geography": found}, "A", "B")
 
 
 def test_only_common_questions_are_compared():
