@@ -132,7 +132,8 @@ def curve_points(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) 
     last = max((row["step"] for row in rows), default=0)
     points = {}
     for kind, key in (("sampled", "eval_accuracy"), ("greedy", "eval_greedy")):
-        found = {row["step"]: row[f"eval/{kind}"] for row in rows if f"eval/{kind}" in row}
+        # one that was asked beside training stands in a later row than that of its step
+        found = {row.get("eval/step", row["step"]): row[f"eval/{kind}"] for row in rows if f"eval/{kind}" in row}
         # the ends are asked on all fixed questions, those in between on the first of them
         for end, step in (("before", 0), ("after", summary.get("steps", last))):
             if summary.get(f"{key}_{end}") is not None:

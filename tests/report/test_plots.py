@@ -58,6 +58,16 @@ def test_the_curve_has_the_points_in_between_and_the_summarys_ends(run_dir: Path
     }
 
 
+def test_a_point_in_between_lies_at_the_step_that_it_is_of_and_not_at_that_of_its_row():
+    rows = [
+        {"step": 1},
+        {"step": 2, "eval/step": 1, "eval/sampled": 0.3},
+        {"step": 4, "eval/step": 3, "eval/sampled": 0.5},
+    ]
+    summary = {"eval_accuracy_before": 0.2, "eval_accuracy_after": 0.6, "steps": 4}
+    assert curve_points(rows, summary) == {"sampled": [(0, 0.2), (1, 0.3), (3, 0.5), (4, 0.6)]}
+
+
 def test_the_learning_curve_shows_accuracy_reward_and_what_went_wrong(run_dir: Path):
     fig = learning_curve(read_metrics(run_dir), read_summary(run_dir))
     accuracy, wrong = fig.axes
