@@ -98,12 +98,17 @@ def draw(run_dir: Path) -> list[Path]:
             drawn.append(_save(learning_curve(rows, summary), folder / "learning_curve.png"))
         if any(_has_shares(row) for row in rows):
             drawn.append(_save(step_time(rows), folder / "step_time.png"))
-        if steps := sorted((run_dir / "trajectories").glob("step_*.jsonl")):
-            trajectories = read_trajectories(steps[-1])
+        # by number: step_10000 comes before step_9999 by name
+        if steps := {_number(file): file for file in (run_dir / "trajectories").glob("step_*.jsonl")}:
+            number, file = max(steps.items())
+            trajectories = read_trajectories(file)
             if any(t.wall_s > 0 for t in trajectories):
-                number = int(steps[-1].stem.removeprefix("step_"))
                 drawn.append(_save(timeline(trajectories, f"step {number}"), folder / "timeline.png"))
     return drawn
+
+
+def _number(file: Path) -> int:
+    return int(file.stem.removeprefix("step_"))
 
 
 def compare_plot(run_dirs: Mapping[str, Path], out: Path) -> Path:

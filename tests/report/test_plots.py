@@ -1,6 +1,7 @@
 """Pictures come from the folder alone, and say what is in it."""
 
 import asyncio
+import shutil
 import struct
 from pathlib import Path
 
@@ -116,6 +117,15 @@ def test_the_timeline_has_a_row_an_agent_as_long_as_its_episode(run_dir: Path):
         ends[row] = max(ends.get(row, 0.0), bar.get_x() + bar.get_width())
     assert ends == pytest.approx({0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0})
     matplotlib.pyplot.close(fig)
+
+
+def test_the_timeline_is_of_the_last_step_also_beyond_9999(run_dir: Path, monkeypatch):
+    for name in ("step_9999", "step_10000"):
+        shutil.copyfile(run_dir / "trajectories/step_0004.jsonl", run_dir / f"trajectories/{name}.jsonl")
+    titles = []
+    monkeypatch.setattr("l0fast.report.plots.timeline", lambda t, title: titles.append(title) or timeline(t, title))
+    draw(run_dir)
+    assert titles == ["step 10000"]
 
 
 def test_several_runs_are_drawn_in_one_picture(run_dir: Path, tmp_path: Path):
