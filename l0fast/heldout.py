@@ -55,9 +55,8 @@ class HeldOut:
 
     async def curve(self, step: int, *, max_open: int | None = None) -> dict[str, float]:
         """The questions of the learning curve, sampled, after a step. Returns metrics."""
-        metrics = await self._evaluate(
-            f"step {step}", self.config.eval.curve_questions, greedy=False, max_open=max_open
-        )
+        num_questions = min(self.config.eval.curve_questions, self.config.eval.questions)
+        metrics = await self._evaluate(f"step {step}", num_questions, greedy=False, max_open=max_open)
         return metrics | {"eval/step": step}
 
     def begin(self, step: int, tasks: asyncio.TaskGroup) -> None:

@@ -920,6 +920,17 @@ def test_an_evaluation_that_was_under_way_is_asked_again_by_the_run_that_goes_on
     assert 2 in [row.get("eval/step") for row in later.rows]
 
 
+def test_an_evaluation_in_between_asks_no_more_than_the_fixed_questions(tmp_path: Path):
+    run = Run(tmp_path / "run", Ledger(), eval=SMALL["eval"] | {"every": 1, "curve_questions": 5})
+    asyncio.run(run())
+    before, between = (
+        [t.task.id for t in read_trajectories(tmp_path / "run" / "trajectories" / f"eval_{name}.jsonl")]
+        for name in ("before", "step_1")
+    )
+    assert len(before) == 2
+    assert between == before
+
+
 def test_staleness_is_counted_by_tokens():
     def turn(*spans: tuple[int, int, int]) -> Turn:
         return Turn(
