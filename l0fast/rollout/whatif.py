@@ -163,8 +163,8 @@ def changed_config(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
         *sections, name = path.split(".")
         place = settings
         for section in sections:
-            place = place.get(section, {})
-        if name not in place and path != "rollout.max_open_groups":
+            place = place.get(section) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or (name not in place and path != "rollout.max_open_groups"):
             raise UsageError(f"{path} is not a setting: python -m l0fast.run --help lists them")
         place[name] = value
     try:

@@ -240,6 +240,9 @@ def test_what_is_no_setting_is_refused():
         parse_change("rollout.mode")
     with pytest.raises(UsageError, match=r"rollout\.max_opn is not a setting"):
         changed_config(CONFIG, {"rollout.max_opn": 3})
+    for path in ("seed.x", "seed.x.y", "nothing.x", "rollout.max_open_groups.x"):
+        with pytest.raises(UsageError, match=rf"{path} is not a setting"):
+            changed_config(CONFIG, {path: 3})
     with pytest.raises(UsageError, match=r"rollout\.group_size = -1"):
         changed_config(CONFIG, {"rollout.group_size": -1})
 
