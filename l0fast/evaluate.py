@@ -98,7 +98,7 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
         benchmarks = await asyncio.to_thread(load_benchmarks, plan.benchmarks, config.task, plan.questions)
         for benchmark in benchmarks:
             say(benchmark.report or f"{benchmark.name}: {len(benchmark.tasks):,} questions")
-        await asyncio.to_thread(_claim, plan)
+        await asyncio.to_thread(_claim, plan, policy)
         chat = await asyncio.to_thread(Chat, policy.folder) if policy else None
         engine = await enter(_engine(plan, policy, config, benchmarks))
         sandbox = await enter(open_sandbox(config.sandbox, max_sessions=plan.max_open, log=say))
@@ -256,10 +256,11 @@ def _agent(
     )
 
 
-def _claim(plan: Plan) -> None:
+def _claim(plan: Plan, policy: Policy | None) -> None:
     """The folder is this command's, or nobody's yet. Raises UsageError."""
     about = {
-        "model": plan.model,
+        # not the word: tomorrow a run has a newer checkpoint
+        "model": policy.origin if policy else plan.model,
         "endpoint": plan.endpoint and plan.endpoint.url,
         "direct": plan.direct,
         "temperature": plan.temperature,

@@ -10,7 +10,8 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 
 from l0fast.children import child
@@ -29,12 +30,15 @@ class Policy:
     """In Hugging Face form."""
     trained_with: RunConfig | None
     """What it was trained with, and so is best used with; None where nobody says."""
+    origin: str = field(default="", compare=False)
+    """Which weights: where they lie, a checkpoint's too, and what tells them from others that lay there."""
 
 
 @asynccontextmanager
 async def open_policy(word: str) -> AsyncIterator[Policy]:
     """The policy that a word means, its folder there for as long as the `async with` body runs. Raises UsageError."""
     found = _find(word)
+    found = replace(found, origin=f"{found.folder} ({_state_of(found.folder)})")
     if not (found.folder / "learner.json").is_file():
         yield found
         return
@@ -57,6 +61,13 @@ def _find(word: str) -> Policy:
     raise UsageError(
         f"{word!r} is no policy that ships ({', '.join(shipped)}), no model folder, and no run that has a checkpoint: give one of them"
     )
+
+
+def _state_of(folder: Path) -> str:
+    """A word that changes with its files. By their sizes and times: to read them all could take minutes."""
+    files = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    return blake2b(repr(state).encode(), digest_size=4).hexdigest()
 
 
 def _settings_of(run_dir: Path) -> RunConfig | None:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from l0fast.evaluate import main, plan_of
 from l0fast.evaluation.direct import final_answer
 from l0fast.evaluation.episodes import read_outcomes
 from l0fast.evaluation.report import figures, summary, table
+from l0fast.policies import MODELS
 
 QUESTIONS = 6
 COMMAND = ["geography", "--on", "geography", "--questions", str(QUESTIONS), "--samples", "2"] + (
@@ -77,6 +80,17 @@ def test_another_evaluation_does_not_go_into_the_same_folder(done, capsys):
     assert "holds another evaluation, with seed = 0 and not 1" in capsys.readouterr().err.replace("\n", " ")
     assert main([*COMMAND, "--out", str(done.parent)]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_the_answers_of_other_weights_are_not_taken_for_those_of_a_model_that_was_trained_on(tmp_path, capsys):
+    model = shutil.copytree(MODELS / "geography", tmp_path / "model")
+    command = [str(model), *COMMAND[1:], "--questions", "1", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert main(command) == 0
+    assert "2 of 2 episodes are there already" in capsys.readouterr().err
+    os.utime(model / "model.safetensors", (0, 0))
+    assert main(command) == 2
+    assert f"holds another evaluation, with model = '{model} (" in " ".join(capsys.readouterr().err.split())
 
 
 def test_two_evaluations_are_compared_question_by_question(done, capsys):
