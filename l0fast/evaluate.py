@@ -9,7 +9,8 @@
 
 MODEL is a policy that ships, a model folder, a run or a checkpoint, and runs here; with --endpoint it is a name there. It is
 asked with the settings it was trained with, where those are known; --section.key VALUE changes any, as for l0fast.run. The
-same command goes on where it was. Failed episodes have no vote; they are counted, and played again by the next command.
+same command goes on where it was, as long as its words mean the same weights and the same questions. Failed episodes have no
+vote; they are counted, and played again by the next command.
 
 The report says how late the event loop was. `--engine.kind simulated --questions 1000 --max-open 1000` plays demonstrations at
 the speed of a model of some size, to see how late it is beside a thousand; `--engine.slots` of them are answered at once.
@@ -42,7 +43,7 @@ from l0fast.engine.transformers import transformers_engine
 from l0fast.errors import L0fastError, UsageError
 from l0fast.evaluation.benchmarks import Benchmark, load_benchmarks
 from l0fast.evaluation.direct import DirectAnswerer
-from l0fast.evaluation.episodes import Episodes, Outcome, read_outcomes
+from l0fast.evaluation.episodes import Episodes, Outcome, fingerprint, read_outcomes
 from l0fast.evaluation.report import compared, comparison_table, figures, summary, write_report
 from l0fast.garbage import OldObjects, old_objects_aside
 from l0fast.loop_lag import LoopLag
@@ -99,6 +100,8 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
         for benchmark in benchmarks:
             say(benchmark.report or f"{benchmark.name}: {len(benchmark.tasks):,} questions")
         await asyncio.to_thread(_claim, plan, policy)
+        episodes = await enter(Episodes(plan.out / "episodes.jsonl"))
+        await asyncio.to_thread(_check_questions, plan, benchmarks, episodes)
         chat = await asyncio.to_thread(Chat, policy.folder) if policy else None
         engine = await enter(_engine(plan, policy, config, benchmarks))
         sandbox = await enter(open_sandbox(config.sandbox, max_sessions=plan.max_open, log=say))
@@ -118,7 +121,6 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
             else _agent(b, config, chat, engine, sandbox, broker, box)
             for b in benchmarks
         }
-        episodes = await enter(Episodes(plan.out / "episodes.jsonl"))
         lag = LoopLag()
         with old_objects_aside() as old_objects:
             beat = asyncio.create_task(lag.run())
@@ -279,6 +281,18 @@ def _claim(plan: Plan, policy: Policy | None) -> None:
         raise UsageError(
             f"{plan.out} holds another evaluation, with {name} = {before.get(name)!r} and not {about[name]!r}: give another --out"
         )
+
+
+def _check_questions(plan: Plan, benchmarks: Sequence[Benchmark], episodes: Episodes) -> None:
+    """What was answered is what is asked. Raises UsageError."""
+    for benchmark in benchmarks:
+        for task in benchmark.tasks:
+            done = [episodes.done.get((benchmark.name, task.id, n)) for n in range(plan.samples)]
+            if any(done) and {outcome.asked for outcome in done if outcome} != {fingerprint(task)}:
+                raise UsageError(
+                    f"{plan.out} holds another evaluation, in which {task.id} of {benchmark.name} was not "
+                    f"{task.question[:80]!r}, or had other answers: give another --out"
+                )
 
 
 def _general() -> RunConfig:

@@ -8,6 +8,7 @@ import asyncio
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,10 +17,11 @@ import orjson
 
 from l0fast.errors import UsageError
 from l0fast.run_dir import dump_row, trajectory_row
-from l0fast.types import Trajectory
+from l0fast.types import Task, Trajectory
 
 Key = tuple[str, str, int]
 """Benchmark, task id, sample."""
+_ASKED = ("question", "answers", "check", "tests")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,16 @@ class Outcome:
     wall_s: float
     failed: bool
     status: str
+    asked: str
+    """Fingerprint of the question (`fingerprint`)."""
+
+
+def fingerprint(task: Task | Mapping[str, Any]) -> str:
+    """Of a question and what answers it: the id may be no more than a line's number, and the file another by now."""
+    of = task if isinstance(task, Mapping) else {name: getattr(task, name) for name in _ASKED}
+    # in which order the answers come makes no difference
+    parts = [sorted(of[name]) if name == "answers" else of[name] for name in _ASKED]
+    return blake2b(orjson.dumps(parts), digest_size=8).hexdigest()
 
 
 class Episodes:
@@ -82,11 +94,16 @@ class Episodes:
 
 
 def read_outcomes(path: Path) -> dict[str, dict[str, list[Outcome]]]:
-    """benchmark -> task id -> the outcomes of its samples that have a vote. Raises UsageError."""
+    """benchmark -> question -> the outcomes of its samples that have a vote. Raises UsageError.
+
+    A question is told by its task's id and its fingerprint: those of two files may have the same ids.
+    """
     outcomes: dict[str, dict[str, list[Outcome]]] = {}
     for _, row in _rows(path):
         if not row["status"].startswith("failed"):
-            outcomes.setdefault(row["benchmark"], {}).setdefault(row["task"]["id"], []).append(_outcome_of_row(row))
+            outcome = _outcome_of_row(row)
+            question = f"{row['task']['id']} {outcome.asked}"
+            outcomes.setdefault(row["benchmark"], {}).setdefault(question, []).append(outcome)
     return outcomes
 
 
@@ -118,6 +135,7 @@ def _outcome(trajectory: Trajectory, scores: Mapping[str, float]) -> Outcome:
         wall_s=trajectory.wall_s,
         failed=trajectory.status.failed,
         status=str(trajectory.status),
+        asked=fingerprint(trajectory.task),
     )
 
 
@@ -130,4 +148,5 @@ def _outcome_of_row(row: Mapping[str, Any]) -> Outcome:
         wall_s=row["wall_s"],
         failed=row["status"].startswith("failed"),
         status=row["status"],
+        asked=fingerprint(row["task"]),
     )

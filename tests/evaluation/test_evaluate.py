@@ -10,7 +10,7 @@ import pytest
 
 from l0fast.evaluate import main, plan_of
 from l0fast.evaluation.direct import final_answer
-from l0fast.evaluation.episodes import read_outcomes
+from l0fast.evaluation.episodes import fingerprint, read_outcomes
 from l0fast.evaluation.report import figures, summary, table
 from l0fast.policies import MODELS
 
@@ -91,6 +91,43 @@ def test_the_answers_of_other_weights_are_not_taken_for_those_of_a_model_that_wa
     os.utime(model / "model.safetensors", (0, 0))
     assert main(command) == 2
     assert f"holds another evaluation, with model = '{model} (" in " ".join(capsys.readouterr().err.split())
+
+
+def with_task(done: Path, out: Path, **changes) -> Path:
+    """The same evaluation with its first task changed, as another file of questions has another under the same id."""
+    out.mkdir()
+    (out / "evaluation.json").write_bytes((done / "evaluation.json").read_bytes())
+    rows = lines(done)
+    first = rows[0]["task"] | changes
+    changed = [row | {"task": first} if row["task"]["id"] == first["id"] else row for row in rows]
+    (out / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    return out
+
+
+@pytest.mark.parametrize(
+    "changes", [{"question": "Where?"}, {"answers": ["Atlantis"]}, {"check": "judge"}, {"tests": ["assert True"]}]
+)
+def test_answers_to_other_questions_are_not_taken_for_those_to_what_is_asked_now(done, tmp_path, capsys, changes):
+    out = with_task(done, tmp_path / "out", **changes)
+    before = (out / "episodes.jsonl").read_bytes()
+    assert main([*COMMAND, "--out", str(out)]) == 2
+    task, said = lines(done)[0]["task"], " ".join(capsys.readouterr().err.split())
+    assert f"holds another evaluation, in which {task['id']} of geography was not {task['question']!r}, or had" in said
+    assert (out / "episodes.jsonl").read_bytes() == before
+
+
+def test_the_same_questions_are_known_again_however_their_answers_are_sorted(done, tmp_path, capsys):
+    answers = [lines(done)[0]["task"]["answers"], ["a", "b"], ["b", "a"]]
+    same = [fingerprint(lines(done)[0]["task"] | {"answers": a}) for a in answers]
+    assert same[0] != same[1] == same[2]
+    assert main([*COMMAND, "--out", str(with_task(done, tmp_path / "out", kind="another"))]) == 0
+    assert f"{2 * QUESTIONS} of {2 * QUESTIONS} episodes are there already" in capsys.readouterr().err
+
+
+def test_different_questions_of_one_id_are_not_compared(done, tmp_path, capsys):
+    other = with_task(done, tmp_path / "out", question="Where?")
+    assert main(["--compare", str(done), str(other)]) == 0
+    assert f"| geography | {QUESTIONS - 1} |" in capsys.readouterr().out
 
 
 def test_two_evaluations_are_compared_question_by_question(done, capsys):
