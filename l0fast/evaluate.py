@@ -270,13 +270,21 @@ def _claim(plan: Plan, policy: Policy | None) -> None:
         "tools": list(plan.tools),
         "seed": plan.seed,
     }
-    plan.out.mkdir(parents=True, exist_ok=True)
     file = plan.out / "evaluation.json"
-    if not file.exists():
-        if any(plan.out.iterdir()):
-            raise UsageError(f"{plan.out} is not empty, and no evaluation: give another --out")
-        file.write_bytes(orjson.dumps(about, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
-    elif (before := orjson.loads(file.read_bytes())) != about:
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            if any(plan.out.iterdir()):
+                raise UsageError(f"{plan.out} is not empty, and no evaluation: give another --out")
+            file.write_bytes(orjson.dumps(about, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+            return
+        before = orjson.loads(file.read_bytes())
+    except OSError as e:
+        raise UsageError(f"{plan.out} can't hold an evaluation ({e.strerror}): give another --out") from e
+    except orjson.JSONDecodeError as e:
+        # a full disk, or a kill, can leave an empty one
+        raise UsageError(f"{file} is not what an evaluation writes ({e}): give another --out") from e
+    if before != about:
         name = next(name for name in about if before.get(name) != about[name])
         raise UsageError(
             f"{plan.out} holds another evaluation, with {name} = {before.get(name)!r} and not {about[name]!r}: give another --out"

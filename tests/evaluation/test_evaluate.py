@@ -156,6 +156,22 @@ def test_what_can_not_be_evaluated_is_one_sentence(words, complaint, capsys, tmp
     assert complaint in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("left", ["", '{"model": "geog'])
+def test_half_an_evaluation_json_is_one_sentence(tmp_path, left, capsys):
+    (tmp_path / "evaluation.json").write_text(left)
+    assert main([*COMMAND, "--out", str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path}/evaluation.json is not what an evaluation writes" in said
+
+
+def test_a_file_is_no_folder_for_an_evaluation(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main([*COMMAND, "--out", str(out)]) == 2
+        assert f"{out} can't hold an evaluation (" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_settings_follow_as_for_a_run():
     plan, _ = plan_of([*COMMAND, "--agent.trim", "hard"])
     assert plan is not None
