@@ -204,7 +204,7 @@ class PolicyModel:
         with self._tally.clock("forward_backward_s"):
             loss_sum, stats = self.forward(pack, ref_logprobs, old_logprobs)
             loss_sum.backward()
-            self._tally.add(pack, loss_sum, stats)
+            self._tally.add(pack, loss_sum, stats, old_logprobs)
 
     @torch.no_grad()
     def _optimize(self, denominator: float | None, num_parts: int) -> tuple[float, str | None]:

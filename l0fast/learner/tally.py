@@ -46,13 +46,19 @@ class Tally:
         self.sums["tokens"] += sum(pack.num_tokens for pack in packs)
         self.sums["sampled_tokens"] += sum(int((pack.loss_weights > 0).sum()) for pack in packs)
 
-    def add(self, pack: Pack, loss_sum: Tensor, stats: HeadStats) -> None:
-        """What the head said of one."""
+    def add(self, pack: Pack, loss_sum: Tensor, stats: HeadStats, old_logprobs: Tensor | None = None) -> None:
+        """What the head said of one.
+
+        Args:
+            old_logprobs: [R], of the weights that the engine sampled from, where those of `stats` may be of later ones.
+        """
         logprobs, entropy, kl, clipped = torch.stack([s.float() for s in stats]).cpu().numpy().astype(np.float64)
         counts = pack.loss_weights > 0
         self.sums["loss"] += loss_sum.item()
         for name, values in zip(MEANS, (entropy, kl, clipped), strict=True):
             self.sums[name] += float(values[counts].sum())
+        if old_logprobs is not None:
+            logprobs = old_logprobs.cpu().numpy()
         self.mismatch.add(logprobs, pack.sampler_logprobs, pack.loss_weights, pack.turns)
 
     def reduced(self, place: Place) -> "Tally":

@@ -343,6 +343,18 @@ def test_the_first_of_several_steps_is_that_of_its_packs_alone_and_the_second_se
     assert metrics["sampled_tokens"] == num_tokens
 
 
+def test_the_mismatch_is_that_of_the_weights_before_the_first_of_several_steps(model_path, batch):
+    """An engine that agrees with the learner still does when the learner has moved on."""
+    packs = packs_of(batch, 40)
+    policy = policy_of(model_path, minibatches=2, lr=1e-2, warmup_steps=0)
+    for pack in packs:
+        pack.sampler_logprobs[:] = policy.logprobs(pack).numpy()
+    before = {name: p.clone() for name, p in policy.model.named_parameters()}
+    metrics = policy.step(packs)
+    assert not all(torch.equal(p, before[name]) for name, p in policy.model.named_parameters())
+    assert metrics["mismatch_max"] < 1e-5
+
+
 def test_gspo_has_the_gradient_of_its_definition(model_path, batch):
     packs = packs_of(batch, 10_000)
     policy = policy_of(model_path, objective="gspo", clip_low=0.02, clip_high=0.02, kl_coef=0)
