@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from l0fast.learner.attention import PackLayout
 from l0fast.learner.loading import load_model, local_part
 from l0fast.learner.packing import Pack, dummy_pack
-from l0fast.learner.policy_model import PolicyModel
+from l0fast.learner.policy_model import PolicyModel, not_taken
 
 
 class ValueHead(nn.Module):
@@ -139,18 +139,26 @@ class CriticModel:
 
         Returns:
             critic_loss (mean squared error / 2), critic_explained (share of the returns' variance that the values
-            explain: 1 all, 0 none, below 0 worse than their mean), critic_clip_fraction, and critic_grad_norm before
-            clipping, which tells a step that was not taken. The same on all ranks.
+            explain: 1 all, 0 none, below 0 worse than their mean), critic_clip_fraction, critic_grad_norm before
+            clipping (of several steps the largest, and not finite where one of them is not); where a step was not taken
+            also critic_skipped, why. The same on all ranks.
         """
         parts = [part for part in np.array_split(np.arange(len(self._held)), self._config.minibatches) if len(part)]
-        norms = []
-        for part in parts or [()]:
+        norms, skipped = [], []
+        for number, part in enumerate(parts or [()], 1):
             for pack, old_values in self._progress.packs([self._held[i] for i in part]):
                 self._forward_backward(pack, old_values)
-            norms.append(self._optimize(denominator / max(1, len(parts))))
+            norms.append(norm := self._optimize(denominator / max(1, len(parts))))
+            if not math.isfinite(norm):
+                skipped.append(not_taken(f"the critic's gradient norm {norm:g}", number, len(parts)))
         sums = dict(zip(_SUMS, self._summed([self._sums[name] for name in _SUMS]), strict=True))
         self._held, self._sums = [], dict.fromkeys(_SUMS, 0.0)
-        return {**_metrics(**sums), "critic_grad_norm": max(norms)}
+        return {
+            **_metrics(**sums),
+            # max() would pass over nan
+            "critic_grad_norm": float(np.max(norms)),
+            **({"critic_skipped": "; ".join(skipped)} if skipped else {}),
+        }
 
     def discard(self) -> None:
         """Forget what was accumulated."""

@@ -73,6 +73,16 @@ def learning_rate(step: int, num_steps: int, config: LearnerConfig) -> float:
     return config.lr * (1 - fallen * (1 - config.final_lr_ratio))
 
 
+def not_taken(what: str, number: int, num_parts: int) -> str:
+    """Why an optimizer step was not taken, and which of its batch's that was where there are several."""
+    if num_parts <= 1:
+        return f"{what} is not finite; the weights stay as they were"
+    return (
+        f"{what} of optimizer step {number} of {num_parts} in this batch is not finite; the weights stay as they were "
+        "before it"
+    )
+
+
 class _Held(NamedTuple):
     """A pack that waits for the step, with the log-probs of before it [R]."""
 
@@ -132,6 +142,8 @@ class PolicyModel:
             self.progress.watch(self.reference, "reference")
         self._held: list[_Held] = []
         self._tally = Tally()
+        self._part_loss = 0.0
+        """Summed since the last optimizer step: the tally's goes on to the end of the batch."""
 
     @property
     def model(self):
@@ -168,19 +180,19 @@ class PolicyModel:
         Returns:
             loss; means over the tokens with a weight (entropy, kl, clip_fraction, mismatch_*), grad_norm before clipping,
             lr, tokens, sampled_tokens, packs, skipped (why a step was not taken, else None), and the seconds of each part.
-            The same on all ranks.
+            With several steps grad_norm is the largest, and not finite where one of them is not. The same on all ranks.
 
         Raises:
             ValueError: no sampled token in the batch.
         """
         parts = [part for part in np.array_split(np.arange(len(self._held)), self.config.minibatches) if len(part)]
         norms, skipped = [], []
-        for part in parts or [()]:
+        for number, part in enumerate(parts or [()], 1):
             for held in self.progress.packs([self._held[i] for i in part]):
                 self._forward_backward(*held)
-            norm, complaint = self._optimize(denominator, max(1, len(parts)))
+            norm, what = self._optimize(denominator, max(1, len(parts)))
             norms.append(norm)
-            skipped += [complaint] if complaint else []
+            skipped += [not_taken(what, number, len(parts))] if what else []
         lr = learning_rate(self.step_index, self.num_steps, self.config)
         self.step_index += 1
         tally = self._tally.reduced(self.place)
@@ -188,7 +200,8 @@ class PolicyModel:
         self._held, self._tally = [], Tally()
         return {
             **tally.metrics(denominator),
-            "grad_norm": max(norms),
+            # max() would pass over nan
+            "grad_norm": float(np.max(norms)),
             "lr": lr,
             "skipped": "; ".join(skipped) or None,
         }
@@ -204,17 +217,20 @@ class PolicyModel:
         with self._tally.clock("forward_backward_s"):
             loss_sum, stats = self.forward(pack, ref_logprobs, old_logprobs)
             loss_sum.backward()
-            self._tally.add(pack, loss_sum, stats, old_logprobs)
+            loss = loss_sum.item()
+            self._part_loss += loss
+            self._tally.add(pack, loss, stats, old_logprobs)
 
     @torch.no_grad()
     def _optimize(self, denominator: float | None, num_parts: int) -> tuple[float, str | None]:
-        """Scale, clip, step. The gradient norm [of the mean], and why the step was not taken."""
+        """Scale, clip, step. The gradient norm [of the mean], and what was not finite if the step was not taken."""
         self.progress.optimizer_step()
         with self._tally.clock("optimizer_s"):
             grads = [local_part(p.grad) for p in self.trained.values() if p.grad is not None]
             squares = torch.stack(torch._foreach_norm(grads)).double().square().sum().item() if grads else 0.0
-            sums = self._tally.sums
-            loss, num_sampled, squares = self._over_ranks([sums["loss"], sums["sampled_tokens"], squares])
+            num_sampled, loss = self._tally.sums["sampled_tokens"], self._part_loss
+            self._part_loss = 0.0
+            loss, num_sampled, squares = self._over_ranks([loss, num_sampled, squares])
             if num_sampled == 0:
                 self.optimizer.zero_grad(set_to_none=True)
                 raise ValueError("the batch has no sampled token, so there is nothing to learn from")
@@ -228,7 +244,7 @@ class PolicyModel:
                     group["lr"] = learning_rate(self.step_index, self.num_steps, self.config)
                 self.optimizer.step()
             else:
-                skipped = f"loss {loss:g} with gradient norm {norm:g} is not finite; the weights stay as they were"
+                skipped = f"loss {loss:g} with gradient norm {norm:g}"
             self.optimizer.zero_grad(set_to_none=True)
         return norm, skipped
 

@@ -46,7 +46,7 @@ class Tally:
         self.sums["tokens"] += sum(pack.num_tokens for pack in packs)
         self.sums["sampled_tokens"] += sum(int((pack.loss_weights > 0).sum()) for pack in packs)
 
-    def add(self, pack: Pack, loss_sum: Tensor, stats: HeadStats, old_logprobs: Tensor | None = None) -> None:
+    def add(self, pack: Pack, loss_sum: float, stats: HeadStats, old_logprobs: Tensor | None = None) -> None:
         """What the head said of one.
 
         Args:
@@ -54,7 +54,7 @@ class Tally:
         """
         logprobs, entropy, kl, clipped = torch.stack([s.float() for s in stats]).cpu().numpy().astype(np.float64)
         counts = pack.loss_weights > 0
-        self.sums["loss"] += loss_sum.item()
+        self.sums["loss"] += loss_sum
         for name, values in zip(MEANS, (entropy, kl, clipped), strict=True):
             self.sums[name] += float(values[counts].sum())
         if old_logprobs is not None:

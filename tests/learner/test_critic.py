@@ -124,6 +124,21 @@ def test_the_gradient_is_clipped_and_a_step_that_is_not_finite_is_not_taken(mode
     assert np.isfinite(step(critic, groups, config)["critic_grad_norm"]), "nothing of it is left behind"
 
 
+@pytest.mark.parametrize("bad", range(3))
+def test_of_several_steps_only_the_one_that_is_not_finite_is_not_taken_and_is_named(model_path, groups, bad):
+    config = run_config("head", minibatches=3, pack_tokens=20)
+    _, critic = critic_of(model_path, config)
+    packs, denominator = batch_packs(groups, number_turns(groups), config)
+    packs[np.array_split(np.arange(len(packs)), 3)[bad][-1]].advantages[0] = np.nan
+    critic.accumulate(packs)
+    metrics = critic.finish_step(denominator)
+    assert next(iter(critic.optimizer.state.values()))["step"].item() == 2
+    assert np.isnan(metrics["critic_grad_norm"]), "no later step's norm hides it"
+    assert f"of optimizer step {bad + 1} of 3 in this batch is not finite" in metrics["critic_skipped"]
+    assert metrics["critic_skipped"].count("not finite") == 1
+    assert "critic_skipped" not in step(critic, groups, config)
+
+
 def test_values_are_fp32_over_bf16_states():
     values = ValueHead(32)(torch.ones(3, 32, dtype=torch.bfloat16))
     assert (values.shape, values.dtype) == ((3,), torch.float32)

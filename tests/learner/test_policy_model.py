@@ -237,6 +237,21 @@ def test_a_step_that_is_not_finite_is_not_taken_and_says_so(policy, batch, poiso
     assert metrics["lr"] == learning_rate(1, 10, policy.config), "the schedule goes on"
 
 
+@pytest.mark.parametrize("bad", range(3))
+def test_of_several_steps_only_the_one_that_is_not_finite_is_not_taken_and_is_named(model_path, batch, bad):
+    packs = packs_of(batch, 40)
+    assert len(packs) >= 3
+    policy = policy_of(model_path, minibatches=3)
+    part = np.array_split(np.arange(len(packs)), 3)[bad]
+    packs[part[-1]].advantages[0] = math.nan
+    metrics = policy.step(packs)
+    assert {state["step"].item() for state in policy.optimizer.state.values()} == {2}
+    assert f"of optimizer step {bad + 1} of 3 in this batch is not finite" in metrics["skipped"]
+    assert metrics["skipped"].count("not finite") == 1
+    assert math.isnan(metrics["grad_norm"]), "no later step's norm hides it"
+    assert all(p.isfinite().all() for p in policy.model.parameters())
+
+
 def test_a_batch_without_sampled_tokens_is_refused(policy, batch):
     packs = packs_of(batch, 1000)
     packs[0].loss_weights[:] = 0
