@@ -304,7 +304,7 @@ class LearnerConfig(Config):
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Share of its peak that the learning rate has come down to by the last step."""
     minibatches: PositiveInt = 1
-    """Optimizer steps a batch is cut into; more than 1 needs a pass for the log-probs before the first of them."""
+    """Optimizer steps a batch is cut into, by groups in their order, or by rows where there are fewer groups; more than 1 needs a pass for the log-probs before the first of them, and the whole batch before it."""
     tis_cap: NonNegativeFloat = 2.0
     """Truncated importance sampling: a token counts as often more as the learner finds it likelier than the engine did, at most this; 0 trusts the engine."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -334,7 +334,7 @@ class LearnerConfig(Config):
     mismatch_stop: NonNegativeFloat = 1e-2
     """End the run when they disagree this much; 0 for never [nats]."""
     stream: Literal["auto", "on", "off"] = "auto"
-    """Train on groups as they finish, while others are still played; for advantages that look at one group only. The same gradient up to rounding. "auto": where the learner has a GPU, for on a CPU it takes the cores that play."""
+    """Train on groups as they finish, while others are still played; for advantages that look at one group only, and one optimizer step a batch. The same gradient up to rounding. "auto": where the learner has a GPU, for on a CPU it takes the cores that play."""
     permute_advantages: bool = False
     """Control: shuffle advantages over trajectories, so that there is nothing to learn."""
     ranks: NonNegativeInt = 0

@@ -90,6 +90,11 @@ def check(config: RunConfig) -> None:
                 "leave those questions out"
             )
     check_sinks(config.metrics.sinks)
+    if config.learner.stream == "on" and config.learner.minibatches > 1:
+        raise UsageError(
+            f"learner.stream = 'on', but learner.minibatches = {config.learner.minibatches} cuts the whole batch into "
+            "optimizer steps: leave it at auto, or set --learner.minibatches to 1"
+        )
     if config.learner.stream == "on" and not streams(config.learner):
         raise UsageError(
             f"learner.stream = 'on', but learner.advantage = {config.learner.advantage!r} looks at the whole batch as it is "

@@ -759,6 +759,7 @@ def test_streaming_tells_the_same_of_a_step(tmp_path: Path):
     ({"advantage": "gae", "critic": "head"}, "cuda", False),
     ({"advantage": "gae", "critic": "head", "whiten": "none"}, "cuda", True),
     ({"advantage": "rloo", "permute_advantages": True}, "cuda", False),
+    ({"advantage": "group", "minibatches": 2}, "cuda", False),
 ])  # fmt: skip
 def test_streams_where_a_group_is_enough_and_the_cores_are_free(tmp_path: Path, learner, device: str, streams: bool):
     ledger = Ledger()
@@ -772,6 +773,9 @@ def test_streaming_what_needs_the_whole_batch_is_refused():
     with pytest.raises(
         UsageError, match=r"stream = 'on', but learner.advantage = 'reinforce_pp' looks at the whole batch"
     ):
+        check(config)
+    config = RunConfig.model_validate({"learner": {"stream": "on", "minibatches": 2, "advantage": "group"}})
+    with pytest.raises(UsageError, match=r"stream = 'on', but learner.minibatches = 2 cuts the whole batch"):
         check(config)
 
 

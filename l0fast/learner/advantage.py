@@ -125,9 +125,11 @@ class RunningMean:
 
 
 def streams(config: LearnerConfig) -> bool:
-    """Whether a group's advantages are the same alone as in its step's batch, so that it can be trained on when it is done."""
+    """Whether a group can be trained on when it is done: its advantages are the same alone as in its step's batch, and it is
+    in the same optimizer step whatever order groups finish in."""
     whitens = config.advantage in ("reinforce_pp", "gae") and config.whiten == "batch"
-    return not whitens and not config.permute_advantages
+    # which groups are in which of several steps is known when all are there
+    return not whitens and not config.permute_advantages and config.minibatches == 1
 
 
 def compute_advantages(

@@ -1,6 +1,7 @@
 """The learner as the event loop sees it: groups in, metrics out, new weights in shared memory. No torch.
 
-    values       groups -> segments -> rows -> packs -> dealt to ranks -> shared memory      in a thread: milliseconds
+    values       groups -> segments -> rows -> one part an optimizer step -> packs -> dealt to ranks -> shared memory
+                                                                                             in a thread: milliseconds
                  -> all ranks at once: what the critic expects of each turn, where there is a critic
     accumulate   the same with the advantages made of it
                  -> all ranks at once: forward and backward, gradients add up; the critic's too
@@ -17,7 +18,6 @@ Nothing is trained while the caller generates, unless it sends groups as they fi
 
 import asyncio
 import importlib.metadata
-import itertools
 import json
 import os
 import socket
@@ -42,7 +42,7 @@ from l0fast.learner.advantage import (
     values_of_turns,
 )
 from l0fast.learner.mismatch import judge
-from l0fast.learner.packing import Pack, balance, loss_denominator, pack_rows, payload_bytes, row_of, write_payload
+from l0fast.learner.packing import Pack, balance, cut, loss_denominator, pack_rows, payload_bytes, row_of, write_payload
 from l0fast.segments import segments_of
 from l0fast.types import Group
 
@@ -65,6 +65,8 @@ class _Batch:
 
     denominator: float = 0.0
     advantages: list[np.ndarray] = field(default_factory=list)
+    num_parts: int = 0
+    """Optimizer steps it is cut into."""
     pack_s: float = 0.0
     busy_s: float = 0.0
 
@@ -156,8 +158,8 @@ class LearnerClient:
 
         Returns:
             What `PolicyModel.finish_step` and `CriticModel.finish_step` report (None for a number that is not finite), with advantages_mean and
-            advantages_std over turns, mismatch_warning (a sentence or None), pack_s (making the packs) and step_s
-            (everything the learner was asked for since the last step) [s].
+            advantages_std over turns, mismatch_warning and minibatches_warning (a sentence or None), pack_s (making the
+            packs) and step_s (everything the learner was asked for since the last step) [s].
 
         Raises:
             LearnerError: a rank failed, died or missed its deadline; the engine samples from another policy than is
@@ -178,6 +180,7 @@ class LearnerClient:
             "advantages_mean": float(turns.mean()),
             "advantages_std": float(turns.std()),
             "mismatch_warning": judge(metrics, self._config.learner),
+            "minibatches_warning": _too_few(batch.num_parts, self._config.learner.minibatches),
             "pack_s": batch.pack_s,
             "step_s": batch.busy_s + time.perf_counter() - start,
         }
@@ -282,18 +285,25 @@ class LearnerClient:
         start = time.perf_counter()
         packs, where, denominator = await asyncio.to_thread(self._deal, groups, numbers)
         self._batch.pack_s += time.perf_counter() - start
+        self._batch.num_parts = max(self._batch.num_parts, len(where["bounds"][0]) - 1)
         answers = await self._ask(op, **where) if packs else []
         self._batch.busy_s += time.perf_counter() - start
         return packs, answers, denominator
 
     def _deal(self, groups: Sequence[Group], numbers: Advantages) -> tuple[list[Pack], dict[str, Any], float]:
         """Packs into shared memory: rank by rank, what ranks need to find theirs, and the loss denominator."""
-        packs, denominator = batch_packs(groups, numbers, self._config, len(self._workers))
-        ranks = balance(packs, len(self._workers))
-        flat = [pack for rank in ranks for pack in rank]
+        num_ranks = len(self._workers)
+        parts, denominator = batch_packs(groups, numbers, self._config, num_ranks)
+        dealt = [balance(packs, num_ranks) for packs in parts]
+        flat, bounds = [], []
+        for rank in range(num_ranks):
+            bounds.append([len(flat)])
+            for part in dealt:
+                flat += part[rank]
+                bounds[rank].append(len(flat))
         num_bytes = payload_bytes(flat)
         write_payload(flat, self._packs.reserve(num_bytes))
-        return flat, {"num_bytes": num_bytes, "bounds": [0, *itertools.accumulate(map(len, ranks))]}, denominator
+        return flat, {"num_bytes": num_bytes, "bounds": bounds}, denominator
 
     async def _ask(self, op: str, **fields: Any) -> list[dict[str, Any]]:
         """All ranks at once; their answers in order, payload included. After a failure there are no ranks to ask any more."""
@@ -357,8 +367,11 @@ def batch_advantages(
 
 def batch_packs(
     groups: Sequence[Group], advantages: Advantages, config: RunConfig, num_ranks: int = 1
-) -> tuple[list[Pack], float]:
-    """The packs of some groups, none where they hold no sampled token, and their share of the loss denominator."""
+) -> tuple[list[list[Pack]], float]:
+    """The packs of some groups, of each optimizer step's part of them, and their share of the loss denominator.
+
+    No part where they hold no sampled token.
+    """
     learner, rollout = config.learner, config.rollout
     rows = [
         [
@@ -368,9 +381,23 @@ def batch_packs(
         ]
         for group, per_trajectory in zip(groups, advantages, strict=True)
     ]
-    packs = pack_rows(rows, learner.pack_tokens, share_prefixes=True, num_ranks=num_ranks)
+    parts = [
+        pack_rows(part, learner.pack_tokens, share_prefixes=True, num_ranks=num_ranks)
+        for part in cut(rows, learner.minibatches)
+    ]
     token_limit = rollout.max_turns * config.agent.max_new_tokens
-    return packs, loss_denominator(packs, groups, learner.loss_mean, token_limit)
+    packs = [pack for part in parts for pack in part]
+    return parts, loss_denominator(packs, groups, learner.loss_mean, token_limit)
+
+
+def _too_few(num_parts: int, minibatches: int) -> str | None:
+    """What is to be said of a batch that could not be cut into as many parts as were asked for."""
+    if num_parts >= minibatches:
+        return None
+    return (
+        f"the batch holds {num_parts} rows, too few for learner.minibatches = {minibatches}: it is cut into {num_parts} "
+        "optimizer steps; more rows come with a higher --rollout.groups-per-step or --rollout.group-size"
+    )
 
 
 def _profile(config: RunConfig, log_dir: Path | None, rank: int) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ Shape letters, this file only: R sampled tokens, D hidden size.
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,7 +106,8 @@ class CriticModel:
         self._progress = policy.progress
         if self._copy is not None:
             self._progress.watch(self._copy, "critic")
-        self._held: list[tuple[Pack, Tensor]] = []
+        self._held: defaultdict[int, list[tuple[Pack, Tensor]]] = defaultdict(list)
+        """By part of the batch."""
         self._sums = dict.fromkeys(_SUMS, 0.0)
 
     @torch.no_grad()
@@ -121,16 +123,17 @@ class CriticModel:
         values = [self.values(pack) for pack in self._progress.packs(_filled(packs, num_packs))]
         return np.concatenate([np.empty(0, np.float32), *(v.cpu().numpy() for v in values[: len(packs)])])
 
-    def accumulate(self, packs: Sequence[Pack], num_packs: int | None = None) -> None:
+    def accumulate(self, packs: Sequence[Pack], num_packs: int | None = None, part: int = 0) -> None:
         """Add the gradients of these packs, or keep them for the step if a batch gets several.
 
         Args:
             packs: this rank's, with the returns in place of the advantages.
             num_packs: the most that any rank has.
+            part: as the policy's.
         """
         for pack in self._progress.packs(_filled(packs, num_packs or len(packs))):
             if self._config.minibatches > 1:
-                self._held.append((copy.deepcopy(pack), self.values(pack)))
+                self._held[part].append((copy.deepcopy(pack), self.values(pack)))
             else:
                 self._forward_backward(pack, None)
 
@@ -143,16 +146,17 @@ class CriticModel:
             clipping (of several steps the largest, and not finite where one of them is not); where a step was not taken
             also critic_skipped, why. The same on all ranks.
         """
-        parts = [part for part in np.array_split(np.arange(len(self._held)), self._config.minibatches) if len(part)]
+        parts = [self._held[part] for part in sorted(self._held)]
         norms, skipped = [], []
         for number, part in enumerate(parts or [()], 1):
-            for pack, old_values in self._progress.packs([self._held[i] for i in part]):
+            for pack, old_values in self._progress.packs(part):
                 self._forward_backward(pack, old_values)
             norms.append(norm := self._optimize(denominator / max(1, len(parts))))
             if not math.isfinite(norm):
                 skipped.append(not_taken(f"the critic's gradient norm {norm:g}", number, len(parts)))
         sums = dict(zip(_SUMS, self._summed([self._sums[name] for name in _SUMS]), strict=True))
-        self._held, self._sums = [], dict.fromkeys(_SUMS, 0.0)
+        self._held.clear()
+        self._sums = dict.fromkeys(_SUMS, 0.0)
         return {
             **_metrics(**sums),
             # max() would pass over nan

@@ -164,6 +164,21 @@ def loss_denominator(packs: Sequence[Pack], groups: Sequence[Group], loss_mean: 
 # -- packs
 
 
+def cut(groups: Sequence[Sequence[Row]], num_parts: int) -> list[list[Sequence[Row]]]:
+    """A batch's parts, of an optimizer step each: like many whole groups in their order, or, where there are fewer, rows.
+
+    Groups and their order alone decide which rows are in which part; budget and ranks only how a part is packed.
+
+    Returns:
+        [part][group] -> rows, as `pack_rows` takes a part's; fewer than `num_parts` where there are fewer rows.
+    """
+    units = [rows for rows in groups if rows]
+    if len(units) < num_parts:
+        units = [[row] for rows in units for row in rows]
+    parts = np.array_split(np.arange(len(units)), num_parts)
+    return [[units[i] for i in part] for part in parts if len(part)]
+
+
 def pack_rows(
     groups: Sequence[Sequence[Row]], budget: int, *, share_prefixes: bool = False, num_ranks: int = 1
 ) -> list[Pack]:

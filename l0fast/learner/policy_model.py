@@ -11,14 +11,15 @@ multiplies them by world / denominator. Ranks gather weights from each other at 
 same number of packs; one that has none left takes a small pack that weighs nothing.
 
 With one optimizer step a batch the ratio is 1 and the log-probs of before the step are not computed a second time
-(policy_head, `old_logprobs_T=None`). With more (`learner.minibatches`) packs are kept until the step, when they are dealt
-into that many parts.
+(policy_head, `old_logprobs_T=None`). With more (`learner.minibatches`) packs are kept until the step. Each belongs to a part
+of the batch (packing.cut), the same on all ranks, and a part gets a step of its own.
 
 What a step reports is the same on all ranks: sums over all tokens of all ranks, the longest time of any.
 """
 
 import math
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -140,7 +141,8 @@ class PolicyModel:
         self.progress.watch(self.root, "policy")
         if self.reference is not None:
             self.progress.watch(self.reference, "reference")
-        self._held: list[_Held] = []
+        self._held: defaultdict[int, list[_Held]] = defaultdict(list)
+        """By part of the batch."""
         self._tally = Tally()
         self._part_loss = 0.0
         """Summed since the last optimizer step: the tally's goes on to the end of the batch."""
@@ -155,19 +157,20 @@ class PolicyModel:
         self.accumulate(packs)
         return self.finish_step(denominator)
 
-    def accumulate(self, packs: Sequence[Pack], num_packs: int | None = None) -> None:
+    def accumulate(self, packs: Sequence[Pack], num_packs: int | None = None, part: int = 0) -> None:
         """Add the gradients of these packs, or keep them for the step if a batch gets several.
 
         Args:
             packs: this rank's; with several optimizer steps a batch they are copied.
             num_packs: the most that any rank has; weightless ones fill up to it.
+            part: which of several optimizer steps they are for; every rank goes through the same parts.
         """
         filled = [*packs, *[dummy_pack()] * ((num_packs or len(packs)) - len(packs))]
         self._tally.count(packs)
         for pack in self.progress.packs(filled):
             if self.config.minibatches > 1:
                 with self._tally.clock("old_logprobs_s"):
-                    self._held.append(_Held(_copy(pack), self.logprobs(pack)))
+                    self._held[part].append(_Held(_copy(pack), self.logprobs(pack)))
             else:
                 self._forward_backward(pack, None)
 
@@ -179,16 +182,16 @@ class PolicyModel:
 
         Returns:
             loss; means over the tokens with a weight (entropy, kl, clip_fraction, mismatch_*), grad_norm before clipping,
-            lr, tokens, sampled_tokens, packs, skipped (why a step was not taken, else None), and the seconds of each part.
-            With several steps grad_norm is the largest, and not finite where one of them is not. The same on all ranks.
+            lr, tokens, sampled_tokens, packs, optimizer_steps that were taken, skipped (why one was not taken, else None),
+            and the seconds of each part. With several steps grad_norm is the largest, and not finite where one of them is not. The same on all ranks.
 
         Raises:
             ValueError: no sampled token in the batch.
         """
-        parts = [part for part in np.array_split(np.arange(len(self._held)), self.config.minibatches) if len(part)]
+        parts = [self._held[part] for part in sorted(self._held)]
         norms, skipped = [], []
         for number, part in enumerate(parts or [()], 1):
-            for held in self.progress.packs([self._held[i] for i in part]):
+            for held in self.progress.packs(part):
                 self._forward_backward(*held)
             norm, what = self._optimize(denominator, max(1, len(parts)))
             norms.append(norm)
@@ -197,12 +200,14 @@ class PolicyModel:
         self.step_index += 1
         tally = self._tally.reduced(self.place)
         self.progress.step_taken()
-        self._held, self._tally = [], Tally()
+        self._held.clear()
+        self._tally = Tally()
         return {
             **tally.metrics(denominator),
             # max() would pass over nan
             "grad_norm": float(np.max(norms)),
             "lr": lr,
+            "optimizer_steps": len(norms) - len(skipped),
             "skipped": "; ".join(skipped) or None,
         }
 

@@ -1,6 +1,7 @@
 """One rank of the learner: `spawn_worker("l0fast.learner.rank", ...)`. Blocking code, one request at a time.
 
-    accumulate(num_bytes, bounds)    packs in shared memory; those from bounds[rank] to bounds[rank + 1] are ours
+    accumulate(num_bytes, bounds)    packs in shared memory; those from bounds[rank][p] to bounds[rank][p + 1] are ours, for
+                                     part p of the batch
     values(num_bytes, bounds)        what the critic says of each sampled token of ours: the payload of the answer, float32
     fit(num_bytes, bounds)           the critic's `accumulate`: packs with the returns in place of the advantages
     finish_step(denominator, policy_version)
@@ -25,6 +26,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,12 +170,14 @@ class Rank:
         policy, critic, header = self._policy, self._critic, message.header
         match header["op"]:
             case "accumulate":
-                policy.accumulate(*self._ours(header))
+                for part, ours in enumerate(self._ours(header)):
+                    policy.accumulate(*ours, part)
                 return {}
             case "values" if critic:
-                return {"payload": critic.values_of(*self._ours(header)).tobytes()}
+                return {"payload": b"".join(critic.values_of(*ours).tobytes() for ours in self._ours(header))}
             case "fit" if critic:
-                critic.accumulate(*self._ours(header))
+                for part, ours in enumerate(self._ours(header)):
+                    critic.accumulate(*ours, part)
                 return {}
             case "finish_step":
                 # the critic first: a head judges by the hidden states of the policy, which then moves
@@ -218,13 +222,13 @@ class Rank:
     def _takes_io_time(self, doing: str) -> None:
         self._policy.progress.say(doing, self._policy.config.io_timeout_s)
 
-    def _ours(self, header: dict[str, Any]) -> tuple[list["Pack"], int]:
-        """Our packs, where they lie in shared memory, and the most that any rank has."""
+    def _ours(self, header: dict[str, Any]) -> Iterator[tuple[list["Pack"], int]]:
+        """Of each part of the batch our packs, where they lie in shared memory, and the most that any rank has."""
         from l0fast.learner.packing import from_bytes
 
-        bounds, rank = header["bounds"], self._policy.place.rank
-        packs = from_bytes(self._packs.view(header["num_bytes"]))[bounds[rank] : bounds[rank + 1]]
-        return packs, max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        packs, bounds = from_bytes(self._packs.view(header["num_bytes"])), header["bounds"]
+        for part, (start, stop) in enumerate(pairwise(bounds[self._policy.place.rank])):
+            yield packs[start:stop], max(of_rank[part + 1] - of_rank[part] for of_rank in bounds)
 
     def export(self, bucket_bytes: int, first: bool) -> str | None:
         """The next bucket of weights; None after the last. A collective. Its memory is kept until there are newer weights."""

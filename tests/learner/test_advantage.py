@@ -254,6 +254,8 @@ def test_what_streams_is_the_same_for_a_group_alone_as_in_its_batch_and_nothing_
     ]
     same = all(np.array_equal(np.concatenate(a), np.concatenate(b)) for a, b in zip(together, alone, strict=True))
     assert streams(LearnerConfig(**settings)) == same
+    # which groups are in which of several optimizer steps is not to depend on which finish first
+    assert not streams(LearnerConfig(**settings, minibatches=2))
 
 
 # --- the control

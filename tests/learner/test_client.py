@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from l0fast.config import LearnerConfig, RolloutConfig, RunConfig
 from l0fast.errors import LearnerError, UsageError
 from l0fast.ipc import Message, shared_bytes, shared_weights, spawn_worker
 from l0fast.learner import client as client_module
-from l0fast.learner.advantage import number_turns, values_of_turns
+from l0fast.learner.advantage import critic_targets, number_turns, values_of_turns
 from l0fast.learner.checkpoint import Checkpoints
 from l0fast.learner.client import LearnerClient, batch_advantages, batch_packs, learner, num_ranks
 from l0fast.learner.critic import CriticModel
@@ -168,7 +169,7 @@ def test_it_learns_saves_goes_on_where_it_was_killed_and_says_so_where_it_is_stu
     weights = dict(policy.model.named_parameters())
     assert published[0].keys() == weights.keys()
     assert all(torch.equal(published[0][name], weights[name]) for name in weights), "the start weights are version 0"
-    packs, denominator = batch_packs(groups, batch_advantages(groups, CONFIG, 1), CONFIG)
+    (packs,), denominator = batch_packs(groups, batch_advantages(groups, CONFIG, 1), CONFIG)
     for version in (1, 2, 3):
         policy.step(packs, denominator)
         torch.testing.assert_close(published[version], dict(policy.weights()), rtol=0, atol=1e-6)
@@ -270,16 +271,17 @@ def test_ranks_with_a_critic_say_and_do_what_one_process_does(two, model_path, g
     policy = PolicyModel(model_path, WITH_CRITIC.learner, num_steps=WITH_CRITIC.num_steps, temperature=1.0)
     critic = CriticModel(policy)
     for step in range(2):
-        packs, denominator = batch_packs(groups, number_turns(groups), WITH_CRITIC)
+        (packs,), denominator = batch_packs(groups, number_turns(groups), WITH_CRITIC)
         said = critic.values_of(packs, len(packs))
         values = values_of_turns(groups, np.concatenate([pack.advantages for pack in packs]), said)
         for ours, theirs in zip(flat(two.values[step]), flat(values), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
         # with lambda = gamma = 1 and a reward of 1 a turn, the returns are the turns still to come
         returns = [[np.arange(len(t.turns), 0, -1.0) for t in group.trajectories] for group in groups]
-        critic.accumulate(batch_packs(groups, returns, WITH_CRITIC)[0])
+        critic.accumulate(batch_packs(groups, returns, WITH_CRITIC)[0][0])
         metrics = critic.finish_step(denominator)
-        policy.step(*batch_packs(groups, two.advantages[step], WITH_CRITIC))
+        (packs,), denominator = batch_packs(groups, two.advantages[step], WITH_CRITIC)
+        policy.step(packs, denominator)
         torch.testing.assert_close(two.published[step], dict(policy.weights()), rtol=0, atol=1e-6)
         assert {name: two.metrics[step][name] for name in metrics} == pytest.approx(metrics, rel=1e-4)
     assert np.abs(np.concatenate(flat(two.values[1]))).min() > 1e-3, "values of 0 test nothing"
@@ -297,10 +299,74 @@ def test_the_critic_comes_to_expect_what_is_earned_and_advantages_vanish(two):
     np.testing.assert_allclose(left + np.concatenate(flat(two.values[-1])), [2.0, 1.0] * 4, atol=1e-6)
 
 
+@pytest.mark.parametrize("minibatches", [2, 3, 4])
+def test_neither_ranks_nor_the_budget_of_packs_move_a_token_to_another_optimizer_step(make, minibatches):
+    rng = np.random.default_rng(5)
+    groups = [make.group([make.episode(rng, 3, index=i) for i in range(3)], number=n) for n in range(3)]
+    seen = set()
+    for pack_tokens in (20, 100, 8192):
+        config = with_learner(minibatches=minibatches, pack_tokens=pack_tokens)
+        for ranks in (1, 2, 4):
+            parts, _ = batch_packs(groups, number_turns(groups), config, ranks)
+            # a number tells a turn
+            seen.add(tuple(tuple(sorted(n for pack in part for n in pack.advantages.tolist())) for part in parts))
+    (cut,) = seen
+    assert len(cut) == minibatches
+    turns = [set(part) for part in cut]
+    assert not turns[0] & turns[1]
+
+
+def test_two_ranks_take_the_several_steps_of_one_and_say_where_there_are_fewer_than_asked_for(model_path, groups):
+    """In packs that would hold the whole batch; the critic too."""
+    config = with_learner(
+        ranks=2, advantage="gae", critic="copy", critic_lr=6e-3, lr=1e-3, minibatches=3, pack_tokens=8192
+    )
+    alone = replace(groups[0], trajectories=groups[0].trajectories[:1])
+    batches = [groups, groups[::-1], [alone]]
+
+    async def main():
+        seen = []
+        with shared_weights(model_path) as weights:
+            async with learner(config, model_path, weights=weights, log_dir=None) as client:
+                for version, batch in enumerate(batches, 1):
+                    values = await client.values(batch)
+                    advantages = batch_advantages(batch, config, version, values=values)
+                    seen.append((values, advantages, await client.step(batch, advantages, version, values=values)))
+                    seen[-1] += (copy_of(weights),)
+        return seen
+
+    policy = PolicyModel(model_path, config.learner, num_steps=config.num_steps, temperature=1.0)
+    critic = CriticModel(policy)
+    taken = 0
+    for batch, (values, advantages, metrics, published) in zip(batches, asyncio.run(main()), strict=True):
+        returns = critic_targets(batch, config.learner, values)
+        order = sorted(range(len(batch)), key=lambda i: batch[i].number)
+        in_order = [batch[i] for i in order]
+        for model, numbers in ((critic, returns), (policy, advantages)):
+            parts, denominator = batch_packs(in_order, [numbers[i] for i in order], config)
+            for part, packs in enumerate(parts):
+                model.accumulate(packs, part=part)
+        expected = critic.finish_step(denominator) | policy.finish_step(denominator)
+        torch.testing.assert_close(published, dict(policy.weights()), rtol=0, atol=2e-6)
+        taken += metrics["optimizer_steps"]
+        for model in (policy, critic):
+            assert {state["step"].item() for state in model.optimizer.state.values()} == {taken}
+        for name in ("loss", "grad_norm", "clip_fraction", "critic_loss", "critic_grad_norm", "optimizer_steps"):
+            assert metrics[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
+        if len(batch) > 1:
+            assert metrics["optimizer_steps"] == 3
+            assert metrics["minibatches_warning"] is None
+        else:
+            assert metrics["optimizer_steps"] == 1
+            assert "too few for learner.minibatches = 3" in metrics["minibatches_warning"]
+
+
 def test_a_head_is_fitted_to_the_states_it_judged_by(model_path, groups):
     """Not to those of the policy that has moved since, where a batch gets several steps."""
     settings = WITH_CRITIC.learner.model_copy(update={"critic": "head", "minibatches": 2, "lr": 1.0})
-    packs, denominator = batch_packs(groups, number_turns(groups), WITH_CRITIC)
+    with_critic = WITH_CRITIC.model_copy(update={"learner": settings})
+    parts, denominator = batch_packs(groups, number_turns(groups), with_critic)
+    packs = [pack for part in parts for pack in part]
 
     def pair():
         policy = PolicyModel(model_path, settings, num_steps=1, temperature=1.0)
@@ -308,12 +374,13 @@ def test_a_head_is_fitted_to_the_states_it_judged_by(model_path, groups):
 
     policy, critic = pair()
     _, alone = pair()
-    alone.accumulate(packs)
+    for part, packs_of_it in enumerate(parts):
+        alone.accumulate(packs_of_it, part=part)
     with shared_bytes("packs") as shared:
         checkpoints = Checkpoints(policy, 1, critic)
         rank = Rank(policy, critic, checkpoints, None, shared, publishes=False)
         write_payload(packs, shared.reserve(payload_bytes(packs)))
-        where = {"num_bytes": payload_bytes(packs), "bounds": [0, len(packs)]}
+        where = {"num_bytes": payload_bytes(packs), "bounds": [[0, len(parts[0]), len(packs)]]}
         for op in ("fit", "accumulate"):
             rank.answer(Message({"op": op, **where}, b""))
         answer = rank.answer(Message({"op": "finish_step", "denominator": denominator, "policy_version": 1}, b""))

@@ -35,7 +35,8 @@ def groups(make):
 
 
 def values_of(critic, groups, config):
-    packs, _ = batch_packs(groups, number_turns(groups), config)
+    parts, _ = batch_packs(groups, number_turns(groups), config)
+    packs = [pack for part in parts for pack in part]
     said = np.concatenate([critic.values(pack).numpy() for pack in packs])
     return values_of_turns(groups, np.concatenate([pack.advantages for pack in packs]), said)
 
@@ -43,8 +44,9 @@ def values_of(critic, groups, config):
 def step(critic, groups, config):
     """What a step does: ask, compute what it should have said, learn."""
     targets = critic_targets(groups, config.learner, values_of(critic, groups, config))
-    packs, denominator = batch_packs(groups, targets, config)
-    critic.accumulate(packs)
+    parts, denominator = batch_packs(groups, targets, config)
+    for part, packs in enumerate(parts):
+        critic.accumulate(packs, part=part)
     return critic.finish_step(denominator)
 
 
@@ -117,7 +119,7 @@ def test_the_gradient_is_clipped_and_a_step_that_is_not_finite_is_not_taken(mode
     assert norm > 1e-3
     assert clipped == pytest.approx(1e-3, rel=1e-2)
     before = critic.head.linear.weight.clone()
-    packs, denominator = batch_packs(groups, [[np.full(2, np.inf)] * 2 for _ in groups], config)
+    (packs,), denominator = batch_packs(groups, [[np.full(2, np.inf)] * 2 for _ in groups], config)
     critic.accumulate(packs)
     assert not np.isfinite(critic.finish_step(denominator)["critic_grad_norm"])
     assert torch.equal(critic.head.linear.weight, before)
@@ -128,9 +130,10 @@ def test_the_gradient_is_clipped_and_a_step_that_is_not_finite_is_not_taken(mode
 def test_of_several_steps_only_the_one_that_is_not_finite_is_not_taken_and_is_named(model_path, groups, bad):
     config = run_config("head", minibatches=3, pack_tokens=20)
     _, critic = critic_of(model_path, config)
-    packs, denominator = batch_packs(groups, number_turns(groups), config)
-    packs[np.array_split(np.arange(len(packs)), 3)[bad][-1]].advantages[0] = np.nan
-    critic.accumulate(packs)
+    parts, denominator = batch_packs(groups, number_turns(groups), config)
+    parts[bad][-1].advantages[0] = np.nan
+    for part, packs in enumerate(parts):
+        critic.accumulate(packs, part=part)
     metrics = critic.finish_step(denominator)
     assert next(iter(critic.optimizer.state.values()))["step"].item() == 2
     assert np.isnan(metrics["critic_grad_norm"]), "no later step's norm hides it"

@@ -13,6 +13,7 @@ from l0fast.learner.packing import (
     Row,
     attention_pairs,
     balance,
+    cut,
     dummy_pack,
     from_bytes,
     loss_denominator,
@@ -373,3 +374,17 @@ def test_a_turn_without_a_logprob_for_each_token_is_refused(make):
     trajectory = make.trajectory([make.turn([1], [2, 3], [-0.1])])
     with pytest.raises(ValueError, match="sampled 2 tokens but has 1 sampler_logprobs"):
         row_of(segments_of(trajectory)[0], trajectory, [0.0])
+
+
+@given(st.lists(st.integers(0, 5), max_size=8), st.integers(1, 6))
+def test_a_batch_is_cut_by_whole_groups_in_their_order_or_by_rows_where_there_are_fewer(sizes, num_parts):
+    groups = rows_of_lengths([[3] * size for size in sizes])
+    parts = cut(groups, num_parts)
+    ids = lambda rows: [id(row) for row in rows]  # noqa: E731
+    assert [i for part in parts for rows in part for i in ids(rows)] == [i for rows in groups for i in ids(rows)]
+    assert len(parts) == min(num_parts, sum(sizes)), "as many as were asked for, if there are rows enough"
+    whole = [ids(rows) for rows in groups if rows]
+    by_group = len(whole) >= num_parts
+    assert not by_group or [ids(rows) for part in parts for rows in part] == whole
+    counts = [len(part) if by_group else sum(map(len, part)) for part in parts]
+    assert not counts or max(counts) - min(counts) <= 1

@@ -41,6 +41,12 @@ def stepped(policy, packs, **kwargs):
         hook.remove()
 
 
+def accumulate_in_parts(policy, packs, num_parts):
+    """Like many packs for each of so many optimizer steps, in their order."""
+    for part, indices in enumerate(np.array_split(np.arange(len(packs)), num_parts)):
+        policy.accumulate([packs[i] for i in indices], part=part)
+
+
 @pytest.fixture
 def batch(make):
     """Two groups of episodes, some trimmed, and an advantage for each turn."""
@@ -244,8 +250,9 @@ def test_of_several_steps_only_the_one_that_is_not_finite_is_not_taken_and_is_na
     policy = policy_of(model_path, minibatches=3)
     part = np.array_split(np.arange(len(packs)), 3)[bad]
     packs[part[-1]].advantages[0] = math.nan
-    metrics = policy.step(packs)
-    assert {state["step"].item() for state in policy.optimizer.state.values()} == {2}
+    accumulate_in_parts(policy, packs, 3)
+    metrics = policy.finish_step()
+    assert {state["step"].item() for state in policy.optimizer.state.values()} == {metrics["optimizer_steps"]} == {2}
     assert f"of optimizer step {bad + 1} of 3 in this batch is not finite" in metrics["skipped"]
     assert metrics["skipped"].count("not finite") == 1
     assert math.isnan(metrics["grad_norm"]), "no later step's norm hides it"
@@ -345,8 +352,7 @@ def test_the_first_of_several_steps_is_that_of_its_packs_alone_and_the_second_se
     policy.optimizer.register_step_pre_hook(
         lambda *_: seen.append({name: p.grad.clone() for name, p in policy.model.named_parameters()})
     )
-    for pack in packs:
-        policy.accumulate([pack])
+    accumulate_in_parts(policy, packs, 2)
     assert not seen, "packs wait for the step"
     num_tokens = sum(len(pack.predictors) for pack in packs)
     metrics = policy.finish_step(num_tokens)
@@ -365,7 +371,8 @@ def test_the_mismatch_is_that_of_the_weights_before_the_first_of_several_steps(m
     for pack in packs:
         pack.sampler_logprobs[:] = policy.logprobs(pack).numpy()
     before = {name: p.clone() for name, p in policy.model.named_parameters()}
-    metrics = policy.step(packs)
+    accumulate_in_parts(policy, packs, 2)
+    metrics = policy.finish_step()
     assert not all(torch.equal(p, before[name]) for name, p in policy.model.named_parameters())
     assert metrics["mismatch_max"] < 1e-5
 
