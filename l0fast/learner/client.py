@@ -395,8 +395,8 @@ def _too_few(num_parts: int, minibatches: int) -> str | None:
     if num_parts >= minibatches:
         return None
     return (
-        f"the batch holds {num_parts} rows, too few for learner.minibatches = {minibatches}: it is cut into {num_parts} "
-        "optimizer steps; more rows come with a higher --rollout.groups-per-step or --rollout.group-size"
+        f"learner.minibatches = {minibatches}, but rows in the batch are as few as {num_parts}, an optimizer step each; "
+        "more come with a higher --rollout.groups-per-step or --rollout.group-size"
     )
 
 

@@ -358,7 +358,7 @@ def test_two_ranks_take_the_several_steps_of_one_and_say_where_there_are_fewer_t
             assert metrics["minibatches_warning"] is None
         else:
             assert metrics["optimizer_steps"] == 1
-            assert "too few for learner.minibatches = 3" in metrics["minibatches_warning"]
+            assert "minibatches = 3, but rows in the batch are as few as 1" in metrics["minibatches_warning"]
 
 
 def test_a_head_is_fitted_to_the_states_it_judged_by(model_path, groups):
