@@ -167,7 +167,8 @@ class CriticModel:
     def discard(self) -> None:
         """Forget what was accumulated."""
         self.optimizer.zero_grad(set_to_none=True)
-        self._held, self._sums = [], dict.fromkeys(_SUMS, 0.0)
+        self._held.clear()
+        self._sums = dict.fromkeys(_SUMS, 0.0)
 
     def _forward(self, pack: Pack) -> Tensor:
         """[R] values, with a gradient where one is wanted."""

@@ -183,7 +183,8 @@ class PolicyModel:
         Returns:
             loss; means over the tokens with a weight (entropy, kl, clip_fraction, mismatch_*), grad_norm before clipping,
             lr, tokens, sampled_tokens, packs, optimizer_steps that were taken, skipped (why one was not taken, else None),
-            and the seconds of each part. With several steps grad_norm is the largest, and not finite where one of them is not. The same on all ranks.
+            and the seconds of each part. Of several steps grad_norm is the largest, not finite where one of them is not. The
+            same on all ranks.
 
         Raises:
             ValueError: no sampled token in the batch.
@@ -214,7 +215,8 @@ class PolicyModel:
     def discard(self) -> None:
         """Forget what was accumulated."""
         self.optimizer.zero_grad(set_to_none=True)
-        self._held, self._tally = [], Tally()
+        self._held.clear()
+        self._tally, self._part_loss = Tally(), 0.0
 
     def _forward_backward(self, pack: Pack, old_logprobs: Tensor | None) -> None:
         with self._tally.clock("reference_s"):

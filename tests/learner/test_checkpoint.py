@@ -48,8 +48,9 @@ def weights_of(policy):
     return {name: tensor.clone() for name, tensor in policy.weights()}
 
 
-def test_the_next_step_is_bit_identical_in_another_policy(new, keep, packs, tmp_path):
-    one = new()
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_the_next_step_is_bit_identical_in_another_policy(new, keep, packs, tmp_path, minibatches):
+    one = new(minibatches=minibatches)
     one.step(packs)
     torch.manual_seed(5)
     checkpoints = keep(one)
@@ -57,7 +58,7 @@ def test_the_next_step_is_bit_identical_in_another_policy(new, keep, packs, tmp_
     # while it is written
     metrics, drawn = one.step(packs), torch.rand(3)
     checkpoints.wait()
-    other = new()
+    other = new(minibatches=minibatches)
     # a batch that was begun is none of its
     other.accumulate(packs[:2])
     assert keep(other).load(tmp_path / "a") == 7
