@@ -174,8 +174,6 @@ class Shard:
     async def _fork(
         self, tools: Iterable[ToolSpec], seed: int, timeout_s: float, names: list[str], fds: list[int]
     ) -> Lease:
-        if self.starts_left is not None:
-            self.starts_left -= 1
         with boundary(SandboxError, "start a session"):
             ours, theirs = socket.socketpair()
             try:
@@ -185,6 +183,9 @@ class Shard:
                 theirs.close()
                 raise
             self._leases[lease.sid] = lease
+            # before anything is waited for: another lease may begin meanwhile
+            if self.starts_left is not None:
+                self.starts_left -= 1
             posted = False
             try:
                 ours.setblocking(False)
@@ -205,6 +206,10 @@ class Shard:
                     theirs.close()
                     lease.output.close()
                     del self._leases[lease.sid]
+                    # the zygote knows nothing of it: the place is free, and its start can still be had
+                    if self.starts_left is not None:
+                        self.starts_left += 1
+                    self.on_change()
                 raise
         return lease
 

@@ -1,6 +1,7 @@
 """Leases, placement, loss and rebuilding, and what is left when a pool, a zygote or the driver is gone."""
 
 import asyncio
+import errno
 import os
 import select
 import signal
@@ -128,6 +129,40 @@ def test_a_lease_waits_for_a_place_and_the_pool_says_so_when_none_comes(new_pool
                 await first.execute("1")
                 assert not second.done()
             assert (await second).output == "'ran'\n"
+        finally:
+            await pool.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["cancelled", "no descriptor for its socket", "no descriptor for its output"])
+def test_a_lease_that_ends_before_its_session_is_asked_for_leaves_the_place_to_the_next(
+    new_pool, kind, how, monkeypatch
+):
+    def no_more(*args):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def main():
+        pool = new_pool(kind, sessions_per_shard=1)
+        await pool.start()
+        try:
+            shard = pool.shards[0]
+            if how == "cancelled":
+                first = asyncio.create_task(one_cell(pool))
+                await asyncio.sleep(0)
+                second = asyncio.create_task(one_cell(pool))
+                await asyncio.sleep(0)
+                assert (shard.load, shard.starts_left) == (1, 0)
+                first.cancel()
+            else:
+                with monkeypatch.context() as patched:
+                    what = "socket.socketpair" if "socket" in how else "OutputFile"
+                    patched.setattr(f"l0fast.sandbox.shard.{what}", no_more)
+                    with pytest.raises(SandboxError, match="could not start a session"):
+                        await one_cell(pool)
+                second = asyncio.create_task(one_cell(pool))
+            async with asyncio.timeout(10):
+                assert (await second).output == "'ran'\n"
         finally:
             await pool.close()
 
