@@ -353,6 +353,9 @@ class Channel(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no asyncio.Transport by class, only in what they do
         self._transport = cast(asyncio.Transport, transport)
+        if self._lost is not None:
+            # when there was nothing yet to abort
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self._lost is not None:

@@ -202,6 +202,8 @@ class Shard:
                 if posted:
                     await self.end(lease)
                 else:
+                    # its transport first, if there is one: a loop must not watch a socket that has been closed
+                    lease.channel.lose(SandboxError("the session was not started"))
                     ours.close()
                     theirs.close()
                     lease.output.close()

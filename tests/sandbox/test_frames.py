@@ -302,6 +302,22 @@ def test_end_of_file_releases_the_waiter_and_refuses_the_next():
     connected(action)
 
 
+def test_a_session_lost_before_it_is_connected_lets_go_of_its_socket():
+    async def main():
+        ours, peer = socket.socketpair()
+        ours.setblocking(False)
+        peer.setblocking(False)
+        channel = Channel(ours)
+        channel.lose(SandboxError("the zygote has gone"))
+        await asyncio.get_running_loop().create_unix_connection(lambda: channel, sock=ours)
+        with peer:
+            async with asyncio.timeout(10):
+                assert await asyncio.get_running_loop().sock_recv(peer, 1) == b""
+        assert ours.fileno() == -1
+
+    asyncio.run(main())
+
+
 def test_a_cell_sent_to_an_end_that_has_just_closed_is_released():
     async def action(channel, peer):
         await started(channel, peer)

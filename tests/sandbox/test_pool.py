@@ -244,6 +244,25 @@ def test_a_killed_shard_is_an_error_in_its_sessions_and_is_rebuilt_with_nothing_
     asyncio.run(main())
 
 
+def test_a_shard_lost_while_a_lease_begins_leaves_the_next_its_sockets(new_pool, kind):
+    async def main():
+        pool = new_pool(kind)
+        await pool.start()
+        pool.start_timeout_s = 5
+        try:
+            # not waited for in the loop, which hears of the end in the turn in which the lease begins
+            old = pool.shards[0]
+            os.kill(zygote_pid(old), signal.SIGKILL)
+            assert select.select([old.launched.control], [], [], 10)[0]
+            with pytest.raises(SandboxError, match="zygote"):
+                await asyncio.create_task(one_cell(pool))
+            assert (await one_cell(pool)).output == "'ran'\n"
+        finally:
+            await pool.close()
+
+    asyncio.run(main())
+
+
 def test_a_slot_that_cannot_be_rebuilt_closes_and_says_why(new_pool, kind, monkeypatch):
     monkeypatch.setattr("l0fast.sandbox.pool.BACKOFF_S", 0.001)
 
