@@ -154,6 +154,9 @@ def test_deep_recursion_is_cut_short(cells):
         ),
         ("'\0'", "ValueError|SyntaxError", "source code.* null bytes"),
         ("class R:\n    def __repr__(self): raise OSError('r')\nR()", "OSError", "r"),
+        ("raise SyntaxError('x', ('f', 1, 'a', 't', 1, 'b'))", "SyntaxError", r"x \(f, line 1\)"),
+        ("import os\nos.close(1)\n1 / 0", "ZeroDivisionError", "division by zero"),
+        ("import os\nr, w = os.pipe()\nos.dup2(w, 1)\nos.close(r)\nprint('x')", "BrokenPipeError", ".*Broken pipe"),
     ],
 )
 def test_whatever_a_cell_raises_is_its_result_and_the_session_goes_on(pool, run, code, name, value):
@@ -165,6 +168,27 @@ def test_whatever_a_cell_raises_is_its_result_and_the_session_goes_on(pool, run,
     assert re.fullmatch(name, first.error.name)
     assert re.fullmatch(value, first.error.value)
     assert second.output == "'on'\n"
+
+
+@pytest.mark.parametrize("swallowed", [False, True], ids=["", "swallowed"])
+@pytest.mark.parametrize("kept", ["str(len(kept)) * 3", "(1, len(kept))"])
+def test_a_cell_that_fills_the_memory_is_a_result_each_time_and_another_can_empty_it(pool, run, kept, swallowed):
+    # less than there is, so as to be full sooner
+    limit = "import collections, resource\nresource.setrlimit(resource.RLIMIT_AS, (80 << 20,) * 2)"
+    fill = f"kept = collections.deque()\nwhile True: kept.append({kept})"
+    if swallowed:
+        fill = "try:\n" + "".join(f"    {line}\n" for line in fill.splitlines()) + "except MemoryError: pass"
+
+    async def main():
+        async with pool.session({}, seed=1) as session:
+            assert (await session.execute(limit)).error is None
+            results = [await session.execute(fill) for _ in range(3)]
+            return results, await session.execute("kept = None\nlen(bytearray(16 << 20))")
+
+    results, emptied = run(main())
+    assert [result.error and result.error.name for result in results] == [None if swallowed else "MemoryError"] * 3
+    assert all(result.output == "" if swallowed else result.output.endswith("MemoryError\n") for result in results)
+    assert emptied.output == f"{16 << 20}\n"
 
 
 def test_a_cell_out_of_time_is_a_result_and_state_stays(pool, run):

@@ -6,6 +6,7 @@
     tools.py      the host's tools as Python functions
     frames.py     length + JSON on a stream socket
     output.py     a bounded stdout
+    reserve.py    memory for what is said when a cell has taken all
     jail.py       the way from the zygote's rights to a session's: limits, uid, landlock.py, seccomp.py
     at_fork.py    random and threading, without what they do after every fork
     files.py      removes a folder whatever its owner did to it

@@ -28,16 +28,17 @@ class BoundedFile(io.FileIO):
     def close(self) -> None:
         """Nothing: a cell that says `sys.stdout.close()` must not take the output of the next ones with it."""
 
-    def write(self, data) -> int:
+    def write(self, data, fd: int | None = None) -> int:
+        """To descriptor `fd`, where it is not this file's own."""
         # what a TextIOWrapper hands over is bytes; others may hand over any buffer
         data = data if isinstance(data, bytes) else bytes(data)
         size = len(data)
         if size > 2 * self._half:
-            self._write_all(data[: self._half])
-            self._write_all(data[size - self._half :])
+            self._write_all(data[: self._half], fd)
+            self._write_all(data[size - self._half :], fd)
             self.dropped += size - 2 * self._half
         else:
-            self._write_all(data)
+            self._write_all(data, fd)
         # others write there too, so its size has to be asked for; but not at every print
         self._unchecked += size
         if self._unchecked > 2 * self._half:
@@ -45,10 +46,10 @@ class BoundedFile(io.FileIO):
             self._compact()
         return size
 
-    def _write_all(self, data) -> None:
+    def _write_all(self, data, fd: int | None) -> None:
         while data:
             try:
-                data = data[super().write(data) :]
+                data = data[super().write(data) if fd is None else os.write(fd, data) :]
             except OSError as e:
                 # RLIMIT_FSIZE, reached by a subprocess: make room
                 if e.errno != errno.EFBIG or not self._compact():
@@ -87,8 +88,8 @@ class Output:
         return self._file.dropped
 
     def write(self, text: str) -> None:
-        """Past anything the cell did to `sys.stdout`."""
-        self._file.write(text.encode("utf-8", "backslashreplace"))
+        """Past anything the cell did to `sys.stdout` and to descriptor 1."""
+        self._file.write(text.encode("utf-8", "backslashreplace"), self._file_fd)
 
 
 def _text(file: io.FileIO) -> io.TextIOWrapper:

@@ -24,6 +24,7 @@ import types
 from typing import Any
 
 from .output import Output
+from .reserve import Reserve
 from .tools import Timeout, ToolCalls
 
 GUEST_DIR = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -36,14 +37,16 @@ MAX_CHAIN = 3
 TIMER_REPEAT_S = 0.2
 """A cell that swallowed its Timeout gets the next one this much later [s]."""
 
+_NO_MEMORY = {"name": "MemoryError", "value": "", "traceback": "MemoryError\n"}
 _STATEMENTS = frozenset(keyword.kwlist) - {"None", "True", "False", "await", "lambda", "not"}
 """Words that begin one, and those that begin nothing."""
 
 
 class Repl:
-    def __init__(self, output: Output, calls: ToolCalls):
+    def __init__(self, output: Output, calls: ToolCalls, reserve: Reserve):
         self._output = output
         self._calls = calls
+        self._reserve = reserve
         self._armed = False
         self._timeout = 0.0
         self._main = types.ModuleType("__main__")
@@ -58,6 +61,7 @@ class Repl:
 
     def run(self, n: int, code: str, timeout: float) -> dict | None:
         """Run one cell; None, or its error as {name, value, traceback}."""
+        self._reserve.take()
         self._output.reset()
         _signal.signal(signal.SIGALRM, self._on_alarm)
         self._timeout = timeout
@@ -74,17 +78,29 @@ class Repl:
             self._armed = False
             error = e
         finally:
+            self._reserve.check()
             # a thread may still wait for a tool: its answer must come before the cell can end
             self._calls.end()
             signal.setitimer(signal.ITIMER_REAL, 0)
         if error is None:
             return None
-        text = format_error(error)
-        self._output.write(text)
-        value = _safe_str(error)[:4096]
+        if isinstance(error, MemoryError):
+            self._reserve.release()
+        told = self._tell(error)
         # frames hold the cell's locals, and the traceback would keep them alive
         error.__traceback__ = None
-        return {"name": type(error).__name__[:256], "value": value, "traceback": text}
+        return told
+
+    def _tell(self, error: BaseException) -> dict:
+        try:
+            value = _safe_str(error)[:4096]
+            told = {"name": type(error).__name__[:256], "value": value, "traceback": format_error(error)}
+            self._output.write(told["traceback"])
+        except MemoryError:
+            # not even with the reserve: what needs none is said, and not shown
+            self._reserve.release()
+            return _NO_MEMORY
+        return told
 
     def _run(self, filename: str, code: str) -> None:
         lines = code.splitlines(keepends=True)
@@ -172,7 +188,13 @@ def _format_one(error: BaseException) -> str:
         half = MAX_FRAMES // 2
         frames[half:-half] = [f"  [... {len(frames) - 2 * half} frames cut ...]\n"]
     head = ["Traceback (most recent call last):\n"] if frames else []
-    return "".join(head + frames + traceback.format_exception_only(type(error), error))
+    try:
+        last = traceback.format_exception_only(type(error), error)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - a SyntaxError is whatever its cell made it of
+        last = [f"{type(error).__name__}: {_safe_str(error)}\n"]
+    return "".join(head + frames + last)
 
 
 def _short(filename: str) -> str:

@@ -13,6 +13,7 @@ from .files import Brought, collect
 from .frames import Frames
 from .output import Output
 from .repl import Repl
+from .reserve import Reserve
 from .tools import ToolCalls, define_tools
 
 
@@ -23,8 +24,9 @@ class Session:
         self._output_fd = output_fd
         self._frames = Frames(socket_fd)
         self._output = Output(output_fd, output_limit)
-        self._calls = ToolCalls(self._frames)
-        self._repl = Repl(self._output, self._calls)
+        reserve = Reserve()
+        self._calls = ToolCalls(self._frames, reserve)
+        self._repl = Repl(self._output, self._calls, reserve)
 
     def serve(self, folder: str, brought: Brought) -> None:
         """Answer the host until it goes away. `folder` holds its files, of which `brought` came with the task."""

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .frames import Frames, FrameTooLong
+from .reserve import Reserve
 
 
 class Timeout(BaseException):
@@ -44,8 +45,9 @@ def error_class(name: str) -> type[BaseException]:
 class ToolCalls:
     """The RPC: at most one `call` on its way, only while a cell runs."""
 
-    def __init__(self, frames: Frames):
+    def __init__(self, frames: Frames, reserve: Reserve):
         self._frames = frames
+        self._reserve = reserve
         self._lock = threading.Lock()
         self.pid = os.getpid()
         """Of the session."""
@@ -82,6 +84,8 @@ class ToolCalls:
     def _ask(self, name: str, args: tuple, kw: dict) -> dict:
         if not self._running:
             raise RuntimeError(f"{name}() was called after its cell had ended")
+        # a call that has been sent must be able to take its answer
+        self._reserve.check()
         try:
             self._frames.send({"op": "call", "id": self._next_id + 1, "name": name, "args": args, "kw": kw})
         except FrameTooLong as e:
