@@ -265,6 +265,15 @@ def test_the_next_cell_starts_with_no_output_and_working_streams(cells):
     assert cells(broken, "import sys\nprint('out')\nprint('err', file=sys.stderr)").output == "out\nerr\n"
 
 
+@pytest.mark.parametrize(
+    "changed",
+    ["detach()", "reconfigure(encoding='ascii')", "reconfigure(newline='\\r\\n')", "reconfigure(write_through=False)"],
+)
+def test_the_next_cell_has_streams_that_were_not_taken_apart(cells, changed):
+    code = f"import sys\nprint('é', file=sys.stderr)\nx = [sys.stdout.{changed}, sys.stderr.{changed}]"
+    assert cells(code, "import sys\nprint('é')\nprint('ü', file=sys.stderr)").output == "é\nü\n"
+
+
 def test_text_that_has_no_utf8_form_is_shown_escaped(cells):
     assert cells("print('\\ud800é')").output == "\\ud800é\n"
     assert cells("import os\nx = os.write(1, b'\\xff!')").output == "\ufffd!"

@@ -67,6 +67,20 @@ class BoundedFile(io.FileIO):
         return True
 
 
+class _Text(io.TextIOWrapper):
+    """Knows whether it still is what `_text` made it."""
+
+    changed = False
+
+    def detach(self):
+        self.changed = True
+        return super().detach()
+
+    def reconfigure(self, **settings) -> None:
+        self.changed = True
+        super().reconfigure(**settings)
+
+
 class Output:
     """The session's standard streams, put back in place before every cell."""
 
@@ -81,6 +95,10 @@ class Output:
         for fd in (1, 2):
             os.dup2(self._file_fd, fd, inheritable=True)
         self._file.dropped = 0
+        if self._stdout.changed:
+            self._stdout = _text(self._file)
+        if self._stderr.changed:
+            self._stderr = _text(self._file)
         sys.stdout, sys.stderr = self._stdout, self._stderr
 
     @property
@@ -92,5 +110,5 @@ class Output:
         self._file.write(text.encode("utf-8", "backslashreplace"), self._file_fd)
 
 
-def _text(file: io.FileIO) -> io.TextIOWrapper:
-    return io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="\n", write_through=True)  # type: ignore[arg-type]
+def _text(file: io.FileIO) -> _Text:
+    return _Text(file, encoding="utf-8", errors="backslashreplace", newline="\n", write_through=True)  # type: ignore[arg-type]
