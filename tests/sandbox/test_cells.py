@@ -73,6 +73,12 @@ def test_an_error_shows_the_cells_own_lines_and_nothing_of_the_machine(cells):
     )
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_an_error_shows_its_line_whatever_characters_stand_before_it(cells, end):
+    code = end.join(["x = '\u2028 \x85 \x1c'", "\f", "1 / 0", "y = 1"])
+    assert '  File "<cell 1>", line 3, in <module>\n    1 / 0\nZeroDivisionError' in cells(code).output
+
+
 def test_frames_of_the_library_are_named_below_its_folder(cells):
     output = cells("import json\njson.loads('{')").output
     assert 'File "json/__init__.py"' in output

@@ -13,6 +13,7 @@ from __future__ import annotations
 # signal.signal spends longer on enums than a small cell takes
 import _signal  # type: ignore[import-not-found]
 import ast
+import io
 import keyword
 import linecache
 import os
@@ -103,7 +104,8 @@ class Repl:
         return told
 
     def _run(self, filename: str, code: str) -> None:
-        lines = code.splitlines(keepends=True)
+        # as Python counts them: `splitlines` knows more ends of a line
+        lines = list(io.StringIO(code, None))
         if lines and not lines[-1].endswith("\n"):
             lines[-1] += "\n"
         linecache.cache[filename] = (len(code), None, lines, filename)
