@@ -235,7 +235,7 @@ class EngineConfig(Config):
     slots: PositiveInt = 128
     """Conversations decoded at once; more wait their turn [conversations]."""
     request_timeout_s: PositiveFloat = 120.0
-    """Time one response may take, and before that, waiting to be admitted [s]."""
+    """Time one response may take; and before that, time that nobody is let in or done while it waits to be admitted [s]."""
     start_timeout_s: PositiveFloat = 120.0
     """Time the engine has to load the model [s]."""
     threads: NonNegativeInt = 0
