@@ -8,7 +8,8 @@
 When an engine dies, its requests go to another one, or to itself when it is back: what was asked, and as much as is known
 of what had been sampled, so no episode notices more than a delay. One task keeps each engine: starts it, brings it to the
 weights the learner has published, waits for its death, and starts it again, `engine.max_rebuilds` times at most. The others
-work on meanwhile. A request during which several engines died is given up, for it may be what kills them.
+work on meanwhile. A request during which several engines died is given up, for it may be what kills them. Where engines
+sleep while the learner works, it waits for one that is being started, which then sleeps, too; none is started meanwhile.
 
 What an engine is, this file does not know (`FleetEngine`); sglang.py makes them.
 """
@@ -154,6 +155,8 @@ class _Member:
     """None while it is down."""
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """Whether it has ever been up."""
+    at_rest: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set unless it is being started or ended: it is up, or has no memory."""
     rebuilds: int = 0
     given_up: bool = False
     ended: FleetEngine | None = None
@@ -250,13 +253,18 @@ class Fleet:
             self._is_down(member, engine)
 
     async def sleep(self) -> None:
-        """The engines give their memory to the learner until the next `update_weights`."""
+        """The engines give their memory to the learner until the next `update_weights`. One that is being started or ended
+        holds some of it: this waits until it has come up or is gone, which its start's deadline bounds.
+        """
         async with self._updating:
             self._awake.clear()
             async with asyncio.TaskGroup() as tg:
                 for member in self._members:
                     if member.engine is not None:
                         tg.create_task(self._sleep(member, member.engine))
+        # not under the lock, which one that has started takes
+        for member in self._members:
+            await member.at_rest.wait()
 
     async def _sleep(self, member: _Member, engine: FleetEngine) -> None:
         try:
@@ -284,11 +292,13 @@ class Fleet:
         while True:
             try:
                 await self._awake.wait()
+                member.at_rest.clear()
                 async with self._make(member.number) as engine:
                     await self._catch_up(member, engine)
                     in_a_row = 0
                     member.engine = engine
                     member.started.set()
+                    member.at_rest.set()
                     self._placement.up(member.number)
                     self._any_up.set()
                     if member.rebuilds:
@@ -314,9 +324,12 @@ class Fleet:
                 await asyncio.sleep(_AGAIN_S * 2 ** (in_a_row - 2))
 
     async def _catch_up(self, member: _Member, engine: FleetEngine) -> None:
-        """Give an engine that has just started the weights the others have, or newer ones."""
+        """Give an engine that has just started the weights the others have, or newer ones; or let it sleep as they do."""
         async with self._updating:
-            if self._version is not None and self._source is not None:
+            if not self._awake.is_set():
+                # it wakes with new ones
+                await engine.sleep()
+            elif self._version is not None and self._source is not None:
                 async with self._source.weights([member.number]) as (version, weights):
                     await engine.update_weights(version, weights[member.number])
 
@@ -325,12 +338,14 @@ class Fleet:
             return
         # its requests may still be writing down what it had told them
         member.engine, member.ended = None, engine
+        member.at_rest.clear()
         self._placement.down(member.number)
         if all(other.engine is None for other in self._members):
             self._any_up.clear()
 
     def _settle(self, member: _Member) -> None:
         """Remember what an engine that has ended did, and no more of it."""
+        member.at_rest.set()
         if member.ended is not None:
             past = [member.past] if member.past else []
             member.past, member.ended = _sum([member.ended.load(), *past], sums_only=True), None

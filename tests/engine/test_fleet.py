@@ -98,6 +98,8 @@ class World:
         """What the next starts fail with."""
         self.may_start = asyncio.Event()
         self.may_start.set()
+        self.may_end = asyncio.Event()
+        self.may_end.set()
         self.log: list[str] = []
 
     @asynccontextmanager
@@ -111,6 +113,7 @@ class World:
             yield engine
         finally:
             engine.fail("it was closed")
+            await self.may_end.wait()
 
     @asynccontextmanager
     async def weights(self, engines):
@@ -393,6 +396,66 @@ def test_sleeping_engines_wake_with_new_weights_and_none_is_rebuilt_meanwhile():
             await world.update(running, 1)
             await settle()
             assert [(e.asleep, e.policy_version) for e in world.engines[1:]] == [(False, 1)] * 2
+
+    play(main)
+
+
+def test_the_learner_waits_for_an_engine_that_is_being_rebuilt_which_then_sleeps_too():
+    async def main(world):
+        async with world.open() as running:
+            await world.update(running, 1)
+            world.may_start.clear()
+            world.engines[0].fail("killed")
+            await settle()
+            sleeping = asyncio.create_task(running.sleep())
+            await settle()
+            assert world.engines[1].asleep
+            assert not sleeping.done()
+            world.may_start.set()
+            await sleeping
+            assert [engine.asleep for engine in world.engines[1:]] == [True, True]
+            await world.update(running, 2)
+            assert [(e.asleep, e.policy_version) for e in world.engines[1:]] == [(False, 2)] * 2
+            assert [s.response_ids[-1] for s in await finish(world, await ask(running, "ab"))] == [16, 16]
+
+    play(main)
+
+
+def test_a_rebuild_that_fails_while_the_learner_waits_is_tried_again_after_the_waking(monkeypatch):
+    monkeypatch.setattr("l0fast.engine.fleet._AGAIN_S", 0.0)
+
+    async def main(world):
+        async with world.open() as running:
+            world.may_start.clear()
+            world.starts = [EngineError("no memory")]
+            world.engines[0].fail("killed")
+            await settle()
+            sleeping = asyncio.create_task(running.sleep())
+            await settle()
+            world.may_start.set()
+            await sleeping
+            await settle()
+            assert len(world.engines) == 2
+            await world.update(running, 1)
+            await settle()
+            assert [(e.asleep, e.policy_version) for e in world.engines[1:]] == [(False, 1)] * 2
+
+    play(main)
+
+
+def test_the_learner_waits_for_the_memory_of_an_engine_that_is_being_ended():
+    async def main(world):
+        async with world.open() as running:
+            world.may_end.clear()
+            world.engines[0].fail("killed")
+            sleeping = asyncio.create_task(running.sleep())
+            await settle()
+            waited = not sleeping.done()
+            world.may_end.set()
+            await sleeping
+            await settle()
+            assert waited
+            assert len(world.engines) == 2
 
     play(main)
 
