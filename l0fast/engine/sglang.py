@@ -131,8 +131,13 @@ class SGLangEngine:
         if response.cached_tokens is None:
             response.cached_tokens = about["cached_tokens"]
         reason = about["finish_reason"]
-        if reason["type"] != "abort":
-            response.finish_reason = "stop" if reason["type"] == "stop" else "length"
+        if reason["type"] == "stop":
+            # at one of our ids, which ends it, or at one of the model's own, after which we ask for more
+            if isinstance(reason["matched"], str):
+                # at no id: its numbers were none
+                raise EngineError(f"sglang ended a request: {reason['matched']}")
+        elif reason["type"] != "abort":
+            response.finish_reason = "length"
         elif not response.ends(sampling) and self._open.is_set() and version == self.policy_version:
             raise EngineError(f"sglang aborted a request: {reason.get('message') or 'it did not say why'}")
 
@@ -380,7 +385,9 @@ class SGLangEngine:
 
 
 def _params(sampling: Sampling, sampled: int) -> dict[str, Any]:
-    """SGLang's words for what is left to sample. The model's own end-of-text id does not end a turn, unless we say so."""
+    """SGLang's words for what is left to sample. The model's own end-of-text id does not end a turn, unless we say so. As
+    `ignore_eos` switches our stop ids off, too, SGLang stops at it nevertheless, and is asked for more.
+    """
     return {
         "temperature": sampling.temperature,
         "top_p": 1.0,

@@ -38,6 +38,8 @@ from l0fast.errors import EngineError, UsageError
 
 _END_S = 20.0
 """Time a killed child has to give its GPU back [s]."""
+_KEPT_TOKENS = 6
+"""Of a context, and of the room for keys and values: SGLang wants so many left after the longest prompt [tokens]."""
 _PR_SET_PDEATHSIG = 1
 _launching = threading.Lock()
 """Held while an engine's children are started."""
@@ -231,12 +233,12 @@ def _arguments(
     """Of `sglang.Engine`, and what it reads from the environment."""
     import torch
 
+    context = max_tokens + _KEPT_TOKENS
     arguments: dict[str, Any] = {
         "model_path": str(model_path),
         "skip_tokenizer_init": True,
         "grammar_backend": "none",
-        # the last two ids of a context SGLang keeps for itself
-        "context_length": max_tokens + 2,
+        "context_length": context,
         "max_running_requests": slots,
         "tp_size": config.tensor_parallel,
         "sleep_on_idle": True,
@@ -256,7 +258,7 @@ def _arguments(
     else:
         arguments |= {"device": "cpu", "dtype": "float32", "attention_backend": "torch_native"}
         arguments |= {"sampling_backend": "pytorch", "disable_cuda_graph": True}
-        arguments |= {"max_total_tokens": slots * max_tokens, "mem_fraction_static": 0.3}
+        arguments |= {"max_total_tokens": slots * context, "mem_fraction_static": 0.3}
         variables |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(config.threads or 1)}
         if config.tensor_parallel > 1:
             # which cores each rank computes on

@@ -40,6 +40,22 @@ skip_without_sglang()
 pytestmark = MARKS
 
 
+END_OF_TEXT = 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The usual one, but its model has an end-of-text id, as real ones have."""
+    path = tmp_path_factory.mktemp("model")
+    model = tiny_model(0)
+    model.config.eos_token_id = END_OF_TEXT
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = END_OF_TEXT
+    model.save_pretrained(path)
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
 class Running:
     """One engine on one loop, for all tests."""
 
@@ -134,9 +150,24 @@ def test_a_stop_id_ends_a_response_and_is_part_of_it(running, engine):
     assert sampled.finish_reason == "stop"
 
 
-def test_all_of_the_context_can_be_used(running, engine):
-    sampled = running.run(engine.generate(PROMPT, sampling(MAX_TOKENS - len(PROMPT)), conversation="long"))
-    assert len(sampled.response_ids) == MAX_TOKENS - len(PROMPT)
+def test_the_models_own_end_of_text_id_is_one_like_others(running, engine, model):
+    asked = prompts(64)
+    answers = running.run(all_of(engine, asked, sampling(100, stop=(9,))))
+    for prompt, sampled in zip(asked, answers, strict=True):
+        assert 9 not in sampled.response_ids[:-1]
+        if sampled.response_ids[-1] == 9:
+            assert sampled.finish_reason == "stop"
+        else:
+            assert (sampled.finish_reason, len(sampled.response_ids)) == ("length", 100)
+        assert error(model, prompt, sampled) <= 1e-5
+    assert any(END_OF_TEXT in sampled.response_ids[:-1] for sampled in answers)
+
+
+@pytest.mark.parametrize("response", [MAX_TOKENS - len(PROMPT), 5, 2, 1])
+def test_all_of_the_context_can_be_used(running, engine, response):
+    prompt = (PROMPT * MAX_TOKENS)[: MAX_TOKENS - response]
+    sampled = running.run(engine.generate(prompt, sampling(response), conversation="long"))
+    assert len(sampled.response_ids) == response
 
 
 @pytest.mark.parametrize("prompt", [[1, VOCAB], [-1], [], [1] * MAX_TOKENS])
