@@ -35,7 +35,7 @@ from l0fast.engine.fleet import Fleet, Response, WeightSource, fleet
 from l0fast.engine.recomputed import Prefixes
 from l0fast.engine.sglang_process import sglang_process, sigquit_does_nothing
 from l0fast.engine.transformers import check_model_folder
-from l0fast.errors import EngineError
+from l0fast.errors import EngineError, UsageError
 
 T = TypeVar("T")
 
@@ -47,6 +47,7 @@ class SGLangEngine:
     """A `FleetEngine` over one `sglang.Engine`. Made by `sglang_engine`."""
 
     def __init__(self, engine: Any, children: Sequence[Any], config: EngineConfig, *, max_tokens: int):
+        from fastapi import HTTPException  # pyright: ignore[reportMissingImports]
         from sglang.srt.managers import io_struct  # pyright: ignore[reportMissingImports]
 
         self.policy_version = 0
@@ -57,6 +58,8 @@ class SGLangEngine:
         self._has_sessions = hasattr(io_struct, "BeginWeightUpdateReqInput")
         """From 0.5.21: an update has a begin and an end, and what was retracted may wait for it."""
         self._retracts = self._has_sessions
+        self._refusals = (ValueError, HTTPException)
+        """What SGLang raises for one request: the same as its server's status codes."""
         self._requests = itertools.count()
         self._calls: set[asyncio.Task[Any]] = set()
         """Requests that are in the scheduler, or on their way."""
@@ -122,6 +125,8 @@ class SGLangEngine:
         except EngineError:
             self._save_partial(response, rid, version)
             raise
+        except self._refusals as e:
+            raise EngineError(f"sglang refused a request: {e}") from e
         about, sampled = answer["meta_info"], answer["output_ids"]
         end = start + len(sampled)
         response.add(
@@ -326,6 +331,17 @@ class SGLangEngine:
             decode_s=decoding[2] / 1e6,
         )
 
+    def check_room(self) -> None:
+        """SGLang would cut responses short, and refuse prompts. Raises UsageError."""
+        # its scheduler has said it before its first `load`; no more than `max_tokens`
+        longest = self._tm.max_req_input_len
+        if longest < self._max_tokens:
+            raise UsageError(
+                f"engine.memory_share = {self._config.memory_share} leaves sglang room for the keys and values of "
+                f"{longest} tokens, but a context may have {self._max_tokens}: raise --engine.memory-share or lower "
+                "--agent.context-tokens"
+            )
+
     @property
     def busy(self) -> bool:
         return bool(self._calls) and not self._updating.locked() and not self._asleep
@@ -425,7 +441,7 @@ async def sglang_engine(
         gpu: the first of its GPUs, where there are any; without one SGLang runs on the CPU, in fp32.
 
     Raises:
-        UsageError: a model folder or a setting that can't be used, or no SGLang.
+        UsageError: a model folder or a setting that can't be used, no room for a context, or no SGLang.
         EngineError: SGLang did not start.
     """
     check_model_folder(model_path, max_tokens)
@@ -435,6 +451,7 @@ async def sglang_engine(
     ):
         engine = SGLangEngine(process, children, config, max_tokens=max_tokens)
         try:
+            engine.check_room()
             yield engine
         finally:
             await engine._close()

@@ -289,6 +289,38 @@ def test_a_setting_that_is_not_json_is_refused(running, folder):
     running.run(main())
 
 
+def test_a_request_that_sglang_refuses_is_an_engine_error_and_the_others_go_on(running, folder):
+    async def main():
+        config = CONFIG.model_copy(update={"slots": 2, "sglang": ("max_queued_requests=1",)})
+        async with sglang_engine(config, folder, max_tokens=MAX_TOKENS) as engine:
+            asked = (engine.generate(p, sampling(50), conversation=str(i)) for i, p in enumerate(prompts(8)))
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            assert engine.failure is None
+            return answers
+
+    answers = running.run(main())
+    refused = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert refused
+    assert all(isinstance(e, EngineError) and "queue is full" in str(e) for e in refused)
+    assert {len(s.response_ids) for s in answers if isinstance(s, Sampled)} == {50}
+
+
+def test_a_prompt_that_sglang_refuses_is_an_engine_error(running, engine, monkeypatch):
+    monkeypatch.setattr(engine, "_max_tokens", 2 * MAX_TOKENS)
+    with pytest.raises(EngineError, match="refused a request: .*context length"):
+        running.run(engine.generate([1] * (MAX_TOKENS + 50), sampling(), conversation="long"))
+
+
+def test_an_engine_without_room_for_a_context_is_refused_at_its_start(running, folder):
+    async def main():
+        config = CONFIG.model_copy(update={"sglang": ("max_total_tokens=256",)})
+        with pytest.raises(UsageError, match=f"of 250 tokens, but a context may have {MAX_TOKENS}: raise"):
+            async with sglang_engine(config, folder, max_tokens=MAX_TOKENS):
+                raise AssertionError("it started")
+
+    running.run(main())
+
+
 def test_weights_from_a_folder_are_sampled_from(running, engine, tmp_path):
     other = tiny_model(1)
     other.save_pretrained(tmp_path)
