@@ -128,7 +128,8 @@ def test_many_at_once_have_the_logprobs_of_transformers(running, engine, model, 
         asked, running.run(all_of(engine, asked, sampling(20, temperature=temperature))), strict=True
     ):
         assert len(sampled.response_ids) == 20
-        assert error(model, prompt, sampled, temperature=temperature) <= 1e-5
+        # what rounding does to logits is divided by the temperature like them
+        assert error(model, prompt, sampled, temperature=temperature) <= 1e-5 / temperature
 
 
 def test_a_second_turn_finds_its_first(running, engine, model):
