@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
 import random
 import statistics
 import sys
@@ -29,11 +30,13 @@ from collections.abc import Sequence
 from bench.admission import CAPACITIES, OFFERED, RESULTS, SPEED, simulate, traffic
 from bench.machine import machine
 from bench.results_folder import results_folder
-from l0fast.engine.base import Sampling
-from l0fast.engine.simulated import SimulatedClock, SimulatedEngine
+from l0fast.engine.base import Engine, EngineLoad, Sampling
+from l0fast.engine.gate import gated
+from l0fast.engine.simulated import SimulatedClock, SimulatedEngine, Speed
 from l0fast.engine.traffic import Traffic
 from l0fast.garbage import old_objects_aside
 from l0fast.ids import Ids
+from l0fast.rollout.admission import Admission
 
 SCENES = tuple(itertools.product((300, 1500), (1, 8), (16, 128, 1024)))
 """(median response [tokens], engines, agents): L0's agents, and some that think longer."""
@@ -46,38 +49,51 @@ ROUNDS = 3
 class Coroutines:
     """The same agents, each a coroutine that asks an engine with ids."""
 
-    def __init__(self, asks: Traffic, *, kv_tokens: int, replicas: int):
+    def __init__(
+        self,
+        asks: Traffic,
+        *,
+        speed: Speed,
+        slots: int,
+        kv_tokens: int,
+        replicas: int = 1,
+        admission: Admission | None = None,
+    ):
         self.turns = 0
         """Ended so far."""
         self.clock = SimulatedClock()
-        self._asks, self._numbers = asks, itertools.count()
+        self._asks, self._admission, self._numbers = asks, admission, itertools.count()
         self._said = Ids(array("i", [VOCAB_SIZE - 1]) * asks.max_new_tokens)
         self._lengths: dict[str, int] = {}
         """By conversation, of what it says next."""
-        self._engine = SimulatedEngine(
+        self._engine: Engine = SimulatedEngine(
             vocab_size=VOCAB_SIZE,
             max_tokens=kv_tokens,
-            slots=OFFERED,
+            slots=slots,
             kv_tokens=kv_tokens,
             replicas=replicas,
-            speed=SPEED,
+            speed=speed,
             script=self._say,
             forgets=False,
             clock=self.clock,
         )
 
-    def play(self, agents: int, seconds: float) -> float:
-        """Returns how long that took [s]."""
+    def play(self, agents: int, seconds: float) -> tuple[float, EngineLoad]:
+        """Returns how long that took [s], and what the engines say in the end."""
 
-        async def main() -> float:
+        async def main() -> tuple[float, EngineLoad]:
+            engine = self._engine
             began = time.perf_counter()
+            if self._admission is not None:
+                # who waits is to be seen, not cut off
+                self._engine = await gated(engine, self._admission, timeout_s=math.inf, clock=self.clock)
             async with asyncio.TaskGroup() as tg:
                 tasks = [tg.create_task(self._agent()) for _ in range(agents)]
                 await self.clock.sleep(seconds)
-                wall_s = time.perf_counter() - began
+                load, wall_s = await engine.load(), time.perf_counter() - began
                 for task in tasks:
                     task.cancel()
-            return wall_s
+            return wall_s, load
 
         with old_objects_aside():
             return self.clock.run(main())
@@ -121,8 +137,10 @@ def main(argv: list[str] | None = None) -> int:
     for _ in range(ROUNDS):
         for (response, engines, agents), runs in scenes.items():
             figures = simulate(kv_tokens, agents, args.seconds, replicas=engines, median_response=response)
-            coroutines = Coroutines(traffic(response), kv_tokens=kv_tokens, replicas=engines)
-            wall_s = coroutines.play(agents, args.seconds)
+            coroutines = Coroutines(
+                traffic(response), speed=SPEED, slots=OFFERED, kv_tokens=kv_tokens, replicas=engines
+            )
+            wall_s, _ = coroutines.play(agents, args.seconds)
             runs.append((figures.wall_s, figures.turns, wall_s, coroutines.turns))
     print(
         f"\n{'':>39} {'as figures':^22} {'as coroutines':^22}\n{'response':>9} {'engines':>8} {'agents':>7} {'turns/s':>12} "

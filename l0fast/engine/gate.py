@@ -6,7 +6,8 @@
 Nothing here decides; rollout/admission.py does. A `Gate` is the line of those who wait, in calls: who comes, finishes,
 gives up or is forgotten looks whom that lets in, and a timer looks while somebody waits. A `GatedEngine` has it before an
 engine. Whoever waits there fails when the line stands still, however long it is while it moves; meanwhile the episode's own
-deadlines stand still (l0fast/deadlines.py), and cancelling takes it out of the line. What the engine says of itself is asked for by whoever finishes, at most once in `_LOOK_S`.
+deadlines stand still (l0fast/deadlines.py), and cancelling takes it out of the line. What the engine says of itself is asked
+for by whoever finishes, at most once in `_LOOK_S`.
 """
 
 import asyncio

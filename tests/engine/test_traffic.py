@@ -1,16 +1,14 @@
 """Agents that are figures: the same episodes at the same times as coroutines have them, and as arithmetic says."""
 
-import asyncio
-import random
-
 import pytest
 
-from l0fast.engine.base import Engine, Sampling
+from bench.simulated_speed import Coroutines
+from l0fast.engine.base import EngineLoad
 from l0fast.engine.clock import EventClock
 from l0fast.engine.distributions import lognormal, recorded, uniform
-from l0fast.engine.gate import Gate, gated
-from l0fast.engine.simulated import SimulatedClock, SimulatedEngine, Speed
+from l0fast.engine.gate import Gate
 from l0fast.engine.simulated_cluster import Cluster
+from l0fast.engine.simulated_replica import Speed
 from l0fast.engine.traffic import Agents, Traffic
 from l0fast.rollout.admission import Admission
 
@@ -25,63 +23,20 @@ TRAFFIC = Traffic(
 )
 
 
-def figures(agents: int, until_s: float, *, admission: Admission | None, **engines) -> tuple[list[int], object]:
-    """Turns ended by each second, and what the engines say in the end."""
+def figures(agents: int, until_s: float, *, admission: Admission | None, **engines) -> tuple[int, EngineLoad]:
+    """Turns ended by then, and what the engines say."""
     clock = EventClock()
     cluster = Cluster(clock, speed=SPEED, forgets=False, **engines)
-    players = Agents(TRAFFIC, cluster, gate=None if admission is None else Gate(admission, clock), seed=3)
+    players = Agents(TRAFFIC, cluster, gate=None if admission is None else Gate(admission, clock))
     players.start(agents)
-    turns = []
-    while clock.now_s < until_s:
-        clock.move_to(clock.now_s + 1.0)
-        turns.append(players.turns)
-    return turns, cluster.load()
+    clock.move_to(until_s)
+    return players.turns, cluster.load()
 
 
-def coroutines(agents: int, until_s: float, *, admission: Admission | None, **engines) -> tuple[list[int], object]:
-    clock, lengths, turns, ended, numbers = SimulatedClock(), {}, [], 0, iter(range(10**9))
-
-    async def play(engine: Engine, number: int) -> None:
-        nonlocal ended
-        rng, name = random.Random(3 << 64 | number), str(number)
-        prompt = [1] * int(TRAFFIC.prompt_tokens(rng.random()))
-        for _ in range(int(TRAFFIC.turns(rng.random()))):
-            lengths[name] = min(1 + int(TRAFFIC.response_tokens(rng.random())), TRAFFIC.max_new_tokens)
-            sampling = Sampling(max_new_tokens=TRAFFIC.max_new_tokens, stop_token_ids=(), seed=0)
-            sampled = await engine.generate(prompt, sampling, conversation=name)
-            ended += 1
-            prompt = [*prompt, *sampled.response_ids, *[1] * int(TRAFFIC.output_tokens(rng.random()))]
-            await clock.sleep(TRAFFIC.tool_s(rng.random()))
-        engine.forget(name)
-
-    async def player(engine: Engine) -> None:
-        while True:
-            await play(engine, next(numbers))
-
-    async def main():
-        simulated = SimulatedEngine(
-            vocab_size=2,
-            max_tokens=engines["kv_tokens"],
-            speed=SPEED,
-            script=lambda prompt, sampling, conversation: [1] * lengths[conversation],
-            forgets=False,
-            clock=clock,
-            **engines,
-        )
-        engine: Engine = simulated
-        if admission is not None:
-            engine = await gated(simulated, admission, timeout_s=1e6, clock=clock)
-        async with asyncio.TaskGroup() as tg:
-            tasks = [tg.create_task(player(engine)) for _ in range(agents)]
-            while clock.now_s < until_s:
-                await clock.sleep(1.0)
-                turns.append(ended)
-            load = await simulated.load()
-            for task in tasks:
-                task.cancel()
-        return load
-
-    return turns, clock.run(main())
+def coroutines(agents: int, until_s: float, *, admission: Admission | None, **engines) -> tuple[int, EngineLoad]:
+    players = Coroutines(TRAFFIC, speed=SPEED, admission=admission, **engines)
+    _, load = players.play(agents, until_s)
+    return players.turns, load
 
 
 @pytest.mark.parametrize("gate", [False, True], ids=["everybody", "gate"])
@@ -99,9 +54,10 @@ def test_agents_that_are_figures_do_what_coroutines_do_at_the_same_times(engines
     def admission():
         return Admission(new_tokens=40) if gate else None
 
-    turns, load = figures(24, 120.0, admission=admission(), **engines)
-    assert (turns, load) == coroutines(24, 120.0, admission=admission(), **engines)
-    assert turns[-1] > 300
+    for until_s in (0.5, 3.0, 20.0, 70.0, 120.0):
+        turns, load = figures(24, until_s, admission=admission(), **engines)
+        assert (turns, load) == coroutines(24, until_s, admission=admission(), **engines)
+    assert turns > 300
     # an episode that comes back to the engine of another one has to be computed again there
     assert (load.recomputed_tokens > 0) == (engines["kv_tokens"] < 100_000 or "replicas" in engines)
 
@@ -130,7 +86,7 @@ def test_an_episode_takes_what_its_recorded_figures_add_up_to():
 
 
 def test_what_is_asked_for_does_not_hang_on_who_is_faster():
-    def asked(replicas: int) -> dict[str, list[tuple[int, int]]]:
+    def asked(replicas: int, seed: int = 0) -> dict[str, list[tuple[int, int]]]:
         clock, asked = EventClock(), {}
         cluster = Cluster(clock, speed=SPEED, slots=8, kv_tokens=10_000, replicas=replicas)
         submit = cluster.submit
@@ -140,7 +96,7 @@ def test_what_is_asked_for_does_not_hang_on_who_is_faster():
             submit(request, done)
 
         cluster.submit = listen
-        agents = Agents(TRAFFIC, cluster)
+        agents = Agents(TRAFFIC, cluster, seed=seed)
         agents.start(16)
         clock.move_to(100.0)
         return asked
@@ -151,4 +107,5 @@ def test_what_is_asked_for_does_not_hang_on_who_is_faster():
         # the last ones are under way
         both = min(len(turns), len(four[name]))
         assert turns[:both] == four[name][:both]
+    assert asked(1, seed=1)["0"] != one["0"]
     assert len({turns[0] for turns in one.values()}) > 0.9 * len(one)
