@@ -30,6 +30,9 @@ from l0fast.errors import SandboxError
 
 MAX_FRAME = 128 * 1024
 """Longest JSON text taken from a session [bytes]."""
+MAX_DEPTH = 500
+"""Lists and objects of a frame that lie in each other: what is made of them here recurses, and Python lets it a thousand
+times in all [levels]."""
 
 _length = struct.Struct("<I")
 _LONG_NUMBER = re.compile(rb"\d{19}")
@@ -80,7 +83,17 @@ def _decode(body: bytes) -> dict[str, Any]:
         raise ProtocolError(f"the session sent a frame that is no JSON: {e}") from e
     if not isinstance(frame, dict):
         raise ProtocolError(f"the session sent a JSON {type(frame).__name__}, where a frame is an object")
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(frame) > MAX_DEPTH:
+        raise ProtocolError(f"the session sent a frame of more than {MAX_DEPTH} levels")
     return frame
+
+
+def _depth(value: Any) -> int:
+    level, depth = [value], 0
+    while level := [v for v in level if isinstance(v, list | dict)]:
+        depth += 1
+        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
+    return depth
 
 
 def _with_all_digits(body: bytes) -> Any:

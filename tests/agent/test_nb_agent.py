@@ -204,6 +204,15 @@ def test_a_lost_session_is_recorded_not_raised(chat: Chat):
     assert trajectory.cause
 
 
+def test_an_answer_of_a_thousand_lists_in_each_other_costs_its_episode_and_not_the_run(chat: Chat):
+    body = 'b"[" * 1000 + b"]" * 1000'
+    call = """b'{"op":"call","id":1,"name":"submit_final_answer","kw":{},"args":[%b]}'"""
+    code = f'import os\nbody = {call} % ({body})\nos.write(3, len(body).to_bytes(4, "little") + body)\nwhile True: pass'
+    trajectory, _ = play(chat, say(code))
+    assert trajectory.status is TrajectoryStatus.FAILED_SANDBOX
+    assert "levels" in str(trajectory.cause)
+
+
 def test_the_deadline_ends_an_episode_that_waits(chat: Chat):
     trajectory, _ = play(chat, say("while True: pass"), timeout_s=0.4, cell_timeout_s=20)
     assert trajectory.status is TrajectoryStatus.FAILED_DEADLINE

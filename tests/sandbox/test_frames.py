@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from l0fast.errors import SandboxError
 from l0fast.sandbox.channel import (
+    MAX_DEPTH,
     MAX_FRAME,
     Call,
     Channel,
@@ -99,6 +100,18 @@ def test_a_frame_that_is_no_json_object_is_refused(body, number):
 @given(st.integers() | st.integers(-(2**70), 2**70) | st.integers(min_value=10**200))
 def test_no_digit_of_an_integer_is_lost(number):
     assert FrameParser().feed(frame(b'{"a":[%d,1.5]}' % number)) == [{"a": [number, 1.5]}]
+
+
+@pytest.mark.parametrize("inner", [b"[%b]", b'{"a":%b}'])
+def test_a_frame_is_refused_for_its_levels_and_not_for_its_brackets(inner):
+    deep = b'{"a":1}'
+    for _ in range(MAX_DEPTH - 1):
+        deep = inner % deep
+    wide = b"[" + b",".join([inner % b"1"] * MAX_DEPTH) + b',"' + b"[" * 2 * MAX_DEPTH + b'"]'
+    for body in (b'{"a":[12345678901234567890123,%b]}', b'{"a":%b}'):
+        assert FrameParser().feed(frame(body % wide))
+        with pytest.raises(ProtocolError, match=str(MAX_DEPTH)):
+            FrameParser().feed(frame(body % deep))
 
 
 def test_a_frame_is_refused_by_its_length_alone_before_its_bytes_arrive():
