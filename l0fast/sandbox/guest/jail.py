@@ -45,7 +45,9 @@ class Jail:
             limits["NPROC"] = _processes_of(os.getuid()) + config["shared_nproc"]
         self._limits = [(getattr(resource, f"RLIMIT_{name}"), (value, value)) for name, value in limits.items()]
         self.seccomp = _has_seccomp()
-        self._filter = seccomp.Filter(seccomp.ZYGOTE_NEEDS) if self.seccomp else None
+        # the zygote removes folders, for which it changes modes
+        calls = seccomp.ZYGOTE_NEEDS.union(seccomp.QUIET if self.uid_base is None else ())
+        self._filter = seccomp.Filter(calls) if self.seccomp else None
         self.landlock = landlock.Landlock(config["read"], DEVICES)
         self._zygote = os.getpid()
 
