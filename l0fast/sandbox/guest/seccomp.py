@@ -35,6 +35,7 @@ DENIED = (
     "memfd_create memfd_secret shmget shmat shmctl shmdt semget semop semctl semtimedop msgget msgsnd msgrcv msgctl "
     "mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr "
     "settimeofday clock_settime clock_adjtime adjtimex sethostname setdomainname "
+    "io_setup inotify_init inotify_init1 "
     "setpriority ioprio_set mbind set_mempolicy set_mempolicy_home_node migrate_pages move_pages "
     "lookup_dcookie nfsservctl vhangup iopl ioperm modify_ldt uselib ustat sysfs _sysctl"
 ).split()
@@ -64,6 +65,7 @@ _X86_64 = {
     "modify_ldt": 154, "uselib": 134, "ustat": 136, "sysfs": 139, "_sysctl": 156,
     "clone": 56, "clone3": 435, "socketpair": 53, "kill": 62, "ioctl": 16, "prlimit64": 302, "personality": 135,
     "sched_setaffinity": 203, "sched_setscheduler": 144, "sched_setparam": 142, "sched_setattr": 314,
+    "io_setup": 206, "inotify_init": 253, "inotify_init1": 294,
     "chmod": 90, "fchmod": 91, "fchmodat": 268, "fchmodat2": 452, "chown": 92, "fchown": 93, "lchown": 94,
     "fchownat": 260, "utime": 132, "utimes": 235, "futimesat": 261, "utimensat": 280, "file_setattr": 469,
     "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "setxattrat": 463, "removexattr": 197, "lremovexattr": 198,
@@ -87,6 +89,7 @@ _AARCH64 = {
     "move_pages": 239, "lookup_dcookie": 18, "nfsservctl": 42, "vhangup": 58,
     "clone": 220, "clone3": 435, "socketpair": 199, "kill": 129, "ioctl": 29, "prlimit64": 261, "personality": 92,
     "sched_setaffinity": 122, "sched_setscheduler": 119, "sched_setparam": 118, "sched_setattr": 274,
+    "io_setup": 0, "inotify_init1": 26,
     "fchmod": 52, "fchmodat": 53, "fchmodat2": 452, "fchown": 55, "fchownat": 54, "utimensat": 88, "file_setattr": 469,
     "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "setxattrat": 463, "removexattr": 14, "lremovexattr": 15,
     "fremovexattr": 16, "removexattrat": 466,
