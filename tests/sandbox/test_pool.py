@@ -426,6 +426,38 @@ def test_preloaded_modules_are_there_also_those_that_would_start_threads(new_poo
     asyncio.run(main())
 
 
+def test_a_zygote_that_may_not_fork_removes_a_folder_when_it_may_again(new_pool, monkeypatch, tmp_path):
+    """As where the siblings have all the processes that a container may have."""
+    full = tmp_path / "full"
+    (tmp_path / "no_fork.py").write_text(
+        f"import os\nfork = os.fork\ndef failing():\n    if os.path.exists({str(full)!r}): raise BlockingIOError(11, 'full')\n"
+        "    return fork()\nos.fork = failing\n"
+    )
+    monkeypatch.setattr("l0fast.sandbox.local._site_folders", lambda config: [str(tmp_path)])
+
+    async def main():
+        pool = new_pool("process", preload=("no_fork",))
+        await pool.start()
+        try:
+            (shard,) = pool.shards
+            async with pool.session({}, seed=1) as sibling:
+                async with pool.session({}, seed=2) as session:
+                    await session.execute("open('f', 'w').close()")
+                    full.touch()
+                with pytest.raises(SandboxError, match="full"):
+                    await pool.session({}, seed=3).__aenter__()
+                assert (await sibling.execute("6 * 7")).output == "42\n"
+                full.unlink()
+            assert pool.shards == [shard]
+            while os.listdir(shard.config["root"]):
+                async with pool.session({}, seed=4):
+                    pass
+        finally:
+            await pool.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_a_preload_that_is_not_there_is_a_clear_refusal(new_pool, kind):
     async def main():
         with pytest.raises(SandboxError, match="no_such_module"):

@@ -76,6 +76,7 @@ class Zygote:
         self._by_sid: dict[int, _Session] = {}
         self._by_pid: dict[int, _Session] = {}
         self._removers: set[int] = set()
+        self._unremoved: list[_Session] = []
         self._parent = os.getppid()
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
@@ -240,6 +241,9 @@ class Zygote:
         prctl(PR_SET_PDEATHSIG, self._death_signal)
 
     def _reap(self) -> None:
+        unremoved, self._unremoved = self._unremoved, []
+        for session in unremoved:
+            self._remove(session)
         while True:
             try:
                 dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -285,7 +289,12 @@ class Zygote:
         except OSError:
             # not empty, never made, or only its owner may
             pass
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            # its siblings have all the processes there may be, for now: when the next process has ended
+            self._unremoved.append(session)
+            return
         if pid == 0:
             status = 1
             try:
@@ -306,9 +315,9 @@ class Zygote:
         self._control.close()
         for session in self._by_sid.values():
             self._end(session)
-        while self._by_sid or self._removers:
+        while self._by_sid or self._removers or self._unremoved:
             self._reap()
-            if self._by_sid or self._removers:
+            if self._by_sid or self._removers or self._unremoved:
                 # woken by the next SIGCHLD; the timeout is for one that came in between
                 select.select([self._wake_r], [], [], 0.05)
         try:
