@@ -466,6 +466,30 @@ def test_a_preload_that_is_not_there_is_a_clear_refusal(new_pool, kind):
     asyncio.run(main())
 
 
+def test_a_machines_lower_limits_are_a_sessions(kind):
+    code = """if True:
+        import asyncio, resource
+        from tests.sandbox.conftest import make_pool
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        async def main():
+            pool = make_pool({kind!r})
+            await pool.start()
+            try:
+                async with pool.session({{}}, seed=1) as session:
+                    limit = "import resource\\nresource.getrlimit(resource.RLIMIT_FSIZE)"
+                    print((await session.execute(limit)).output)
+            finally:
+                await pool.close()
+        asyncio.run(main())
+    """
+    if kind == "docker":
+        pytest.skip("a container has its daemon's limits")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
+    argv = [sys.executable, "-c", code.format(kind=kind)]
+    said = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=env)
+    assert said.stdout.strip() == str((1 << 20, 1 << 20)), said.stderr
+
+
 DRIVER = """
     import asyncio, sys
     from l0fast.config import SandboxConfig

@@ -43,7 +43,7 @@ class Jail:
         if self.uid_base is None:
             # the kernel counts all processes of a uid, and this one is shared
             limits["NPROC"] = _processes_of(os.getuid()) + config["shared_nproc"]
-        self._limits = [(getattr(resource, f"RLIMIT_{name}"), (value, value)) for name, value in limits.items()]
+        self._limits = [_lowered(getattr(resource, f"RLIMIT_{name}"), value) for name, value in limits.items()]
         self.seccomp = _has_seccomp()
         # the zygote removes folders, for which it changes modes
         calls = seccomp.ZYGOTE_NEEDS.union(seccomp.QUIET if self.uid_base is None else ())
@@ -81,6 +81,13 @@ class Jail:
             self.landlock.restrict(folder)
         if self._filter is not None:
             self._filter.install()
+
+
+def _lowered(limit: int, value: int) -> tuple[int, tuple[int, int]]:
+    """`value`, or what this machine allows at most."""
+    hard = resource.getrlimit(limit)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    return limit, (value, value)
 
 
 def _has_seccomp() -> bool:

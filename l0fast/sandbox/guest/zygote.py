@@ -362,7 +362,7 @@ def _close_others(keep: list[int]) -> None:
 def _try_out(jail: Jail, folder: str, uid: int | None) -> str | None:
     try:
         jail.enter(folder, uid)
-    except OSError as e:
+    except Exception as e:  # noqa: BLE001 - every session would end of it
         return f"a session can't be confined: {e}"
     try:
         with open("try", "w") as f:
