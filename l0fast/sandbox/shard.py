@@ -187,6 +187,7 @@ class Shard:
             if self.starts_left is not None:
                 self.starts_left -= 1
             posted = False
+            passed: list[int] = []
             try:
                 ours.setblocking(False)
                 await self._loop.create_unix_connection(lambda: lease.channel, sock=ours)
@@ -194,7 +195,10 @@ class Shard:
                 specs = [{"name": t.name, "signature": t.signature, "doc": t.doc} for t in tools]
                 ready = lease.channel.open(specs, seed)
                 start = orjson.dumps({"op": "start", "sid": lease.sid, "files": names})
-                self._post(start, theirs.detach(), *(os.dup(fd) for fd in (lease.output.fd, *fds)))
+                passed.append(theirs.detach())
+                for fd in (lease.output.fd, *fds):
+                    passed.append(os.dup(fd))
+                self._post(start, *passed)
                 posted = True
                 async with asyncio.timeout(timeout_s):
                     await ready
@@ -206,6 +210,8 @@ class Shard:
                     lease.channel.lose(SandboxError("the session was not started"))
                     ours.close()
                     theirs.close()
+                    for fd in passed:
+                        os.close(fd)
                     lease.output.close()
                     del self._leases[lease.sid]
                     # the zygote knows nothing of it: the place is free, and its start can still be had

@@ -169,6 +169,38 @@ def test_a_lease_that_ends_before_its_session_is_asked_for_leaves_the_place_to_t
     asyncio.run(main())
 
 
+def test_a_lease_without_a_descriptor_left_keeps_none(new_pool, monkeypatch, tmp_path):
+    (tmp_path / "f").touch()
+    files = {str(i): str(tmp_path / "f") for i in range(3)}
+    real, left = os.dup, 2
+
+    def few(fd):
+        nonlocal left
+        if not left:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        left -= 1
+        return real(fd)
+
+    async def main():
+        pool = new_pool("process")
+        await pool.start()
+        try:
+            await one_cell(pool)
+            before = os.listdir("/proc/self/fd")
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "dup", few)
+                with pytest.raises(SandboxError, match="could not start a session"):
+                    async with pool.session({}, seed=1, files=files):
+                        pass
+            # the loop closes a transport's socket in its next round
+            await asyncio.sleep(0)
+            assert os.listdir("/proc/self/fd") == before
+        finally:
+            await pool.close()
+
+    asyncio.run(main())
+
+
 async def one_cell(pool):
     async with pool.session({}, seed=1) as session:
         return await session.execute("'ran'")
