@@ -26,7 +26,7 @@ from signal import SIGKILL, SIGTERM
 from typing import Any
 
 from l0fast.config import SandboxConfig
-from l0fast.errors import SandboxError, boundary
+from l0fast.errors import SandboxError
 from l0fast.sandbox.guest.files import remove_tree
 from l0fast.sandbox.launch import BOOT, ETC, FOLDER_MB_PER_SESSION, GUEST, SYSTEM, Uids, environment, guest_config
 
@@ -68,7 +68,12 @@ class LocalLaunched:
         self._root = root
         self._loop = asyncio.get_running_loop()
         self._exit: asyncio.Future[str] = self._loop.create_future()
-        self._pidfd = os.pidfd_open(process.pid)
+        try:
+            self._pidfd = os.pidfd_open(process.pid)
+        except OSError:
+            os.killpg(self.pid, SIGKILL)
+            process.wait()
+            raise
         self._loop.add_reader(self._pidfd, self._exited)
 
     def _exited(self) -> None:
@@ -127,34 +132,35 @@ class LocalBackend:
 
     async def launch(self) -> tuple[LocalLaunched, dict[str, Any]]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        uids = Uids() if self._root else None
+        uids: Uids | None = None
         opened: list[int] = []
         root = info = stderr = None
         try:
-            with boundary(SandboxError, f"start a {self.kind} zygote"):
-                if self.kind == "bwrap":
-                    info, told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-                    opened.append(told)
-                    argv, env, config = self._bwrap(told)
-                else:
-                    root = tempfile.mkdtemp(prefix="l0fast-")
-                    os.chmod(root, 0o1733 if self._root else 0o700)
-                    argv, env, config = self._process(root, opened)
-                config |= {"uid_base": uids.base if uids else None, "uid_count": uids.count if uids else 0}
-                stderr = os.memfd_create("stderr", os.MFD_CLOEXEC)
-                # forked by the loop's own thread: the zygote's parent-death signal is bound to it
-                process = subprocess.Popen(  # noqa: ASYNC220 - a few ms, once a shard
-                    [*argv, str(theirs.fileno())],
-                    pass_fds=(theirs.fileno(), *opened),
-                    env=env,
-                    cwd="/",
-                    # its own group, for `kill`; and a Ctrl-C at the terminal is for the driver alone
-                    start_new_session=True,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                )
+            ours.setblocking(False)
+            uids = Uids() if self._root else None
+            if self.kind == "bwrap":
+                info, told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+                opened.append(told)
+                argv, env, config = self._bwrap(told)
+            else:
+                root = tempfile.mkdtemp(prefix="l0fast-")
+                os.chmod(root, 0o1733 if self._root else 0o700)
+                argv, env, config = self._process(root, opened)
+            config |= {"uid_base": uids.base if uids else None, "uid_count": uids.count if uids else 0}
+            stderr = os.memfd_create("stderr", os.MFD_CLOEXEC)
+            # forked by the loop's own thread: the zygote's parent-death signal is bound to it
+            process = subprocess.Popen(  # noqa: ASYNC220 - a few ms, once a shard
+                [*argv, str(theirs.fileno())],
+                pass_fds=(theirs.fileno(), *opened),
+                env=env,
+                cwd="/",
+                # its own group, for `kill`; and a Ctrl-C at the terminal is for the driver alone
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+            )
+            return LocalLaunched(ours, process, stderr, info, uids, root), {**self.config, **config}
         except BaseException:
             ours.close()
             for fd in (stderr, info):
@@ -169,7 +175,6 @@ class LocalBackend:
             theirs.close()
             for fd in opened:
                 os.close(fd)
-        return LocalLaunched(ours, process, stderr, info, uids, root), {**self.config, **config}
 
     def _process(self, root: str, opened: list[int]) -> tuple[list[str], dict[str, str], dict[str, Any]]:
         env = environment()

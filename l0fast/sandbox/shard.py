@@ -65,7 +65,7 @@ class Backend(Protocol):
         ...
 
     async def launch(self) -> tuple[Launched, dict[str, Any]]:
-        """Start a zygote; it, and the config to send to it. Raises SandboxError."""
+        """Start a zygote; it, and the config to send to it. Raises SandboxError and OSError."""
         ...
 
 
@@ -119,7 +119,8 @@ class Shard:
         """A shard that is ready for sessions. Raises SandboxError with the zygote's own words."""
         try:
             async with asyncio.timeout(timeout_s) as limit:
-                launched, config = await backend.launch()
+                with boundary(SandboxError, f"start a {backend.kind} zygote"):
+                    launched, config = await backend.launch()
         except TimeoutError as e:
             raise SandboxError(f"a {backend.kind} sandbox did not start within {timeout_s:g} s") from e
         shard = cls(launched, config)
@@ -168,57 +169,56 @@ class Shard:
     async def lease(self, tools: Iterable[ToolSpec], seed: int, timeout_s: float, files: Mapping[str, str]) -> Lease:
         """Fork a session. Raises SandboxError; UsageError where the files can't be had."""
         assert self.open
-        with opened(files) as (names, fds):
+        with boundary(SandboxError, "start a session"), opened(files) as (names, fds):
             return await self._fork(tools, seed, timeout_s, names, fds)
 
     async def _fork(
         self, tools: Iterable[ToolSpec], seed: int, timeout_s: float, names: list[str], fds: list[int]
     ) -> Lease:
-        with boundary(SandboxError, "start a session"):
-            ours, theirs = socket.socketpair()
-            try:
-                lease = Lease(next(self._sids), ours, OutputFile(), self._loop.create_future())
-            except BaseException:
+        ours, theirs = socket.socketpair()
+        try:
+            lease = Lease(next(self._sids), ours, OutputFile(), self._loop.create_future())
+        except BaseException:
+            ours.close()
+            theirs.close()
+            raise
+        self._leases[lease.sid] = lease
+        # before anything is waited for: another lease may begin meanwhile
+        if self.starts_left is not None:
+            self.starts_left -= 1
+        posted = False
+        passed: list[int] = []
+        try:
+            ours.setblocking(False)
+            await self._loop.create_unix_connection(lambda: lease.channel, sock=ours)
+            # all at once: the session finds its first frame waiting when it comes to life
+            specs = [{"name": t.name, "signature": t.signature, "doc": t.doc} for t in tools]
+            ready = lease.channel.open(specs, seed)
+            start = orjson.dumps({"op": "start", "sid": lease.sid, "files": names})
+            passed.append(theirs.detach())
+            for fd in (lease.output.fd, *fds):
+                passed.append(os.dup(fd))
+            self._post(start, *passed)
+            posted = True
+            async with asyncio.timeout(timeout_s):
+                await ready
+        except BaseException:
+            if posted:
+                await self.end(lease)
+            else:
+                # its transport first, if there is one: a loop must not watch a socket that has been closed
+                lease.channel.lose(SandboxError("the session was not started"))
                 ours.close()
                 theirs.close()
-                raise
-            self._leases[lease.sid] = lease
-            # before anything is waited for: another lease may begin meanwhile
-            if self.starts_left is not None:
-                self.starts_left -= 1
-            posted = False
-            passed: list[int] = []
-            try:
-                ours.setblocking(False)
-                await self._loop.create_unix_connection(lambda: lease.channel, sock=ours)
-                # all at once: the session finds its first frame waiting when it comes to life
-                specs = [{"name": t.name, "signature": t.signature, "doc": t.doc} for t in tools]
-                ready = lease.channel.open(specs, seed)
-                start = orjson.dumps({"op": "start", "sid": lease.sid, "files": names})
-                passed.append(theirs.detach())
-                for fd in (lease.output.fd, *fds):
-                    passed.append(os.dup(fd))
-                self._post(start, *passed)
-                posted = True
-                async with asyncio.timeout(timeout_s):
-                    await ready
-            except BaseException:
-                if posted:
-                    await self.end(lease)
-                else:
-                    # its transport first, if there is one: a loop must not watch a socket that has been closed
-                    lease.channel.lose(SandboxError("the session was not started"))
-                    ours.close()
-                    theirs.close()
-                    for fd in passed:
-                        os.close(fd)
-                    lease.output.close()
-                    del self._leases[lease.sid]
-                    # the zygote knows nothing of it: the place is free, and its start can still be had
-                    if self.starts_left is not None:
-                        self.starts_left += 1
-                    self.on_change()
-                raise
+                for fd in passed:
+                    os.close(fd)
+                lease.output.close()
+                del self._leases[lease.sid]
+                # the zygote knows nothing of it: the place is free, and its start can still be had
+                if self.starts_left is not None:
+                    self.starts_left += 1
+                self.on_change()
+            raise
         return lease
 
     def kill(self, lease: Lease) -> None:

@@ -4,6 +4,7 @@ A session never sees a path of this machine, and what it does to its copy (it ma
 else sees.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,8 @@ MAX_BYTES = 8 << 20
 def opened(files: Mapping[str, str]) -> Iterator[tuple[list[str], list[int]]]:
     """Their names, and descriptors to pass on while the block runs.
 
-    Raises UsageError where a name leads out of the folder, a file can't be read, or they are too many.
+    Raises UsageError where a name leads out of the folder, a file can't be read, or they are too many, and OSError where
+    this process has no descriptor left for them.
     """
     if len(files) > MAX_FILES:
         raise UsageError(f"a task brings {len(files)} files and at most {MAX_FILES} are allowed: pack them into one")
@@ -35,6 +37,9 @@ def opened(files: Mapping[str, str]) -> Iterator[tuple[list[str], list[int]]]:
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             except OSError as e:
+                if e.errno in (errno.EMFILE, errno.ENFILE):
+                    # no fault of the file's, and it passes
+                    raise
                 raise UsageError(f"{path!r}, a task's file, can't be read ({e.strerror}): check the task") from e
             fds.append(fd)
             status = os.fstat(fd)

@@ -201,6 +201,28 @@ def test_a_lease_without_a_descriptor_left_keeps_none(new_pool, monkeypatch, tmp
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("call", ["socket.socketpair", "Uids", "tempfile.mkdtemp", "subprocess.Popen", "os.pidfd_open"])
+def test_a_zygote_that_can_not_be_started_is_the_sandboxs_own_error_and_leaves_no_descriptor(
+    new_pool, call, monkeypatch
+):
+    if call == "Uids" and os.geteuid() != 0:
+        pytest.skip("uids are given to sessions by root")
+
+    def no_more(*args, **kw):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def main():
+        pool = new_pool("process")
+        before = os.listdir("/proc/self/fd")
+        with monkeypatch.context() as patched:
+            patched.setattr(f"l0fast.sandbox.local.{call}", no_more)
+            with pytest.raises(SandboxError, match="could not start a process zygote"):
+                await pool.start()
+        assert os.listdir("/proc/self/fd") == before
+
+    asyncio.run(main())
+
+
 async def one_cell(pool):
     async with pool.session({}, seed=1) as session:
         return await session.execute("'ran'")

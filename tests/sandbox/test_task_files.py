@@ -1,5 +1,8 @@
 """What a task brings into a session's folder, and what is collected from it."""
 
+import errno
+import os
+
 import pytest
 
 from l0fast.errors import SandboxError, UsageError
@@ -37,6 +40,20 @@ def test_sessions_read_the_same_file_at_once_and_keep_their_own_copies(pool, run
     assert run(main()).output == "'read me'\n"
     with open(brought["note.txt"]) as f:
         assert f.read() == "read me"
+
+
+def test_a_task_whose_files_find_no_descriptor_is_not_the_users_mistake(pool, run, brought, monkeypatch):
+    def no_more(path, flags):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def main():
+        with monkeypatch.context() as patched:
+            patched.setattr("l0fast.sandbox.task_files.os.open", no_more)
+            async with pool.session({}, seed=1, files=brought):
+                pass
+
+    with pytest.raises(SandboxError, match="Too many open files"):
+        run(main())
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a//b", "", ".", "a/../../b", "a\0b", "x" * 300])
