@@ -201,8 +201,7 @@ TOOLS = {"tool": ToolSpec(name="tool", signature="(*args)", doc="Says no.", call
 
 @pytest.fixture(scope="module")
 def pool(kind, run, new_pool):
-    # many attacks end by the hard limit: a near one
-    pool = new_pool(kind, grace_s=0.6)
+    pool = new_pool(kind)
     run(pool.start())
     yield pool
     run(pool.close())
@@ -246,6 +245,9 @@ def test_an_answer_submitted_by_a_daemon_after_its_cell_costs_the_session(pool, 
 def test_a_sibling_answers_through_it_and_nothing_is_left(pool, run, processes, name):
     code, expected = ATTACKS[name]
     shard = pool.shards[0]
+    # Near for what ends by the hard limit. What ends by itself may take its time on a full machine: the first Timeout is
+    # lost in a destructor, and the second comes 0.2 s later.
+    pool._grace_s = 0.6 if "lost" in expected else 20.0
 
     async def attack():
         async with pool.session(TOOLS, seed=1) as session:
