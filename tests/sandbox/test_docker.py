@@ -64,6 +64,22 @@ def test_the_memory_limit_of_a_container_holds_and_kills_no_other(new_pool, kind
     asyncio.run(main())
 
 
+def test_who_comes_after_a_session_that_left_no_room_has_its_place_when_there_is_room_again(new_pool, kind):
+    async def main():
+        pool = new_pool(kind, sessions_per_shard=2)
+        await pool.start()
+        try:
+            async with pool.session({}, seed=1) as session:
+                code = "import itertools, os\nfor i in itertools.count(): os.mkdir(str(i))"
+                assert "No space left" in (await session.execute(code, timeout_s=30)).output
+            async with pool.session({}, seed=2) as session:
+                assert (await session.execute("open('f', 'w').write('here')")).output == "4\n"
+        finally:
+            await pool.close()
+
+    asyncio.run(main())
+
+
 def test_one_session_a_shard_gets_a_new_container_each_time(new_pool, kind):
     async def main():
         pool = new_pool(kind, sessions_per_shard=1)

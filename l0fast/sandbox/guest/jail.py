@@ -9,9 +9,11 @@ signal comes after the uid, which clears it; seccomp comes last, because it deni
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import resource
 import signal
+import time
 from typing import Any
 
 from . import landlock, seccomp
@@ -20,6 +22,8 @@ PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER, PR_GET_SECCOMP = 
 SESSION_NICE = 5
 """Beside the zygote, which starts and ends the others, and beside the driver where both are in one cgroup: a third of their
 weight. With the least there is, nice 19, a cell would wait some 0.2 s whenever a learner keeps all cores."""
+ROOM_S = 10.0
+"""Longest wait for room for a session's folder, half of what the host gives a start [s]."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -70,7 +74,7 @@ class Jail:
             os.setgroups([])
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
-        os.mkdir(folder, 0o700)
+        self._make(folder)
         os.chdir(folder)
         # of bytes: without the way there through os.environ's own encoding
         os.environb[b"HOME"] = os.environb[b"TMPDIR"] = folder.encode()
@@ -81,6 +85,17 @@ class Jail:
             self.landlock.restrict(folder)
         if self._filter is not None:
             self._filter.install()
+
+    def _make(self, folder: str) -> None:
+        """What a session before has left may take all the room there is until it is removed, behind its back."""
+        give_up = time.monotonic() + ROOM_S
+        while True:
+            try:
+                return os.mkdir(folder, 0o700)
+            except OSError as e:
+                if e.errno != errno.ENOSPC or time.monotonic() > give_up or os.getppid() != self._zygote:
+                    raise
+            time.sleep(0.02)
 
 
 def _lowered(limit: int, value: int) -> tuple[int, tuple[int, int]]:
