@@ -17,7 +17,9 @@ class OutputFile:
     """
 
     def __init__(self) -> None:
-        self.fd = os.memfd_create("output", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        # or a session could seal it against being emptied, where vm.memfd_noexec lets every such file be sealed
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
         fcntl.fcntl(self.fd, fcntl.F_SETFL, os.O_APPEND)
         os.ftruncate(self.fd, 1)
 

@@ -233,3 +233,26 @@ def test_output_that_its_session_cuts_while_it_is_read_is_no_error(monkeypatch):
         assert file.take(10, 0) == "next"
     finally:
         file.close()
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/proc/sys/vm/memfd_noexec"), reason="root sets it for a namespace"
+)
+def test_output_can_not_be_sealed_where_every_memory_file_can():
+    code = """if True:
+        import fcntl, os
+        from l0fast.sandbox.output import OutputFile
+        with open("/proc/sys/vm/memfd_noexec", "w") as f:
+            f.write("1")
+        file = OutputFile()
+        try:
+            fcntl.fcntl(file.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        except PermissionError:
+            pass
+        os.write(file.fd, b"said")
+        print(file.take(100, 0))
+    """
+    argv = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
+    ran = subprocess.run(argv, capture_output=True, text=True, timeout=30, env=env)
+    assert ran.stdout == "said\n", ran.stderr
