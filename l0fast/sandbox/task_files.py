@@ -14,6 +14,8 @@ from l0fast.errors import UsageError
 
 MAX_FILES = 32
 """Of one task [files]."""
+MAX_NAME_BYTES = 1000
+"""Of one name; all of a task's go to the zygote in one message [bytes]."""
 MAX_BYTES = 8 << 20
 """Of all files of one task: as much as a session's share of the disk [bytes]."""
 
@@ -31,9 +33,13 @@ def opened(files: Mapping[str, str]) -> Iterator[tuple[list[str], list[int]]]:
     try:
         total = 0
         for name, path in files.items():
-            parts = name.split("/")
-            if not all(part not in ("", ".", "..") and "\0" not in part and len(part) < 200 for part in parts):
-                raise UsageError(f"a task's file is named {name!r}: give a path below the session's folder, a/b.csv")
+            if not _is_path(name):
+                raise UsageError(
+                    f"a task's file is named {name!r}: give a path below the session's folder, a/b.csv, of at most "
+                    f"{MAX_NAME_BYTES} bytes, 255 a part"
+                )
+            if inside := next((other for other in files if other.startswith(f"{name}/")), None):
+                raise UsageError(f"a task has a file {name!r} and, as if that were a folder, {inside!r}: rename one")
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             except OSError as e:
@@ -52,3 +58,11 @@ def opened(files: Mapping[str, str]) -> Iterator[tuple[list[str], list[int]]]:
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def _is_path(name: str) -> bool:
+    # half of a surrogate pair is no text to the zygote
+    if len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES or any("\ud800" <= c <= "\udfff" for c in name):
+        return False
+    parts = name.split("/")
+    return all(part not in ("", ".", "..") and "\0" not in part and len(part.encode()) < 256 for part in parts)

@@ -56,14 +56,37 @@ def test_a_task_whose_files_find_no_descriptor_is_not_the_users_mistake(pool, ru
         run(main())
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "a//b", "", ".", "a/../../b", "a\0b", "x" * 300])
-def test_a_name_that_leads_out_of_the_folder_is_refused(pool, run, brought, name):
+@pytest.mark.parametrize(
+    "name", ["../x", "/x", "a//b", "", ".", "a/../../b", "a\0b", "x" * 300, "ж" * 150, "x/" * 600 + "x", "\udc80"]
+)
+def test_a_name_that_leads_out_of_the_folder_or_can_be_no_files_is_refused(pool, run, brought, name):
     async def main():
         async with pool.session({}, seed=1, files={name: brought["note.txt"]}):
             pass
 
     with pytest.raises(UsageError, match="below the session's folder"):
         run(main())
+
+
+def test_a_file_that_another_takes_for_a_folder_is_refused(pool, run, brought):
+    async def main():
+        async with pool.session({}, seed=1, files={"a/b/c": brought["note.txt"], "a/b": brought["note.txt"]}):
+            pass
+
+    with pytest.raises(UsageError, match="'a/b/c'"):
+        run(main())
+
+
+def test_the_longest_names_of_as_many_files_as_there_may_be_arrive(pool, run, brought):
+    name = "/".join(["ж" * 99] * 5)[:-3]
+    files = {f"{i:02}/{name}": brought["note.txt"] for i in range(32)}
+    assert {len(name.encode()) for name in files} == {991}
+
+    async def main():
+        async with pool.session({}, seed=1, files=files) as session:
+            return await session.execute("import os\nlen(os.listdir())")
+
+    assert run(main()).output == "32\n"
 
 
 @pytest.mark.parametrize(
