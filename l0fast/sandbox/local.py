@@ -6,7 +6,8 @@
     process   the same program without any of that: limits, seccomp, Landlock and, as root, a uid a session.
 
 Not covered by either: CPU and memory of a shard as a whole (no cgroup), kernel bugs. Not covered by `process` in
-addition: disk space, and the list of the machine's processes.
+addition: disk space, the list of the machine's processes, and l0fast's own files, with the answers of its tasks, where it
+is installed beside the Python that it runs on.
 """
 
 import asyncio
@@ -240,6 +241,10 @@ class LocalBackend:
                 for parent in reversed(Path(folder).parents[:-1]):
                     argv += ["--perms", "0755", "--dir", str(parent)]
                 argv += ["--ro-bind", folder, folder]
+        own = GUEST.parent
+        if any(own.is_relative_to(folder) for folder in (*SYSTEM, sys.base_prefix, *site)):
+            # installed beside Python: its tasks' answers, and what makes them, are in it
+            argv += ["--tmpfs", str(own), "--remount-ro", str(own)]
         size = (FOLDER_MB_PER_SESSION * self._config.sessions_per_shard) << 20
         argv += ["--ro-bind", str(GUEST / "guest"), "/l0fast/guest"]
         argv += ["--perms", "1733" if self._root else "0700", "--size", str(size), "--tmpfs", "/agent"]

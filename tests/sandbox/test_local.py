@@ -1,0 +1,108 @@
+"""Zygotes on this machine: what they need from it to start, and what of it sessions get."""
+
+import asyncio
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from l0fast.errors import SandboxError
+from l0fast.sandbox.launch import GUEST
+
+
+@pytest.mark.parametrize("call", ["socket.socketpair", "Uids", "tempfile.mkdtemp", "subprocess.Popen", "os.pidfd_open"])
+def test_a_zygote_that_can_not_be_started_is_the_sandboxs_own_error_and_leaves_no_descriptor(
+    new_pool, call, monkeypatch
+):
+    if call == "Uids" and os.geteuid() != 0:
+        pytest.skip("uids are given to sessions by root")
+
+    def no_more(*args, **kw):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def main():
+        pool = new_pool("process")
+        before = os.listdir("/proc/self/fd")
+        with monkeypatch.context() as patched:
+            patched.setattr(f"l0fast.sandbox.local.{call}", no_more)
+            with pytest.raises(SandboxError, match="could not start a process zygote"):
+                await pool.start()
+        assert os.listdir("/proc/self/fd") == before
+
+    asyncio.run(main())
+
+
+def test_a_zygote_that_may_not_fork_removes_a_folder_when_it_may_again(new_pool, monkeypatch, tmp_path):
+    """As where the siblings have all the processes that a container may have."""
+    full = tmp_path / "full"
+    (tmp_path / "no_fork.py").write_text(
+        f"import os\nfork = os.fork\ndef failing():\n    if os.path.exists({str(full)!r}): raise BlockingIOError(11, 'full')\n"
+        "    return fork()\nos.fork = failing\n"
+    )
+    monkeypatch.setattr("l0fast.sandbox.local._site_folders", lambda config: [str(tmp_path)])
+
+    async def main():
+        pool = new_pool("process", preload=("no_fork",))
+        await pool.start()
+        try:
+            (shard,) = pool.shards
+            async with pool.session({}, seed=1) as sibling:
+                async with pool.session({}, seed=2) as session:
+                    await session.execute("open('f', 'w').close()")
+                    full.touch()
+                with pytest.raises(SandboxError, match="full"):
+                    await pool.session({}, seed=3).__aenter__()
+                assert (await sibling.execute("6 * 7")).output == "42\n"
+                full.unlink()
+            assert pool.shards == [shard]
+            while os.listdir(shard.config["root"]):
+                async with pool.session({}, seed=4):
+                    pass
+        finally:
+            await pool.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.mark.parametrize("kind", ["process", "bwrap"], indirect=True)
+def test_a_machines_lower_limits_are_a_sessions(kind):
+    code = """if True:
+        import asyncio, resource
+        from tests.sandbox.conftest import make_pool
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        async def main():
+            pool = make_pool({kind!r})
+            await pool.start()
+            try:
+                async with pool.session({{}}, seed=1) as session:
+                    limit = "import resource\\nresource.getrlimit(resource.RLIMIT_FSIZE)"
+                    print((await session.execute(limit)).output)
+            finally:
+                await pool.close()
+        asyncio.run(main())
+    """
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
+    argv = [sys.executable, "-c", code.format(kind=kind)]
+    said = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=env)
+    assert said.stdout.strip() == str((1 << 20, 1 << 20)), said.stderr
+
+
+def test_this_package_is_closed_to_sessions_where_it_is_installed_beside_their_python(
+    new_pool, usable_kind, monkeypatch
+):
+    monkeypatch.setattr("l0fast.sandbox.local._site_folders", lambda config: [str(GUEST.parent.parent)])
+
+    async def main():
+        pool = new_pool(usable_kind("bwrap"))
+        await pool.start()
+        try:
+            async with pool.session({}, seed=1) as session:
+                beside = await session.execute(f"len(open({str(GUEST.parents[1] / 'pyproject.toml')!r}).read()) > 100")
+                own = await session.execute(f"open({str(GUEST.parent / 'tasks' / 'data' / 'geography.json.gz')!r})")
+                return beside.output, own.error and own.error.name
+        finally:
+            await pool.close()
+
+    assert asyncio.run(main()) == ("True\n", "FileNotFoundError")
