@@ -211,7 +211,8 @@ class DockerBackend:
         if self._daemon.memory_limit:
             host |= {"Memory": memory, "MemorySwap": memory}
         if self._daemon.pids_limit:
-            host["PidsLimit"] = 8 * sessions + 64
+            # all that its sessions may have: those of some must not keep the zygote from starting another
+            host["PidsLimit"] = self.config["limits"]["NPROC"] * sessions + 64
         if settings.runtime:
             host["Runtime"] = settings.runtime
         return {

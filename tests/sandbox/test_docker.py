@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import textwrap
+from contextlib import AsyncExitStack
 
 import pytest
 
@@ -35,7 +37,7 @@ def test_a_container_has_no_network_no_capability_to_spare_and_a_read_only_root(
     assert host["AutoRemove"]
     assert host["LogConfig"]["Type"] == "none"
     assert host["Memory"] == (512 + 24 * 16) << 20
-    assert host["PidsLimit"] == 8 * 16 + 64
+    assert host["PidsLimit"] == 32 * 16 + 64
     # not even of itself: /proc is closed to a session
     assert error is not None
     assert error.name == "PermissionError"
@@ -78,6 +80,30 @@ def test_who_comes_after_a_session_that_left_no_room_has_its_place_when_there_is
             await pool.close()
 
     asyncio.run(main())
+
+
+def test_sessions_with_all_the_processes_they_may_have_leave_the_next_its_own(pool, run):
+    code = """
+        import os, time
+        held = 0
+        try:
+            while True:
+                if os.fork() == 0:
+                    time.sleep(600)
+                held += 1
+        except BlockingIOError:
+            print(held)
+    """
+
+    async def main():
+        async with AsyncExitStack() as stack:
+            for seed in range(8):
+                session = await stack.enter_async_context(pool.session({}, seed=seed))
+                assert (await session.execute(textwrap.dedent(code))).output == "31\n"
+            async with pool.session({}, seed=8) as session:
+                assert (await session.execute("6 * 7")).output == "42\n"
+
+    run(main())
 
 
 def test_one_session_a_shard_gets_a_new_container_each_time(new_pool, kind):
