@@ -62,6 +62,7 @@ MAY_CHANGE = (
     "learner.io_timeout_s",
     "learner.stream",
     "learner.threads",
+    "reward.timeout_s",
     "rollout.episode_timeout_s",
     "rollout.max_refills",
     "rollout.turn_timeout_s",
