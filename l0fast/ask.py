@@ -82,7 +82,7 @@ async def ask(
     Args:
         model: its name at the endpoint; without one a policy that ships, a model folder, a run or a checkpoint.
         endpoint: its address, or all about it, the model's name there too.
-        tools: as --tools takes them: "search=FOLDER", "module:function", ...
+        tools: as --tools takes them: "search=FOLDER", "module:function", ...; none takes those of the settings.
         files: copied to where the code runs, and named in the question.
         settings: what shall differ from what the policy was trained with, where that is known, else from AskConfig's
             defaults: {"max_turns": 20, "agent": {"cell_timeout_s": 300}}.
@@ -109,11 +109,13 @@ async def ask(
                 transformers_engine(config.engine, policy.folder, max_tokens=config.agent.context_tokens)
             )
         sandbox = await stack.enter_async_context(open_sandbox(config.sandbox, max_sessions=1, log=log))
-        broker = await stack.enter_async_context(open_broker())
-        box = await stack.enter_async_context(open_toolbox(tools, config.tools, config.web, broker))
+        cache = Path(config.tools.cache_file) if config.tools.cache_file else None
+        broker = await stack.enter_async_context(open_broker(cache, config.tools.cache_mode))
+        names = tools or config.tools.use
+        box = await stack.enter_async_context(open_toolbox(names, config.tools, config.web, broker))
         specs = (*box.common, *box.for_task(task))
         if len({spec.name for spec in specs}) < len(specs):
-            raise UsageError(f"--tools {' '.join(tools)}: two of them have the same name: keep one")
+            raise UsageError(f"--tools {' '.join(names)}: two of them have the same name: keep one")
 
         def turn_is_over(turn: Turn) -> None:
             if chat is not None and on_text is not None:
@@ -142,7 +144,8 @@ def config_of(trained_with: RunConfig | None) -> AskConfig:
         agent=trained_with.agent,
         max_turns=trained_with.rollout.max_turns,
         sandbox=trained_with.sandbox,
-        tools=trained_with.tools,
+        # what was recorded while it trained answers no other question
+        tools=trained_with.tools.model_copy(update={"cache_file": "", "cache_mode": "use"}),
         web=trained_with.web,
         engine=trained_with.engine.model_copy(update={"slots": 1}),
     )

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from l0fast.agent.__main__ import main
 from l0fast.ask import AskConfig, ask, config_of
-from l0fast.config import AgentConfig, RolloutConfig, RunConfig
+from l0fast.config import AgentConfig, RolloutConfig, RunConfig, ToolsConfig
 from l0fast.errors import UsageError
 from l0fast.types import TrajectoryStatus
 
@@ -256,6 +256,19 @@ def test_what_can_be_set_right_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
+def test_tools_of_the_settings_are_there_and_their_answers_are_kept_and_replayed(endpoint: Endpoint, tmp_path: Path):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("Oslo is the capital of Norway.")
+
+    def said(query: str, mode: str):
+        endpoint.answers = [say(f"search({query!r})"), say("submit_final_answer('x')")]
+        kept = {"use": [f"search={notes}"], "cache_file": "kept.sqlite", "cache_mode": mode}
+        return asyncio.run(ask("Capital?", endpoint=endpoint.url, settings={"tools": kept})).turns[0].output
+
+    assert said("Norway", "record") == said("Norway", "replay") == "['Oslo is the capital of Norway.']"
+    assert "the recording has no answer" in (said("Oslo", "replay") or "")
+
+
 def test_a_wrong_key_is_said_without_it(endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     endpoint.answers = [401]
     assert main(["Who?", "--endpoint", endpoint.url, "--model", "m"]) == 2
@@ -286,6 +299,8 @@ def test_a_policy_is_asked_as_it_was_trained():
     config = config_of(run)
     assert (config.agent, config.max_turns, config.engine.slots) == (run.agent, 3, 1)
     assert config_of(None) == AskConfig()
+    recorded = RunConfig(tools=ToolsConfig(use=("web_search",), cache_file="kept.sqlite", cache_mode="replay"))
+    assert config_of(recorded).tools == ToolsConfig(use=("web_search",))
 
 
 def test_two_tools_of_one_name_are_refused(endpoint: Endpoint, tmp_path: Path):
