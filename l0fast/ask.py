@@ -111,11 +111,7 @@ async def ask(
         sandbox = await stack.enter_async_context(open_sandbox(config.sandbox, max_sessions=1, log=log))
         cache = Path(config.tools.cache_file) if config.tools.cache_file else None
         broker = await stack.enter_async_context(open_broker(cache, config.tools.cache_mode))
-        names = tools or config.tools.use
-        box = await stack.enter_async_context(open_toolbox(names, config.tools, config.web, broker))
-        specs = (*box.common, *box.for_task(task))
-        if len({spec.name for spec in specs}) < len(specs):
-            raise UsageError(f"--tools {' '.join(names)}: two of them have the same name: keep one")
+        box = await stack.enter_async_context(open_toolbox(tools or config.tools.use, config.tools, config.web, broker))
 
         def turn_is_over(turn: Turn) -> None:
             if chat is not None and on_text is not None:
@@ -126,7 +122,7 @@ async def ask(
             chat=chat,
             engine=engine,
             sandbox=sandbox,
-            tools=specs,
+            tools=(*box.common, *box.for_task(task)),
             config=config.agent,
             limits=EpisodeLimits(max_turns=config.max_turns, timeout_s=config.timeout_s),
             on_turn=turn_is_over,

@@ -246,7 +246,9 @@ def _agent(
     tools = box.common
     if benchmark.corpus is not None:
         search = search_tool(LocalSearch(benchmark.corpus), config.task.search_results)
-        tools = (*tools, broker.wrap(search, scope=benchmark.name))
+        # in the place of one that was named, which other benchmarks may need
+        others = (tool for tool in tools if tool.name != search.name)
+        tools = (*others, broker.wrap(search, scope=benchmark.name))
     return NBAgent(
         chat=chat,
         engine=engine,

@@ -301,10 +301,3 @@ def test_a_policy_is_asked_as_it_was_trained():
     assert config_of(None) == AskConfig()
     recorded = RunConfig(tools=ToolsConfig(use=("web_search",), cache_file="kept.sqlite", cache_mode="replay"))
     assert config_of(recorded).tools == ToolsConfig(use=("web_search",))
-
-
-def test_two_tools_of_one_name_are_refused(endpoint: Endpoint, tmp_path: Path):
-    (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "b.txt").write_text("b")
-    with pytest.raises(UsageError, match="two of them have the same name"):
-        asyncio.run(ask("Who?", endpoint=endpoint.url, tools=["search=a.txt", "search=b.txt"]))

@@ -107,7 +107,16 @@ async def open_toolbox(
                     if not isinstance(loaded, ToolSpec):
                         loaded = await stack.enter_async_context(loaded)
                     common.append(broker.wrap(loaded, policy, scope=name.partition("=")[2]))
-        yield Toolbox(tuple(common), tuple(of_task))
+        box = Toolbox(tuple(common), tuple(of_task))
+        _check_names(names, (*box.common, *box.for_task(_EXAMPLE)))
+        yield box
+
+
+def _check_names(words: Sequence[str], specs: Sequence[ToolSpec]) -> None:
+    """A session has one tool of a name. Raises UsageError."""
+    called = [spec.name for spec in specs]
+    if twice := sorted({name for name in called if called.count(name) > 1}):
+        raise UsageError(f"two of the tools {' '.join(words)} are called {', '.join(twice)}: keep one of them")
 
 
 def _retriever(name: str, http: Http | None) -> ToolSpec:
@@ -134,7 +143,7 @@ def describe_tools(names: Sequence[str], web: WebConfig) -> tuple[ToolSpec, ...]
         "inspect_file": lambda: inspect_file_of(nothing)(_EXAMPLE),
         "visual_qa": lambda: visual_qa_of(nothing)(_EXAMPLE),
     }
-    return tuple(
+    specs = tuple(
         known[name]()
         if name in known
         else _retriever(name, None)
@@ -142,6 +151,8 @@ def describe_tools(names: Sequence[str], web: WebConfig) -> tuple[ToolSpec, ...]
         else describe_tool(name)
         for name in names
     )
+    _check_names(names, specs)
+    return specs
 
 
 _EXAMPLE = Task(id="example", question="", answers=("",))

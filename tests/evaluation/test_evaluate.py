@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from l0fast.agent.chat import Chat
 from l0fast.evaluate import main, plan_of
 from l0fast.evaluation.direct import final_answer
 from l0fast.evaluation.episodes import fingerprint, read_outcomes
@@ -54,6 +55,14 @@ def test_the_summary_says_how_late_the_loop_was(done):
     held = summary(report | {"loop/blocked_by": "l0fast/x.py:1 f", "loop/lag_max_ms": 70.0})
     assert held.endswith("70.0 ms at most, held by l0fast/x.py:1 f")
     assert summary(report | {"played": 0}) == table(report)
+
+
+def test_a_benchmark_that_has_a_search_of_its_own_is_asked_with_that_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("Nothing of use.")
+    words = [*COMMAND, "--questions", "1", "--samples", "1", "--tools", f"search={tmp_path / 'notes.txt'}"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    [row] = lines(tmp_path / "out")
+    assert Chat(MODELS / "geography").decode(row["turns"][0]["prompt_ids"]).count("search(query") == 1
 
 
 def test_the_same_command_goes_on_after_a_kill_that_cut_a_line_off(done, tmp_path, capsys):

@@ -11,7 +11,7 @@ from l0fast.sandbox.base import ToolSpec
 from l0fast.tools.broker import open_broker
 from l0fast.tools.convert import Converter
 from l0fast.tools.files import visual_qa_of
-from l0fast.tools.toolbox import open_toolbox
+from l0fast.tools.toolbox import describe_tools, open_toolbox
 from l0fast.types import Task
 
 
@@ -52,6 +52,17 @@ def test_a_tool_that_can_not_be_had_is_named(names, complaint, monkeypatch):
     monkeypatch.delenv("SERPER_API_KEY", raising=False)
     with pytest.raises(UsageError, match=complaint):
         opened(names, shown)
+
+
+def test_two_tools_that_agents_would_call_by_one_name_are_refused(tmp_path):
+    names = [f"search={tmp_path / name}.txt" for name in "ab"]
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    for also in (names, [names[0], "retrieve=http://127.0.0.1:9/retrieve"]):
+        with pytest.raises(UsageError, match="are called search: keep one of them"):
+            opened(also, shown)
+        with pytest.raises(UsageError, match="are called search: keep one of them"):
+            describe_tools(also, WebConfig())
 
 
 def test_a_file_that_has_changed_since_an_earlier_run_is_read_again_and_one_that_was_copied_is_not(
