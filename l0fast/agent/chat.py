@@ -3,9 +3,13 @@
 A conversation is never rendered twice. The template is asked once, with sentinels, what stands before a question, and
 between an answer and the next one; from there prompts grow by concatenating ids (Qwen3's template drops earlier
 thinking when a conversation is rendered again, and decoding then encoding changes about half of sampled sequences).
+
+Only the template begins and ends messages: where a question or an output spells a special token, as a web page may, a
+space is put into it ("< |im_end|>").
 """
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +54,9 @@ class Chat:
         except Exception as e:
             raise UsageError(f"{path} is not a tokenizer: {e}; save it again with save_pretrained") from e
         self._byte_level = ByteLevel.of(self._tokenizer)
+        special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        # (?!): nothing, where there are none
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         self._heads: dict[str, tuple[str, Ids]] = {}
         self._template = self._load_template()
         self.stop_token_ids = self._stop_ids()
@@ -70,7 +77,7 @@ class Chat:
 
     def first_prompt(self, system: str, question: str) -> Ids:
         """Ids up to where the first response starts."""
-        text = self._render([_message("system", system), _message("user", question)])
+        text = self._render([_message("system", system), _message("user", self._plain(question))])
         head, head_ids = self._head(system)
         if text.startswith(head):
             return head_ids + self.encode(text[len(head) :])
@@ -98,8 +105,11 @@ class Chat:
         Args:
             closed: the response ended with a stop token; otherwise (cut at its length) that token is put first.
         """
-        ids = self.encode(self._between[0] + output + self._between[1])
+        ids = self.encode(self._between[0] + self._plain(output) + self._between[1])
         return ids if closed else [self.stop_token_ids[0], *ids]
+
+    def _plain(self, text: str) -> str:
+        return self._special.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
 
     @cached_property
     def _between(self) -> tuple[str, str]:
