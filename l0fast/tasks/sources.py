@@ -270,15 +270,15 @@ def _parquet(path: Path) -> Rows:
         from pyarrow import parquet
     except ImportError as e:
         raise UsageError(f"{path} is parquet, which needs pyarrow: pip install 'l0fast[data]'") from e
-    try:
-        file = parquet.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as e:
-        raise UsageError(f"{path} is no parquet file ({e}): give one that is whole") from e
     line = 0
-    for batch in file.iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-            line += 1
-            yield line, row
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                line += 1
+                yield line, row
+    except (OSError, pa.ArrowException) as e:
+        where = f" after row {line:,}" if line else ""
+        raise UsageError(f"{path} is no parquet file{where} ({e}): give one that is whole") from e
 
 
 def _from_hub(config: SourceConfig, data_set: DataSet | None, split: str) -> tuple[Find, Rows]:

@@ -86,6 +86,17 @@ def test_parquet_and_json_are_read_as_jsonl_is(tmp_path):
     assert len(read[0]) == 3000
 
 
+def test_parquet_that_is_broken_further_on_is_one_sentence(tmp_path):
+    path = tmp_path / "x.parquet"
+    rows = [{"question": f"question {i * 7919}?", "answer": str(i)} for i in range(20_000)]
+    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=5000)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 4000] = bytes(4000)
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=r"x.parquet is no parquet file after row [\d,]+ \("):
+        load(str(path))
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
