@@ -30,7 +30,7 @@ from l0fast.data.contamination import Contamination
 from l0fast.data.quality import judge_quality
 from l0fast.data.store import BATCH, Row, Store
 from l0fast.engine.base import TextEngine
-from l0fast.engine.openai import EndpointConfig, openai_engine
+from l0fast.engine.openai import EndpointConfig, chat_url, openai_engine
 from l0fast.errors import EngineError, UsageError
 from l0fast.tasks.sources import Problem, parse_source, read_tasks, source_name
 from l0fast.types import Task
@@ -71,10 +71,19 @@ async def build(options: argparse.Namespace, say: Any = print) -> dict[str, Any]
         raise UsageError("validation and test shares leave nothing to train on: make them smaller")
     if bool(options.judge_endpoint) != bool(options.judge_model):
         raise UsageError("--judge-endpoint and --judge-model belong together: give both, or neither")
+    if options.judge_concurrency < 1:
+        raise UsageError(f"--judge-concurrency {options.judge_concurrency}: give at least 1")
+    if options.judge_endpoint:
+        chat_url(options.judge_endpoint)
     names = [source_name(parse_source(text)) for text in options.source]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"two sources are called {', '.join(twice)}: tell them apart with ?name=...")
     out: Path = options.out
+    if not (out / "work.sqlite").exists():
+        # a word that is wrong is told before it claims the folder, or hours were spent on the words before it
+        for split, texts in (("train", options.source), ("eval", options.against)):
+            for text in texts:
+                next(iter(read_tasks(parse_source(text), split)), None)
     plan = orjson.dumps([options.source, options.against]).decode()
     with Store(out / "work.sqlite", plan) as store:
         for text in options.source:
@@ -130,8 +139,12 @@ async def _judge(store: Store, options: argparse.Namespace, say: Any) -> None:
             for part in (
                 rows[i : i + 4 * options.judge_concurrency] for i in range(0, len(rows), 4 * options.judge_concurrency)
             ):
-                async with asyncio.TaskGroup() as tg:
-                    asked = [tg.create_task(_grades(engine, row)) for row in part]
+                try:
+                    async with asyncio.TaskGroup() as tg:
+                        asked = [tg.create_task(_grades(engine, row)) for row in part]
+                except ExceptionGroup as e:
+                    # a key or a model that is wrong is so for all of them
+                    raise e.exceptions[0] from e
                 store.judged([task.result() for task in asked])
                 judged += len(part)
                 say(f"judged {judged:,} questions")
@@ -271,7 +284,6 @@ def _card_text(card: dict[str, Any]) -> str:
 def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     console = Console(stderr=True, highlight=False)
-    options.out.mkdir(parents=True, exist_ok=True)
     try:
         uvloop.run(build(options, lambda text: console.print(text, markup=False)))
     except UsageError as e:

@@ -45,17 +45,20 @@ class Row:
 
 
 class Store:
-    """Open with `with`. Raises UsageError for a folder that holds the work of another command."""
+    """Open with `with`, which makes its folder. Raises UsageError for one that can't be or holds another command's work."""
 
     def __init__(self, path: Path, plan: str):
         self._path, self._plan = path, plan
 
     def __enter__(self) -> "Store":
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self._path, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.executescript(_SCHEMA)
             [before] = self._db.execute("SELECT max(text) FROM plan").fetchone() or [None]
+        except OSError as e:
+            raise UsageError(f"{self._path.parent} can't be a folder ({e.strerror}): give another --out") from e
         except sqlite3.DatabaseError as e:
             raise UsageError(f"{self._path} is no work of this pipeline ({e}): give another --out") from e
         if before is None:

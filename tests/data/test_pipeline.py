@@ -20,7 +20,7 @@ from pyarrow import parquet
 from l0fast.data.__main__ import SPLITS, build, main, parser
 from l0fast.data.contamination import NGRAM, Contamination, question_key
 from l0fast.data.quality import read_quality
-from l0fast.errors import EngineError
+from l0fast.errors import EngineError, UsageError
 from l0fast.tasks.sources import load_source, parse_source
 
 ROWS = 100_000
@@ -224,6 +224,11 @@ def test_what_could_not_be_judged_is_left_out_told_of_and_asked_again(tmp_path):
     assert (card["total"]["unjudged"], card["total"]["kept"], len(prompts)) == (0, 20, 2)
 
 
+def test_a_judge_that_lets_nobody_in_is_what_the_person_is_told(tmp_path):
+    with pytest.raises(UsageError, match="lets nobody in without a key it knows"):
+        judged_by(lambda prompt: web.HTTPUnauthorized(), ASKED, tmp_path / "out")
+
+
 def test_grades_are_read_from_the_end_of_a_judgement():
     assert read_quality("<think>OBJECTIVITY: 1</think>Objectivity: 4\nSTABILITY: **5**") == read_quality(
         "OBJECTIVITY: 4\nSTABILITY: 5"
@@ -247,6 +252,30 @@ def test_the_work_of_another_command_is_not_continued(tmp_path, capsys):
     assert main(["--source", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "bad")]) == 2
     assert main(["--source", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "new")]) == 2
     assert "there is no file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--source", "none.jsonl"], "there is no file none.jsonl"),
+        (["--source", "a.jsonl", "--source", "none.jsonl"], "there is no file none.jsonl"),
+        (["--source", "a.jsonl", "--against", "none.jsonl"], "there is no file none.jsonl"),
+        (["--source", "a.jsonl", "--validation-share", "1"], "nothing to train on"),
+        (["--source", "a.jsonl", "--judge-model", "m"], "belong together"),
+        (["--source", "a.jsonl", "--judge-model", "m", "--judge-endpoint", "nowhere"], "is no address"),
+        (
+            ["--source", "a.jsonl", "--judge-model", "m", "--judge-endpoint", "http://h", "--judge-concurrency", "0"],
+            "--judge-concurrency 0: give at least 1",
+        ),
+        (["--source", "a.jsonl", "--out", "a.jsonl"], "a.jsonl can't be a folder (File exists)"),
+    ],
+)
+def test_a_wrong_word_is_one_sentence_and_leaves_nothing(words, complaint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "a.jsonl", [{"question": "q?", "answer": "x"}])
+    assert main(["--out", "out", *words]) == 2
+    assert complaint in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def written(path: Path, rows: list[dict]) -> str:
