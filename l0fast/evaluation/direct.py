@@ -18,7 +18,8 @@ SYSTEM = """\
 Answer the question. Think as long as you need; then end with one line:
 ANSWER: the shortest text that answers it"""
 
-_ANSWER = re.compile(r"^\W*ANSWER\W*?:\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
+# marks of one line alone: over lines, a response of nothing but line breaks would hold the loop for seconds
+_ANSWER = re.compile(r"^[^\w\n]*ANSWER[^\w\n]*?:\s*(.+)$", re.IGNORECASE | re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,5 +64,5 @@ def final_answer(text: str) -> str | None:
     """What the last ANSWER line gives, after all thinking; without one, a response of a single line is the answer."""
     said = text.rpartition("</think>")[2].strip()
     if found := _ANSWER.findall(said):
-        return found[-1].strip("*` ")
+        return found[-1].strip("*` \t\r")
     return said if said and "\n" not in said else None

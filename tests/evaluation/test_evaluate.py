@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,7 @@ def test_failed_episodes_have_no_vote(tmp_path, done):
     [
         ("<think>ANSWER: no</think>\nSo it is.\n**ANSWER: Oslo**", "Oslo"),
         ("answer: Oslo\nANSWER: Rome ", "Rome"),
+        ("So:\r\n- `ANSWER`:\r\n  **Rome**\r\nIt is.", "Rome"),
         ("Oslo", "Oslo"),
         ("I think\nit is Oslo", None),
         ("", None),
@@ -208,3 +210,15 @@ def test_failed_episodes_have_no_vote(tmp_path, done):
 )
 def test_a_direct_answer_is_the_last_one_given(text, answer):
     assert final_answer(text) == answer
+
+
+def test_no_response_keeps_the_loop_while_its_answer_is_looked_for():
+    """A small model may say nothing but line breaks, which had taken some ten seconds."""
+
+    def took(text: str) -> float:
+        began = time.process_time()
+        assert final_answer(text) is None
+        return time.process_time() - began
+
+    for line in ("\n", "|---|---|\n"):
+        assert took(f"x{line * 20_000}x") < 0.5
