@@ -13,7 +13,7 @@ from typing import Any
 from l0fast.corpus.index import Passage
 from l0fast.errors import UsageError
 from l0fast.tasks.sources import rows_of_file
-from l0fast.tools.registry import TEXT_SUFFIXES, paragraphs
+from l0fast.tools.registry import paragraphs, text_files
 
 TEXT, TITLE, ID = ("text", "contents", "passage", "body"), ("title",), ("id", "_id", "docid", "pid")
 
@@ -34,8 +34,7 @@ class Reader:
         raise UsageError(f"{self.source} is neither a file nor a folder: give a folder of texts, .jsonl or .parquet")
 
     def _folder(self) -> Iterator[Passage]:
-        for file in sorted(f for f in self.source.rglob("*") if f.suffix in TEXT_SUFFIXES):
-            name = str(file.relative_to(self.source))
+        for name, file in text_files(self.source):
             for n, text in enumerate(paragraphs(file), 1):
                 yield Passage(id=f"{name}#{n}", title=name, text=text)
 

@@ -16,6 +16,7 @@ raise ToolError for what it can't do: any other exception is a bug in it, and en
 import difflib
 import importlib
 import inspect
+import os
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -113,19 +114,24 @@ def search_files(place: str) -> ToolSpec:
 def _passages(place: Path) -> Iterator[str]:
     """Paragraphs; of a folder's files each begins with the file's name, so that it can be cited."""
     try:
-        files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.suffix in TEXT_SUFFIXES)
+        files = [("", place)] if place.is_file() else text_files(place)
         if not place.exists():
             raise UsageError(f"--tools search={place}: there is no such file or folder")
-        if (size := sum(f.stat().st_size for f in files)) > MAX_CORPUS_BYTES:
+        if (size := sum(f.stat().st_size for _, f in files)) > MAX_CORPUS_BYTES:
             raise UsageError(
                 f"--tools search={place}: {size:,} bytes are more than the {MAX_CORPUS_BYTES:,} that are searched in memory: "
                 "choose a part of it"
             )
-        for file in files:
-            source = "" if file == place else f"{file.relative_to(place)}: "
-            yield from (source + part for part in paragraphs(file))
+        for name, file in files:
+            yield from (f"{name}: {part}" if name else part for part in paragraphs(file))
     except OSError as e:
         raise UsageError(f"--tools search={place} can't be read: {e}") from e
+
+
+def text_files(folder: Path) -> list[tuple[str, Path]]:
+    """Those below it by name, as text: a name may be in bytes that are none. No folders, no links to what is not there."""
+    files = sorted(f for f in folder.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file())
+    return [(os.fsencode(f.relative_to(folder)).decode(errors="replace"), f) for f in files]
 
 
 def paragraphs(file: Path) -> Iterator[str]:

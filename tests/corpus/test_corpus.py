@@ -3,8 +3,10 @@
 import asyncio
 import json
 import math
+import os
 import re
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -137,6 +139,15 @@ def test_the_commands_build_ask_and_refuse(tmp_path, capsys):
         assert complaint in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "index2").exists()
     assert not (tmp_path / "index2.new").exists()
+
+
+def test_a_folder_with_a_broken_link_and_a_name_in_other_bytes_is_indexed(tmp_path, capsys):
+    (tmp_path / "notes" / "sub.md").mkdir(parents=True)
+    (tmp_path / "notes" / ".#a.md").symlink_to("somebody@host.1234")
+    Path(os.fsdecode(bytes(tmp_path) + b"/notes/\xe9t\xe9.md")).write_text("Paris is in France.")
+    assert main(["build", str(tmp_path / "notes"), str(tmp_path / "index")]) == 0
+    assert main(["search", str(tmp_path / "index"), "paris"]) == 0
+    assert "\ufffdt\ufffd.md: Paris is in France." in capsys.readouterr().out
 
 
 def test_a_source_without_a_passage_leaves_nothing(tmp_path):

@@ -1,6 +1,7 @@
 """Tools by name: what is found, what agents are told of it, and one sentence for what can't be one."""
 
 import asyncio
+import os
 import queue
 import threading
 from pathlib import Path
@@ -176,6 +177,19 @@ def test_search_finds_paragraphs_and_says_which_file_they_are_from(tmp_path: Pat
     search = load(f"search={tmp_path}").call
     assert asyncio.run(search("Norway")) == ["a/north.md: Oslo is the capital of Norway."]
     assert asyncio.run(load(f"search={tmp_path / 'south.txt'}").call("Italy")) == ["Rome is the capital of Italy."]
+
+
+def test_whatever_else_lies_in_a_folder_its_texts_are_searched(tmp_path: Path):
+    """A lock of an editor is a link to nothing; a name need not be text, and what agents are told has to be."""
+    (tmp_path / ".#a.md").symlink_to("somebody@host.1234")
+    (tmp_path / "folder.md").mkdir()
+    Path(os.fsdecode(bytes(tmp_path) + b"/\xe9t\xe9.md")).write_text("Paris is the capital of France.")
+
+    async def main():
+        async with open_broker() as broker:
+            return await broker.wrap(load(f"search={tmp_path}")).call("Paris")
+
+    assert asyncio.run(main()) == ["\ufffdt\ufffd.md: Paris is the capital of France."]
 
 
 @pytest.mark.parametrize(
