@@ -102,22 +102,25 @@ def build(passages: Iterable[Passage], folder: Path, *, source: str = "", say: A
         # one thread: documents keep their order, and equal scores come in it
         writer = index.writer(heap_size=WRITER_BYTES, num_threads=1)
         count = 0
-        for count, passage in enumerate(passages, 1):
-            writer.add_document(
-                tantivy.Document(
-                    number=count,
-                    id=passage.id,
-                    title=passage.title,
-                    all=f"{passage.title}\n{passage.text}",
-                    text=passage.text,
+        try:
+            for count, passage in enumerate(passages, 1):
+                writer.add_document(
+                    tantivy.Document(
+                        number=count,
+                        id=passage.id,
+                        title=passage.title,
+                        all=f"{passage.title}\n{passage.text}",
+                        text=passage.text,
+                    )
                 )
-            )
-            if say is not None and count % 100_000 == 0:
-                say(f"{count:,} passages")
-        if not count:
-            raise UsageError(f"{source or 'the source'} has no passage: there is nothing to index")
-        writer.commit()
-        writer.wait_merging_threads()
+                if say is not None and count % 100_000 == 0:
+                    say(f"{count:,} passages")
+            if not count:
+                raise UsageError(f"{source or 'the source'} has no passage: there is nothing to index")
+            writer.commit()
+        finally:
+            # its threads write what they hold, also into a folder that is taken away meanwhile
+            writer.wait_merging_threads()
         (new / "corpus.json").write_text(json.dumps({"format": FORMAT, "passages": count, "source": source}) + "\n")
         os.replace(new, folder)
     finally:

@@ -156,6 +156,16 @@ def test_a_source_without_a_passage_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_build_that_breaks_off_leaves_nothing(tmp_path):
+    def interrupted():
+        yield from numbered(f"text {i}" for i in range(5))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(interrupted(), tmp_path / "i")
+    assert list(tmp_path.iterdir()) == []
+
+
 def asked(names, serving=None, answer=None, query="oslo"):
     async def main():
         async with open_broker() as broker:
