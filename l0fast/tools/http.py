@@ -35,6 +35,10 @@ MAX_URL_CHARS = 2000
 MAX_RETRY_AFTER_S = 10.0
 """Longest wait that a service may ask for; one that asks for more is asked no more [s]."""
 USER_AGENT = f"l0fast/{__version__}"
+_UNICAST = ipaddress.ip_network("2000::/3")
+"""The part of IPv6 that is handed out as anybody's."""
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+"""IPv4 in IPv6's clothes, for anybody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,12 +177,12 @@ def is_public(ip: str) -> bool:
     """
     address = ipaddress.ip_address(ip.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
-        # IPv4 in IPv6's clothes: mapped, 6to4, Teredo, NAT64
-        inner = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
-        if address in ipaddress.ip_network("64:ff9b::/96"):
-            inner = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
-        if inner:
-            return is_public(str(inner)) and (address.is_global or address in ipaddress.ip_network("64:ff9b::/96"))
+        if address in _NAT64:
+            return is_public(str(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)))
+        if address.sixtofour and not is_public(str(address.sixtofour)):
+            return False
+        # what lies outside is nobody's, or of a network: mapped and translated IPv4, site-local, NAT64's own prefixes
+        return address in _UNICAST and address.is_global
     return address.is_global and not address.is_multicast
 
 

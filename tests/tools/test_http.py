@@ -101,13 +101,15 @@ def test_a_name_that_resolves_to_a_private_address_is_refused(monkeypatch):
         "::1",
         "fe80::1%eth0",
     ]
-    + ["fc00::1", "::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::a00:1", "ff02::1", "255.255.255.255"],
+    + ["fc00::1", "::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::a00:1", "ff02::1", "255.255.255.255"]
+    # site-local, NAT64 of a network's own, translated and compatible IPv4, handed out to nobody
+    + ["fec0::1", "64:ff9b:1::a00:1", "::ffff:0:127.0.0.1", "::127.0.0.1", "4000::1", "2001::1"],
 )
 def test_addresses_of_this_network_are_not_public(ip):
     assert not is_public(ip)
 
 
-@pytest.mark.parametrize("ip", ["8.8.8.8", "2606:4700::1111"])
+@pytest.mark.parametrize("ip", ["8.8.8.8", "2606:4700::1111", "64:ff9b::808:808", "2002:808:808::1"])
 def test_addresses_of_the_internet_are_public(ip):
     assert is_public(ip)
 
