@@ -301,7 +301,7 @@ class OpenAIEngine:
     def _counted(self, answer: "_Answer") -> SampledText:
         usage, counts = self.usage, answer.usage
         usage.answers += 1
-        if counts is None:
+        if counts is None or counts.prompt_tokens is None or counts.completion_tokens is None:
             usage.uncounted += 1
         else:
             usage.prompt_tokens += counts.prompt_tokens
@@ -465,8 +465,8 @@ class _Cached(BaseModel):
 
 
 class _Counts(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
     prompt_tokens_details: _Cached | None = None
 
 

@@ -133,6 +133,21 @@ def test_a_whole_answer_is_text_and_counts():
     assert (usage.retries, usage.uncounted) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [
+        (None, (None, None)),
+        ({}, (None, None)),
+        ({"prompt_tokens": None, "completion_tokens": None, "total_tokens": 11}, (None, None)),
+        ({"prompt_tokens": 9}, (9, None)),
+    ],
+)
+def test_an_answer_whose_tokens_are_not_counted_is_one(usage: Any, counted: tuple[int | None, int | None]):
+    said, _, engine = ask([data(whole(usage=usage))])
+    assert (said.text, said.prompt_tokens, said.completion_tokens) == ("Oslo", *counted)
+    assert (engine.usage.answers, engine.usage.uncounted, engine.usage.completion_tokens) == (1, 1, 0)
+
+
 def test_fields_of_the_user_win_and_none_leaves_one_out():
     _, (request,), _ = ask([data(whole())], body={"top_p": 0.9, "seed": None, "max_tokens": 5}, stop=("</code>",))
     assert (request["top_p"], request["max_tokens"], request["stop"]) == (0.9, 5, ["</code>"])
