@@ -237,14 +237,14 @@ class OpenAIEngine:
     def _refused(self, response: aiohttp.ClientResponse, answer: bytes, body: Mapping[str, Any]) -> Exception:
         """What an answer that isn't 200 means."""
         status, said = response.status, self._clean(_complaint(answer))
-        how = f"it answered {status} {response.reason or ''}".rstrip() + (f": {said}" if said else "")
+        how = f"it answered {status} {self._clean(response.reason or '')}".rstrip() + (f": {said}" if said else "")
         if status in (408, 409, 429) or status >= 500:
             # none at all, or by a clock that differs from ours: a wait that grows, as without it
             wait_s = retry_after_s(response.headers.get("Retry-After"), time.time()) or None
             return _Passing(how if wait_s is None else f"{how}, try again in {wait_s:g} s", wait_s)
         if 300 <= status < 400:
             return UsageError(
-                f"{self._url} redirects to {response.headers.get('Location', 'nowhere')}: give that address"
+                f"{self._url} redirects to {self._clean(response.headers.get('Location', 'nowhere'))}: give that address"
             )
         if status in (401, 403):
             which = self._config.api_key_env or DEFAULT_KEY
@@ -289,7 +289,7 @@ class OpenAIEngine:
         except ValidationError as e:
             error = e.errors(include_url=False, include_context=False, include_input=False)[0]
             where = ".".join(map(str, error["loc"]))
-            shown = self._clean(data[:ERROR_CHARS].decode(errors="replace"))
+            shown = self._clean(data.decode(errors="replace"))
             raise EngineError(
                 f"{self._url} does not answer as OpenAI's API does ({where + ': ' if where else ''}{error['msg']}), but "
                 f"{shown!r}: is it such an endpoint?"
@@ -320,8 +320,8 @@ class OpenAIEngine:
         )
 
     def _clean(self, text: str) -> str:
-        """One line, without the key."""
-        return " ".join((text.replace(self._key, "***") if self._key else text).split())
+        """One short line, without the key: what is cut off first may be half of it."""
+        return " ".join((text.replace(self._key, "***") if self._key else text).split())[:ERROR_CHARS]
 
 
 @asynccontextmanager
@@ -547,8 +547,8 @@ def _complaint(body: bytes) -> str:
     try:
         said = orjson.loads(body)
     except orjson.JSONDecodeError:
-        return body[:ERROR_CHARS].decode(errors="replace")
+        return body.decode(errors="replace")
     for name in ("error", "message", "detail"):
         if isinstance(said, dict) and said.get(name):
             said = said[name]
-    return (said if isinstance(said, str) else orjson.dumps(said).decode())[:ERROR_CHARS]
+    return said if isinstance(said, str) else orjson.dumps(said).decode()

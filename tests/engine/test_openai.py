@@ -280,6 +280,26 @@ def test_what_stays_is_given_up_with_its_words_and_without_the_key():
     assert "\n" not in str(caught.value)
 
 
+async def reasoned(request: web.Request) -> web.Response:
+    return web.Response(status=400, reason=f"not {KEY}")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        status(400, "x" * 295 + KEY),
+        data(b"x" * 295 + KEY.encode()),
+        status(302, Location=f"http://a.b/{KEY}"),
+        reasoned,
+    ],
+    ids=["where a complaint is cut", "where no answer is cut", "in an address", "in a reason"],
+)
+def test_no_part_of_the_key_is_shown_wherever_it_is_repeated(reply: Reply):
+    with pytest.raises((EngineError, UsageError)) as caught:
+        ask([reply])
+    assert KEY[:5] not in str(caught.value)
+
+
 @pytest.mark.parametrize("streams", [True, False])
 def test_a_connection_that_is_lost_is_asked_again(streams: bool):
     told: list[str] | None = [] if streams else None
