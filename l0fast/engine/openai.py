@@ -358,8 +358,8 @@ def chat_url(url: str) -> str:
     """
     try:
         parts = urlsplit(url.strip())
-        # reading the port checks it
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        # reading the port checks it, and spelling the host out for a name server does that
+        good = parts.scheme in ("http", "https") and bool((parts.hostname or "").encode("idna")) and parts.port != 0
     except ValueError:
         parts, good = None, False
     if parts is None or not good:

@@ -482,13 +482,17 @@ def test_it_refuses_to_train_and_says_why():
         ("http://127.0.0.1:8000/v1/", "http://127.0.0.1:8000/v1/chat/completions"),
         ("https://a.b/c/chat/completions", "https://a.b/c/chat/completions"),
         ("https://a.b/d?api-version=2", "https://a.b/d/chat/completions?api-version=2"),
+        ("http://[::1]:8000/v1", "http://[::1]:8000/v1/chat/completions"),
+        ("https://käse.example./v1", "https://käse.example./v1/chat/completions"),
     ],
 )
 def test_an_address_may_be_given_in_several_ways(url: str, posted: str):
     assert chat_url(url) == posted
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://a.b", "http://", "http://a.b:x", "http://[::1"])
+@pytest.mark.parametrize(
+    "url", ["", "127.0.0.1:8000", "ftp://a.b", "http://", "http://a.b:x", "http://[::1", "http://a..b/v1"]
+)
 def test_what_is_no_address_is_one_sentence(url: str):
     with pytest.raises(UsageError, match="write it like"):
         chat_url(url)
