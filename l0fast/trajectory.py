@@ -112,7 +112,7 @@ def render(trajectory: SavedTrajectory) -> Group:
         shown = turn.complaint if turn.output is None else turn.output
         output = Text("\n<output>\n", "dim cyan").append(plain(shown or "").strip(), "yellow").append("\n</output>")
         notes = [
-            *([f"{len(turn.response_ids)} tokens"] if turn.response_ids else []),
+            *([f"{turn.num_tokens} tokens"] if turn.num_tokens else []),
             f"generate {turn.generate_s:.2f} s, execute {turn.execute_s:.3f} s",
         ]
         if i < len(t.rewards):

@@ -102,6 +102,8 @@ class Turn:
     """Name of the exception the cell ended with."""
     calls: tuple[ToolCall, ...] = ()
     """In the order in which they ended."""
+    counted_tokens: int | None = None
+    """Of the response, where an endpoint answered and counts them [tokens]."""
     start_s: float = 0.0
     """Since the start of the episode [s]."""
     generate_s: float = 0.0
@@ -112,6 +114,11 @@ class Turn:
         start, end = len(before.prompt_ids), len(before.prompt_ids) + len(before.response_ids)
         goes_on = self.prompt_ids.starts_with(before.prompt_ids) and self.prompt_ids[start:end] == before.response_ids
         return self.prompt_ids[end:] if goes_on else None
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Of the response; None where nobody has counted them [tokens]."""
+        return self.counted_tokens if not self.response_ids else len(self.response_ids)
 
     @property
     def oldest_version(self) -> int:

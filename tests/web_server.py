@@ -1,13 +1,13 @@
 """A web server on loopback, for tests of what asks one."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
 
 
 @asynccontextmanager
-async def serving(answer: Callable[[web.Request], web.StreamResponse]) -> AsyncIterator[str]:
+async def serving(answer: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[str]:
     """An HTTP server for as long as the block runs; `answer` (a coroutine function) has every request."""
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", answer)

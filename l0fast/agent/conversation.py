@@ -30,6 +30,8 @@ class Response:
     """Exactly what the engine saw; empty where it saw messages."""
     sampled: Sampled
     """Without ids and log-probs where an endpoint told none."""
+    counted_tokens: int | None = None
+    """Of the response, as such an endpoint counts them [tokens]."""
 
 
 class Conversation(Protocol):
@@ -119,7 +121,7 @@ class _MessageConversation:
             # what a chat form adds counts as characters too: it weighs on short conversations, where room is no matter
             self._chars_per_token = max(1.0, _chars(messages) / said.prompt_tokens)
         sampled = Sampled(response_ids=Ids(), sampler_logprobs=(), finish_reason=said.finish_reason, policy_version=0)
-        return Response(said.text, Ids(), sampled)
+        return Response(said.text, Ids(), sampled, said.completion_tokens)
 
     def add(self, response: Response, reply: str) -> None:
         self._exchanges.append([_message("assistant", response.text), _message("user", reply)])

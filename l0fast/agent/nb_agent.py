@@ -153,6 +153,7 @@ class NBAgent:
                     well_formed=action.well_formed,
                     error=error,
                     calls=episode.take_calls(),
+                    counted_tokens=response.counted_tokens,
                     start_s=t0 - episode.started,
                     generate_s=t1 - t0,
                     execute_s=self.clock() - t1,

@@ -48,6 +48,7 @@ class DirectAnswerer:
                     text=response.text,
                     output=None,
                     well_formed=False,
+                    counted_tokens=response.counted_tokens,
                     generate_s=time.monotonic() - started,
                 )
                 answer = final_answer(response.text)

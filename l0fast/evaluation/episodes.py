@@ -6,7 +6,7 @@ cut off by a kill is not read, and its episode played again. Failed ones have no
 
 import asyncio
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -32,8 +32,8 @@ class Outcome:
     scores: Mapping[str, float]
     """Of the answer, by reward."""
     turns: int
-    tokens: int
-    """Sampled; of endpoints that count them."""
+    tokens: int | None
+    """Sampled; None of an endpoint that doesn't count them."""
     wall_s: float
     failed: bool
     status: str
@@ -131,7 +131,7 @@ def _outcome(trajectory: Trajectory, scores: Mapping[str, float]) -> Outcome:
         correct=trajectory.correct,
         scores=scores,
         turns=len(trajectory.turns),
-        tokens=sum(len(turn.response_ids) for turn in trajectory.turns),
+        tokens=_sum(turn.num_tokens for turn in trajectory.turns),
         wall_s=trajectory.wall_s,
         failed=trajectory.status.failed,
         status=str(trajectory.status),
@@ -139,12 +139,18 @@ def _outcome(trajectory: Trajectory, scores: Mapping[str, float]) -> Outcome:
     )
 
 
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """None where one of them is unknown."""
+    known = list(counts)
+    return None if None in known else sum(n for n in known if n)
+
+
 def _outcome_of_row(row: Mapping[str, Any]) -> Outcome:
     return Outcome(
         correct=row["correct"],
         scores=row["scores"],
         turns=len(row["turns"]),
-        tokens=sum(len(turn["response_ids"]) for turn in row["turns"]),
+        tokens=_sum(len(turn["response_ids"]) or turn.get("counted_tokens") for turn in row["turns"]),
         wall_s=row["wall_s"],
         failed=row["status"].startswith("failed"),
         status=row["status"],

@@ -42,7 +42,7 @@ def figures(outcomes: Outcomes, *, failed: int = 0) -> dict[str, Any]:
             str(k): _finite(pass_at_k({t: [o.correct for o in s] for t, s in outcomes.items()}, k)) for k in ks
         },
         "turns": mean([o.turns for o in every]),
-        "tokens": mean([o.tokens for o in every]),
+        "tokens": mean([o.tokens for o in every if o.tokens is not None]),
         "wall_s": mean([o.wall_s for o in every]),
         "failed": failed,
     }

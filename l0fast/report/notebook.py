@@ -177,7 +177,7 @@ def _turn(number: int, turn: Turn, about: dict[str, Any]) -> list[dict[str, Any]
 
 def _about(turn: Turn) -> dict[str, Any]:
     return {
-        "tokens": len(turn.response_ids),
+        "tokens": turn.num_tokens,
         "finish_reason": turn.finish_reason,
         "policy_version": turn.policy_version,
         "well_formed": turn.well_formed,

@@ -77,6 +77,7 @@ def test_an_episode_over_messages_is_one_over_ids_without_the_ids():
     assert tuple(turns) == trajectory.turns
     assert [turn.text for turn in turns] == words
     assert all(turn.prompt_ids == turn.response_ids == turn.sampler_logprobs == () for turn in turns)
+    assert [turn.num_tokens for turn in turns] == [9, 9, 9]
     messages, sampling = engine.asked[-1]
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert messages[1]["content"] == TASK.question

@@ -1,5 +1,6 @@
 """python -m l0fast.evaluate: what is asked, kept, gone on with, told and compared. A simulated engine, real sandboxes."""
 
+import asyncio
 import csv
 import json
 import os
@@ -8,13 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from l0fast.agent.chat import Chat
-from l0fast.evaluate import main, plan_of
+from l0fast.evaluate import evaluate, main, plan_of
 from l0fast.evaluation.direct import final_answer
 from l0fast.evaluation.episodes import fingerprint, read_outcomes
 from l0fast.evaluation.report import figures, summary, table
 from l0fast.policies import MODELS
+from tests.web_server import serving
 
 QUESTIONS = 6
 COMMAND = ["geography", "--on", "geography", "--questions", str(QUESTIONS), "--samples", "2"] + (
@@ -195,6 +198,28 @@ def test_failed_episodes_have_no_vote(tmp_path, done):
     (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in broken))
     outcomes = read_outcomes(tmp_path / "e.jsonl")["geography"]
     assert figures(outcomes)["samples"] == QUESTIONS
+
+
+@pytest.mark.parametrize(("usage", "tokens"), [({"prompt_tokens": 9, "completion_tokens": 40}, 40), (None, None)])
+def test_tokens_are_those_that_an_endpoint_counts_and_of_one_that_does_not_unknown(tmp_path, usage, tokens):
+    (tmp_path / "q.jsonl").write_text('{"question": "Capital of Norway?", "answer": "Oslo"}\n')
+
+    async def answer(request):
+        choice = {"message": {"content": "Oslo"}, "finish_reason": "stop"}
+        return web.json_response({"choices": [choice], "usage": usage})
+
+    async def evaluated(url):
+        words = ["m", "--endpoint", url, "--on", str(tmp_path / "q.jsonl"), "--direct", "--sandbox.kind", "process"]
+        plan, _ = plan_of([*words, "--out", str(tmp_path / "out")])
+        assert plan is not None
+        return (await evaluate(plan, lambda line: None))["benchmarks"]["q"]
+
+    async def main():
+        async with serving(answer) as url:
+            # the second one reads what the first has written
+            return [await evaluated(url), await evaluated(url)]
+
+    assert [(of["accuracy"], of["tokens"]) for of in asyncio.run(main())] == [(1.0, tokens)] * 2
 
 
 @pytest.mark.parametrize(
