@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,10 @@ class Corpus:
             self._index.config_reader("manual", 0)
             self._index.reload()
             self.num_passages: int = about["passages"]
+            # each build gives its segments names of their own
+            parts = [folder / name for name in ("meta.json", "dense.json")]
+            self.digest = blake2b(b"".join(p.read_bytes() for p in parts if p.exists()), digest_size=8).hexdigest()
+            """Of the index: the same for a copy, another one once it was built or embedded anew."""
             self.dense = Dense(folder, self.num_passages) if (folder / "dense.json").exists() else None
         except (OSError, ValueError, KeyError) as e:
             if isinstance(e, UsageError):

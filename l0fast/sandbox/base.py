@@ -26,6 +26,8 @@ class ToolSpec:
     """As a reader would write it, e.g. "(query: str) -> list[str]"."""
     doc: str
     call: HostTool
+    version: str = ""
+    """Of what it answers from besides its arguments: answers of another version are none of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ tool words for agents. It may also say how long to wait before the next try.
 Agents get what JSON makes of a result, each a copy of its own. `secrets`, also as URLs spell them, are blanked in
 results and ToolErrors before those are kept or handed on.
 
-Kept are answers of tools with `cache`, by scope, name, `version` and arguments with defaults filled in. A ToolError is never
+Kept are answers of tools with `cache`, by scope, name, `version` of policy and tool, and arguments with defaults filled in. A ToolError is never
 kept: "no such page" may be "not yet". Modes of the file: "use" reads and adds; "record" makes every call anew and
 overwrites; "replay" calls nothing, and what the file hasn't got is a ToolError.
 """
@@ -211,6 +211,7 @@ class _Tool:
         self._memory, self._file = memory, file
         self._mode: Mode = mode
         self._normalise = normaliser(spec.name, spec.signature)
+        self._version = ", ".join(filter(None, (policy.version, spec.version)))
         self._slots = asyncio.Semaphore(policy.max_concurrent)
         self._next_turn = 0.0
         """When the next try may begin, on the loop's clock."""
@@ -227,7 +228,7 @@ class _Tool:
         self._counts.calls += 1
         if not self._policy.cache:
             return orjson.loads(await self._tried(args, kw))
-        key = Key(self._identity, self._policy.version, arguments)
+        key = Key(self._identity, self._version, arguments)
         if self._mode != "record" and (kept := self._memory.get(key)) is not None:
             self._counts.hits += 1
             return orjson.loads(kept)

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from hashlib import blake2b
 from itertools import islice
 
 import bm25s
@@ -47,6 +48,11 @@ class LocalSearch:
 
     def __init__(self, corpus: Sequence[str]) -> None:
         self._corpus = tuple(corpus)
+        digest = blake2b(digest_size=8)
+        for sentence in self._corpus:
+            digest.update(f"{len(sentence)} {sentence}".encode())
+        self.digest = digest.hexdigest()
+        """Of the corpus."""
         self._words = [words(sentence) for sentence in self._corpus]
         self._num_sentences_with = Counter(word for sentence in self._words for word in set(sentence))
         self._bm25 = bm25s.BM25(k1=K1, b=B, method="lucene")
@@ -102,4 +108,5 @@ def search_tool(index: LocalSearch, num_results: int) -> ToolSpec:
         signature="(query: str) -> list[str]",
         doc=f"The {num_results} sentences that match best.",
         call=search,
+        version=f"{index.digest}, {num_results}",
     )

@@ -173,7 +173,7 @@ async def search_corpus(place: str) -> AsyncIterator[ToolSpec]:
             found = await corpus.search(query, SEARCH_RESULTS)
             return [f"{f.passage.title}: {f.passage.text}" if f.passage.title else f.passage.text for f in found]
 
-        yield replace(_shown["corpus"], call=search)
+        yield replace(_shown["corpus"], call=search, version=corpus.digest)
 
 
 async def _not_called(query: str) -> list[str]:

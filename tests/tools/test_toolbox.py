@@ -1,16 +1,19 @@
 """The tools a recipe names, opened together: what agents get, what is kept, and what is refused."""
 
 import asyncio
+import shutil
 
 import pytest
 from aiohttp import web
 
 from l0fast.config import ToolsConfig, WebConfig
+from l0fast.corpus.index import build, numbered
 from l0fast.errors import ToolError, UsageError
 from l0fast.sandbox.base import ToolSpec
 from l0fast.tools.broker import open_broker
 from l0fast.tools.convert import Converter
 from l0fast.tools.files import visual_qa_of
+from l0fast.tools.local_search import LocalSearch, search_tool
 from l0fast.tools.toolbox import describe_tools, open_toolbox
 from l0fast.types import Task
 
@@ -88,6 +91,31 @@ def test_a_file_that_has_changed_since_an_earlier_run_is_read_again_and_one_that
 
     assert [said("1"), said("2"), said("1", "replay")] == ["1", "2", "1"]
     assert converted == [b"1", b"2"]
+
+
+def test_what_is_searched_and_has_changed_since_an_earlier_run_is_searched_again(tmp_path):
+    notes, index, cache = tmp_path / "notes.txt", tmp_path / "index", tmp_path / "cache.db"
+
+    async def use(box):
+        return await box.common[0].call("Oslo")
+
+    def said(name):
+        return opened([name], use, file=cache), opened([name], use, file=cache, mode="replay")
+
+    for text in ("Oslo is rainy.", "Oslo is sunny."):
+        notes.write_text(text)
+        shutil.rmtree(index, ignore_errors=True)
+        build(numbered([text]), index)
+        for name in (f"search={notes}", f"corpus={index}"):
+            assert said(name) == ([text], [text])
+
+
+def test_more_results_than_an_earlier_run_was_given_are_searched_for_anew(tmp_path):
+    async def found(num_results):
+        async with open_broker(tmp_path / "cache.db") as broker:
+            return await broker.wrap(search_tool(LocalSearch(["a b", "a c", "d", "e"]), num_results)).call("a")
+
+    assert [len(asyncio.run(found(n))) for n in (1, 2)] == [1, 2]
 
 
 def test_a_picture_that_has_changed_is_looked_at_again_and_a_file_that_is_gone_is_an_error_for_the_agent(tmp_path):
