@@ -32,7 +32,8 @@ def parse_action(text: str) -> Action:
     'No code was run: write one <code>...</code> block.'
     """
     thinks, codes = _blocks(text, "<think>", "</think>"), _blocks(text, "<code>", "</code>")
-    code = codes[0].strip("\n") if codes else ""
+    # lines that end in \r\n are the same to Python, but not to dedent
+    code = codes[0].replace("\r\n", "\n").strip("\n") if codes else ""
     if code.startswith((" ", "\t")):
         # as it stands, it would be an IndentationError
         code = dedent(code).lstrip(" \t")

@@ -39,6 +39,8 @@ def test_words_around_the_blocks_do_not_matter_to_what_runs():
         (" x = 1\n if x:\n     x\n", "x = 1\nif x:\n    x"),
         (" import math\nmath.pi", "import math\nmath.pi"),
         ("if x:\n    y", "if x:\n    y"),
+        ("\r\n    x = 1\r\n\r\n    x\r\n", "x = 1\n\nx"),
+        ("\r\nif x:\r\n    y\r\n", "if x:\n    y"),
     ],
 )
 def test_spaces_before_the_code_are_no_indentation(code: str, run: str):
