@@ -244,6 +244,8 @@ def test_ctrl_c_saves_what_there_is_and_says_where(endpoint: Endpoint, tmp_path:
         (["--web.search-provider", "bing"], "web.search_provider = 'bing'"),
         (["--wab.search-provider=bing"], "wab"),
         (["--answer", "no/such/a.md"], "there is no folder no/such"),
+        (["--answer", "."], "is a folder"),
+        (["--notebook", "no/such/a.ipynb"], "there is no folder no/such"),
     ],
 )
 def test_what_can_be_set_right_is_one_sentence(
@@ -254,6 +256,17 @@ def test_what_can_be_set_right_is_one_sentence(
     assert part in error[-1]
     assert error[-1].startswith("l0fast: ")
     assert not list(tmp_path.iterdir())
+    assert not endpoint.requests
+
+
+def test_an_answer_that_can_not_be_written_is_in_the_notebook(
+    endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    endpoint.answers = [say("submit_final_answer('Oslo')")]
+    words = ["Capital?", "--endpoint", endpoint.url, "--model", "m", "--notebook", "out.ipynb", "--answer", "/dev/full"]
+    assert main(words) == 2
+    assert "can't be written (No space left on device): the answer is in out.ipynb" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out.ipynb").read_text())["metadata"]["l0fast"]["answer"] == "Oslo"
 
 
 def test_tools_of_the_settings_are_there_and_their_answers_are_kept_and_replayed(endpoint: Endpoint, tmp_path: Path):

@@ -44,10 +44,11 @@ def main(argv: Sequence[str]) -> int:
     seen = _Seen()
     try:
         settings = _merged(_settings(args), _further(further))
-        if args.answer is not None and not args.answer.parent.is_dir():
-            raise UsageError(
-                f"--answer {args.answer}: there is no folder {args.answer.parent}: make it, or name another"
-            )
+        for flag, file in (("--notebook", notebook), ("--answer", args.answer)):
+            if file is not None and not file.parent.is_dir():
+                raise UsageError(f"{flag} {file}: there is no folder {file.parent}: make it, or name another")
+        if args.answer is not None and args.answer.is_dir():
+            raise UsageError(f"--answer {args.answer} is a folder: name a file in it")
         if notebook.exists():
             raise UsageError(f"{notebook} is there already, and a notebook never overwrites: name another, or move it")
         try:
@@ -56,7 +57,12 @@ def main(argv: Sequence[str]) -> int:
             return _interrupted(seen.trajectory(task_of(args.question, args.file)), notebook, errors)
         save_notebook(notebook, trajectory)
         if args.answer is not None and trajectory.answer is not None:
-            args.answer.write_text(trajectory.answer, encoding="utf-8")
+            try:
+                args.answer.write_text(trajectory.answer, encoding="utf-8")
+            except OSError as e:
+                raise UsageError(
+                    f"--answer {args.answer} can't be written ({e.strerror}): the answer is in {notebook}"
+                ) from e
     except L0fastError as e:
         errors.print(Text(f"l0fast: {plain(str(e))}"), soft_wrap=True)
         return 2 if isinstance(e, UsageError) else 1
