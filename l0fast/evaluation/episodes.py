@@ -5,6 +5,7 @@ cut off by a kill is not read, and its episode played again. Failed ones have no
 """
 
 import asyncio
+import fcntl
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def fingerprint(task: Task | Mapping[str, Any]) -> str:
 
 
 class Episodes:
-    """The file of an evaluation. Use with `async with`."""
+    """The file of an evaluation. Use with `async with`; raises UsageError while another process does."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -59,8 +60,17 @@ class Episodes:
         self._lock = asyncio.Lock()
 
     async def __aenter__(self) -> "Episodes":
-        await asyncio.to_thread(self._read)
         self._file = await asyncio.to_thread(self.path.open, "ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            await asyncio.to_thread(self._read)
+        except BaseException as e:
+            self._file.close()
+            if isinstance(e, BlockingIOError):
+                raise UsageError(
+                    f"{self.path.parent} is being written by an evaluation that still goes on: end that first"
+                ) from None
+            raise
         return self
 
     async def __aexit__(
@@ -82,8 +92,6 @@ class Episodes:
         self._file.flush()
 
     def _read(self) -> None:
-        if not self.path.exists():
-            return
         whole = 0
         for end, row in _rows(self.path):
             whole = end

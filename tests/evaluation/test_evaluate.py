@@ -14,7 +14,7 @@ from aiohttp import web
 from l0fast.agent.chat import Chat
 from l0fast.evaluate import evaluate, main, plan_of
 from l0fast.evaluation.direct import final_answer
-from l0fast.evaluation.episodes import fingerprint, read_outcomes
+from l0fast.evaluation.episodes import Episodes, fingerprint, read_outcomes
 from l0fast.evaluation.report import figures, summary, table
 from l0fast.policies import MODELS
 from tests.web_server import serving
@@ -167,6 +167,20 @@ def test_two_evaluations_are_compared_question_by_question(done, capsys):
 def test_what_can_not_be_evaluated_is_one_sentence(words, complaint, capsys, tmp_path):
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
     assert complaint in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_evaluation_that_still_goes_on_is_left_alone(done, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    before = (out / "episodes.jsonl").read_bytes()
+
+    async def beside():
+        async with Episodes(out / "episodes.jsonl"):
+            return await asyncio.to_thread(main, [*COMMAND, "--out", str(out)])
+
+    assert asyncio.run(beside()) == 2
+    assert "by an evaluation that still goes on" in " ".join(capsys.readouterr().err.split())
+    assert (out / "episodes.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("left", ["", '{"model": "geog'])
