@@ -22,6 +22,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from tempfile import TemporaryFile
 from typing import Any
 
 from aiohttp import web
@@ -212,22 +213,25 @@ class _Servers:
 @asynccontextmanager
 async def _process(what: str, argv: Sequence[str]) -> AsyncIterator[_Child]:
     """One that has said that it is ready."""
-    process = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        child = _Child(process)
-        if await child.line() != b"ready\n":
-            _, said = await process.communicate()
-            last = said.decode(errors="replace").strip().rpartition("\n")[2]
-            raise RuntimeError(
-                f"a {what} of L0's way ended with status {process.returncode} instead of being ready: {last}"
-            )
-        yield child
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+    # a file, not a pipe: what nobody reads fills a pipe, and then it and we would wait for each other
+    with TemporaryFile() as errors:
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=errors
+        )
+        try:
+            child = _Child(process)
+            if await child.line() != b"ready\n":
+                await process.communicate()
+                errors.seek(0)
+                last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
+                raise RuntimeError(
+                    f"a {what} of L0's way ended with status {process.returncode} instead of being ready: {last}"
+                )
+            yield child
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
 
 
 def _worker(name: str, url: str) -> AbstractAsyncContextManager[_Child]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from bench import node_throughput
+from bench import l0_style, node_throughput
 from bench import throughput as bench
 from bench.probes import idle_loop, tree_cpu_s
 from bench.swarm import NoSandbox, Swarm
@@ -201,6 +201,33 @@ def test_what_can_not_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch, ca
     with pytest.raises(SystemExit):
         bench.main()
     assert words in capsys.readouterr().err
+
+
+def test_a_talkative_worker_of_l0s_way_stalls_nobody():
+    code = """if 1:
+        import json, sys
+        print("ready", flush=True)
+        sys.stdin.readline()
+        print("x" * 1_000_000, file=sys.stderr)
+        print(json.dumps({"turns": 1, "answer": "yes"}), flush=True)
+    """
+
+    async def main() -> str:
+        async with l0_style._process("worker", [sys.executable, "-c", code]) as child:
+            child.go()
+            await child.watch()
+            return child.status
+
+    assert asyncio.run(main()) == "completed"
+
+
+def test_a_worker_of_l0s_way_that_can_not_start_says_why():
+    async def main() -> None:
+        async with l0_style._process("worker", [sys.executable, "-c", "import no_such_package"]):
+            pass
+
+    with pytest.raises(RuntimeError, match="status 1 instead of being ready: .*No module named 'no_such_package'"):
+        asyncio.run(main())
 
 
 @pytest.mark.skipif(
