@@ -32,10 +32,16 @@ def few_questions(words: Sequence[str]) -> list[str]:
     return [word for flag, value in pairs if flag not in given for word in (flag, value)]
 
 
-def measure_node(engine: str, device: str, steps: int, words: Sequence[str]) -> dict[str, Any]:
+def measure_node(engine: str, device: str | None, steps: int, words: Sequence[str]) -> dict[str, Any]:
     """Run, and say how fast. Raises UsageError; SystemExit with the run's own code where it fails."""
-    if device == "cuda" and not num_gpus():
+    # a learner takes the GPUs that it may use, so `device` can only be what will be anyhow
+    gpus = num_gpus()
+    if device == "cuda" and not gpus:
         raise UsageError("--device cuda, but this process may use no GPU: look at nvidia-smi and CUDA_VISIBLE_DEVICES")
+    if device == "cpu" and gpus:
+        raise UsageError(
+            f"--device cpu, but this process may use {gpus} GPUs, and would: put CUDA_VISIBLE_DEVICES= in front"
+        )
     with tempfile.TemporaryDirectory(prefix="l0fast-bench-") as folder:
         run_dir = Path(folder) / "run"
         flags = ["--engine.kind", engine, "--num-steps", str(steps + 1), "--run-dir", str(run_dir)]
@@ -53,7 +59,7 @@ def measure_node(engine: str, device: str, steps: int, words: Sequence[str]) -> 
             raise SystemExit(code)
         return figures(read_metrics(run_dir), read_summary(run_dir), invocation.config) | {
             "engine": engine,
-            "device": device,
+            "device": "cuda" if gpus else "cpu",
             "recipe": invocation.recipe,
             "machine": machine(),
         }

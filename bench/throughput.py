@@ -310,7 +310,11 @@ def main() -> None:
         default="simulated",
         help="a real one plays a recipe",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of a real engine and its learner")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="refuse another one for a real engine and its learner; default: what is here",
+    )
     parser.add_argument(
         "--steps", type=int, default=5, help="optimizer steps measured with a real engine, after one more"
     )

@@ -21,6 +21,7 @@ from bench import throughput as bench
 from bench.probes import idle_loop, tree_cpu_s
 from bench.swarm import NoSandbox, Swarm
 from bench.workload import AGENT, KEYS, MAX_TURNS, MODEL, Workload
+from l0fast import training
 from l0fast.agent.chat import Chat
 from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.agent.parsing import parse_action
@@ -190,6 +191,23 @@ def test_a_gpu_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(node_throughput, "num_gpus", lambda: 0)
     with pytest.raises(UsageError, match="may use no GPU"):
         node_throughput.measure_node("sglang", "cuda", 3, [])
+
+
+def test_what_a_node_was_measured_on_is_what_it_used(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(node_throughput, "num_gpus", lambda: 8)
+    with pytest.raises(UsageError, match="may use 8 GPUs, and would: put CUDA_VISIBLE_DEVICES= in front"):
+        node_throughput.measure_node("transformers", "cpu", 3, [])
+
+    async def run(invocation: object) -> int:
+        return 0
+
+    monkeypatch.setattr(training, "run", run)
+    for name in ("read_metrics", "read_summary", "figures"):
+        monkeypatch.setattr(node_throughput, name, lambda *_: {})
+    for device in (None, "cuda"):
+        assert node_throughput.measure_node("transformers", device, 3, [])["device"] == "cuda"
+    monkeypatch.setattr(node_throughput, "num_gpus", lambda: 0)
+    assert node_throughput.measure_node("transformers", None, 3, [])["device"] == "cpu"
 
 
 @pytest.mark.parametrize(
