@@ -25,6 +25,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
+from bench.at_least import at_least
 from bench.machine import machine
 from bench.results_folder import results_folder
 from l0fast.engine.clock import EventClock
@@ -156,16 +157,12 @@ def draw(tables: dict[str, list[Result]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.admission", description="Admission by KV cache, simulated.")
-    parser.add_argument("--seconds", type=int, default=9600, help="simulated time of each row [s]")
-    parser.add_argument("--median-response", type=int, default=300, help="its length, lognormal [tokens]")
+    parser.add_argument("--seconds", type=at_least(1), default=9600, help="simulated time of each row [s]")
+    parser.add_argument("--median-response", type=at_least(1), default=300, help="its length, lognormal [tokens]")
     parser.add_argument(
         "--out", type=results_folder, default=RESULTS, help="folder for admission.json and admission.png"
     )
     args = parser.parse_args(argv)
-    if args.seconds < 1:
-        parser.error(f"--seconds {args.seconds}: give at least 1")
-    if args.median_response < 1:
-        parser.error(f"--median-response {args.median_response}: give at least 1")
     began, began_cpu = time.perf_counter(), time.process_time()
     print(machine())
     print(f"{args.seconds:,d} simulated seconds a row, {OFFERED} episodes offered")

@@ -32,6 +32,7 @@ import uvloop
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from bench.at_least import at_least, more_than_0
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.results_folder import results_folder
@@ -333,14 +334,16 @@ def main() -> None:
         "--weights", choices=["ipc", "host"], help="how they get to SGLang; ipc on a GPU, host on a CPU"
     )
     parser.add_argument("--layout", choices=["resident", "sleep"], default="resident", help="while the learner works")
-    parser.add_argument("--seconds", type=float, default=120.0, help="no step begins after this, start included")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--groups", type=int, default=16, help="of 8 episodes each, a step")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--new-tokens", type=int, default=64, help="at most, a turn; at least half of it")
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="on average; a quarter of it after each turn")
-    parser.add_argument("--layers", type=int, default=0, help="0: 28 on a GPU, 2 on a CPU")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--seconds", type=more_than_0, default=120.0, help="no step begins after this, start included")
+    parser.add_argument("--steps", type=at_least(1), default=40)
+    parser.add_argument("--groups", type=at_least(1), default=16, help="of 8 episodes each, a step")
+    parser.add_argument("--turns", type=at_least(1), default=3)
+    parser.add_argument("--new-tokens", type=at_least(2), default=64, help="at most, a turn; at least half of it")
+    parser.add_argument(
+        "--prompt-tokens", type=at_least(2), default=128, help="on average; a quarter of it after each turn"
+    )
+    parser.add_argument("--layers", type=at_least(0), default=0, help="0: 28 on a GPU, 2 on a CPU")
+    parser.add_argument("--lr", type=more_than_0, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sglang", nargs="*", default=[], help="further arguments of sglang.Engine, name=JSON")
     parser.add_argument("--results", type=results_folder, help="folder for colocated.json")

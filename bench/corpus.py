@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import uvloop
 
+from bench.at_least import at_least
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.results_folder import results_folder
@@ -161,9 +162,9 @@ def measure(count: int, num_queries: int, folder: Path, *, dim: int = 0) -> dict
 def main() -> None:
     end_like_ctrl_c()
     parser = argparse.ArgumentParser(prog="python -m bench.corpus", description="Build and query times of a corpus.")
-    parser.add_argument("--passages", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--queries", type=int, default=300)
-    parser.add_argument("--dense", type=int, default=0, metavar="DIM", help="vectors of so many numbers, too")
+    parser.add_argument("--passages", type=at_least(1), nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--queries", type=at_least(2), default=300)
+    parser.add_argument("--dense", type=at_least(0), default=0, metavar="DIM", help="vectors of so many numbers, too")
     parser.add_argument("--results", type=results_folder, help="folder for corpus.json")
     options = parser.parse_args()
     rows = []

@@ -19,6 +19,7 @@ from typing import Any
 
 import orjson
 
+from bench.at_least import at_least
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.results_folder import results_folder
@@ -81,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Accuracy over an endpoint against that in this process. Settings may follow as --section.key VALUE.",
     )
     parser.add_argument("model", nargs="?", default="geography")
-    parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--open", type=int, default=8, metavar="N", help="episodes at once")
+    parser.add_argument("--questions", type=at_least(1), default=200)
+    parser.add_argument("--open", type=at_least(1), default=8, metavar="N", help="episodes at once")
     parser.add_argument("--results", type=results_folder, help="folder for endpoint_accuracy.json")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
     options, flags = parser.parse_known_args(argv)

@@ -38,13 +38,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qw
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.utils.logging import disable_progress_bar
 
+from bench.at_least import at_least
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.results_folder import results_folder
 from l0fast.config import EngineConfig
 from l0fast.engine.base import Sampled, Sampling
 from l0fast.engine.transformers import transformers_engine
-from l0fast.errors import L0fastError
+from l0fast.errors import L0fastError, UsageError
 
 Prompts = list[list[int]]
 VOCAB = {"cpu": 1024, "cuda": 151_936}
@@ -375,12 +376,19 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     end_like_ctrl_c()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--new-tokens", type=int, default=96)
-    parser.add_argument("--prompt-tokens", type=int, nargs=2, default=[64, 160], metavar=("LEAST", "MOST"))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--sglang-threads", type=int, default=1)
+    parser.add_argument("--concurrency", type=at_least(1), nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--new-tokens", type=at_least(1), default=96)
+    parser.add_argument(
+        "--prompt-tokens",
+        type=at_least(1),
+        nargs=2,
+        default=[64, 160],
+        metavar=("LEAST", "MOST"),
+        help="of each prompt",
+    )
+    parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument("--threads", type=at_least(1), default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--sglang-threads", type=at_least(1), default=1)
     parser.add_argument("--sglang", nargs="*", default=[], help="further arguments of sglang.Engine, name=JSON")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the shape of Qwen3-0.6B, in bf16"
@@ -388,6 +396,9 @@ def main() -> None:
     parser.add_argument("--model-path", type=Path, help="default: random weights")
     parser.add_argument("--results", type=results_folder, metavar="DIR", help="folder for engine.json")
     args = parser.parse_args()
+    least, most = args.prompt_tokens
+    if least > most:
+        parser.error(f"--prompt-tokens {least} {most}: give the smaller number first")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU that it can use")
     where = f"{machine()}, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}"
@@ -400,7 +411,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if args.model_path is None:
             random_policy(Path(scratch), args.device)
-        rows = asyncio.run(compare(args, args.model_path or Path(scratch)))
+        try:
+            rows = asyncio.run(compare(args, args.model_path or Path(scratch)))
+        except UsageError as e:
+            parser.error(str(e))
     settings = {name: value for name, value in vars(args).items() if name not in ("results", "model_path")}
     result = {"bench": "engine", "machine": where, "settings": settings, "rows": rows}
     if args.results is not None:

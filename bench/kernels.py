@@ -31,6 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bench.at_least import at_least
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from l0fast.ids import Ids
@@ -619,7 +620,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--out", type=Path, help="write the JSON here too, after every section")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

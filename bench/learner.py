@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.at_least import at_least, more_than_0
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.plan import run_plan
@@ -287,19 +288,21 @@ def main() -> int:
         prog="python -m bench.learner", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="OpenMP threads of the passes"
+        "--threads", type=at_least(1), default=len(os.sched_getaffinity(0)), help="OpenMP threads of the passes"
     )
     parser.add_argument("--results", type=results_folder, metavar="DIR", help="folder for learner.json")
     plan = parser.add_argument_group("--plan", "further flags are settings, as python -m l0fast.run takes them")
     plan.add_argument("--plan", metavar="RECIPE", help="name of a recipe, or a TOML file")
     plan.add_argument("--model", metavar="NAME", help="a model folder, a config.json or e.g. Qwen3-4B; the recipe's")
-    plan.add_argument("--gpus", type=int, default=8)
-    plan.add_argument("--gpu-memory-gb", type=float, default=80.0, help="of each, as on its label [GiB]")
-    plan.add_argument("--tokens", type=float, help="mean of an episode, where known [tokens]")
-    plan.add_argument("--sampled", type=float, help="sampled ones among them [tokens]")
-    plan.add_argument("--tflops", type=float, default=Rates().tflops, help="of a GPU in a whole step, where measured")
+    plan.add_argument("--gpus", type=at_least(1), default=8)
+    plan.add_argument("--gpu-memory-gb", type=more_than_0, default=80.0, help="of each, as on its label [GiB]")
+    plan.add_argument("--tokens", type=more_than_0, help="mean of an episode, where known [tokens]")
+    plan.add_argument("--sampled", type=more_than_0, help="sampled ones among them [tokens]")
+    plan.add_argument(
+        "--tflops", type=more_than_0, default=Rates().tflops, help="of a GPU in a whole step, where measured"
+    )
     options, flags = parser.parse_known_args()
     if options.plan:
         return run_plan(

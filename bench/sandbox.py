@@ -40,6 +40,7 @@ from typing import Any
 
 import uvloop
 
+from bench.at_least import at_least, more_than_0
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.own_daemon import own_daemon
@@ -609,9 +610,13 @@ def main() -> None:
     end_like_ctrl_c()
     parser = argparse.ArgumentParser(prog="python -m bench.sandbox", description="The sandbox pool beside its peers.")
     parser.add_argument("--own-daemon", action="store_true", help="start a dockerd, build the image, stop it again")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--crowd", type=int, default=2000, help="sessions alive at once; 0 leaves the crowd out")
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="churn sessions for so long, and nothing else")
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument(
+        "--crowd", type=at_least(0), default=2000, help="sessions alive at once; 0 leaves the crowd out"
+    )
+    parser.add_argument(
+        "--soak", type=more_than_0, metavar="MINUTES", help="churn sessions for so long, and nothing else"
+    )
     parser.add_argument("--results", type=results_folder, help="folder for sandbox.json or sandbox_soak.json")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:

@@ -28,6 +28,7 @@ from array import array
 from collections.abc import Sequence
 
 from bench.admission import CAPACITIES, OFFERED, RESULTS, SPEED, simulate, traffic
+from bench.at_least import at_least
 from bench.machine import machine
 from bench.results_folder import results_folder
 from l0fast.engine.base import Engine, EngineLoad, Sampling
@@ -125,11 +126,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.simulated_speed",
         description="How many times faster than real time engines are simulated.",
     )
-    parser.add_argument("--seconds", type=int, default=240, help="simulated time of each scene [s]")
+    parser.add_argument("--seconds", type=at_least(1), default=240, help="simulated time of each scene [s]")
     parser.add_argument("--out", type=results_folder, default=RESULTS, help="folder for simulated_speed.json")
     args = parser.parse_args(argv)
-    if args.seconds < 1:
-        parser.error(f"--seconds {args.seconds}: give at least 1")
     name, kv_tokens = next(iter(CAPACITIES.items()))
     print(machine())
     print(f"{args.seconds:,d} simulated seconds a scene, median of {ROUNDS}; each engine with {name}")

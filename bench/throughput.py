@@ -38,6 +38,7 @@ if __package__ in (None, ""):
 
 import uvloop
 
+from bench.at_least import at_least, more_than_0
 from bench.ending import end_like_ctrl_c
 from bench.l0_style import Side, l0_style, ours
 from bench.machine import machine
@@ -292,17 +293,25 @@ def main() -> None:
     end_like_ctrl_c()
     parser = argparse.ArgumentParser(prog="python -m bench.throughput", description="Agents on one loop, measured.")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024, 4096], help="agents alive at once")
-    parser.add_argument("--runs", type=int, default=3, help="of carry_over at the largest size; the median p99 counts")
+    parser.add_argument(
+        "--runs", type=at_least(1), default=3, help="of carry_over at the largest size; the median p99 counts"
+    )
     parser.add_argument("--sandbox", choices=("process", "bwrap", "docker"), default="process")
-    parser.add_argument("--time-compression", type=float, help="for all sizes; by default the host's load is the same")
-    parser.add_argument("--l0-agents", type=int, default=32, help="of L0's way and ours beside it; 0 leaves it out")
+    parser.add_argument(
+        "--time-compression", type=more_than_0, help="for all sizes; by default the host's load is the same"
+    )
+    parser.add_argument(
+        "--l0-agents", type=at_least(0), default=32, help="of L0's way and ours beside it; 0 leaves it out"
+    )
     parser.set_defaults(l0_time_compression=1.0)
     parser.add_argument(
         "--quick",
         action="store_true",
         help="some 12 s: 32 agents; two of L0's, whose engine and tools are compressed too",
     )
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="the largest size for so long, and nothing else")
+    parser.add_argument(
+        "--soak", type=more_than_0, metavar="MINUTES", help="the largest size for so long, and nothing else"
+    )
     parser.add_argument("--results", type=results_folder, help="folder for throughput.json or throughput_soak.json")
     parser.add_argument(
         "--engine",
@@ -316,7 +325,7 @@ def main() -> None:
         help="refuse another one for a real engine and its learner; default: what is here",
     )
     parser.add_argument(
-        "--steps", type=int, default=5, help="optimizer steps measured with a real engine, after one more"
+        "--steps", type=at_least(1), default=5, help="optimizer steps measured with a real engine, after one more"
     )
     options, words = parser.parse_known_args()
     if options.engine != "simulated":
