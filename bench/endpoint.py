@@ -79,17 +79,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     end_like_ctrl_c()
     parser = argparse.ArgumentParser(
         prog="python -m bench.endpoint",
-        description="Accuracy over an endpoint against that in this process. Settings may follow as --section.key VALUE.",
+        usage="%(prog)s [MODEL] [options] [--section.key VALUE ...]",
+        description="Accuracy over an endpoint against that in this process.",
     )
-    parser.add_argument("model", nargs="?", default="geography")
     parser.add_argument("--questions", type=at_least(1), default=200)
     parser.add_argument("--open", type=at_least(1), default=8, metavar="N", help="episodes at once")
     parser.add_argument("--results", type=results_folder, help="folder for endpoint_accuracy.json")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
     options, flags = parser.parse_known_args(argv)
+    # not one of argparse's: without MODEL it would take the first setting's value for it
+    model = flags.pop(0) if flags and not flags[0].startswith("-") else "geography"
     with tempfile.TemporaryDirectory(prefix="l0fast-bench-") as folder:
         plan = Plan(
-            model=options.model,
+            model=model,
             endpoint=None,
             flags=(),
             benchmarks=(BENCHMARK,),
