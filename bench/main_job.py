@@ -9,12 +9,11 @@ the machine, a table and one JSON line; with --results also writes main_job.json
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench.ending import end_like_ctrl_c
+from bench.ending import end_like_ctrl_c, run_to_its_end
 from bench.machine import machine
 from bench.results_folder import results_folder
 from l0fast.report.plots import compare_plot
@@ -75,8 +74,16 @@ def main() -> None:
 def run(run_dir: Path, args: list[str]) -> dict[str, Any]:
     """The summary of a run, made now unless it is there."""
     if not (run_dir / "summary.json").exists():
-        subprocess.run([sys.executable, "-m", "l0fast.run", *args, "--run-dir", str(run_dir)], check=True)
-    return json.loads((run_dir / "summary.json").read_text())
+        code = run_to_its_end([sys.executable, "-m", "l0fast.run", *args, "--run-dir", str(run_dir)])
+        if code:
+            sys.exit(f"bench.main_job: the run in {run_dir} ended with exit code {code}: see above")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    if not summary.get("finished", True):
+        sys.exit(
+            f"bench.main_job: the run in {run_dir} was told to end before its end: delete the folder to have it run again, or "
+            f"go on with it first: python -m l0fast.run --resume {run_dir}"
+        )
+    return summary
 
 
 if __name__ == "__main__":

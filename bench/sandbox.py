@@ -41,7 +41,7 @@ from typing import Any
 import uvloop
 
 from bench.at_least import at_least, more_than_0
-from bench.ending import end_like_ctrl_c
+from bench.ending import end_like_ctrl_c, run_to_its_end
 from bench.machine import machine
 from bench.own_daemon import own_daemon
 from bench.results_folder import results_folder
@@ -624,7 +624,8 @@ def main() -> None:
             own = stack.enter_context(own_daemon())
             os.environ["DOCKER_HOST"] = own.host
             build = [sys.executable, "-m", "l0fast.sandbox.image", "build", "--packages", *PRELOAD]
-            subprocess.run(build, check=True, stdout=sys.stderr)
+            if code := run_to_its_end(build, stdout=sys.stderr):
+                sys.exit(f"bench.sandbox: no image was built, exit code {code}: see above")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             results = runner.run(measure(options))
     if not options.soak:
