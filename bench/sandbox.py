@@ -25,6 +25,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import socket
 import statistics
 import struct
@@ -34,6 +35,7 @@ import textwrap
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ from bench.machine import machine
 from bench.own_daemon import own_daemon
 from bench.results_folder import results_folder
 from l0fast.config import SandboxConfig
+from l0fast.errors import L0fastError
 from l0fast.loop_lag import LoopLag
 from l0fast.metrics import ProcessTreeMemory, descendants
 from l0fast.sandbox.base import Session, ToolSpec
@@ -619,6 +622,23 @@ def main() -> None:
     )
     parser.add_argument("--results", type=results_folder, help="folder for sandbox.json or sandbox_soak.json")
     options = parser.parse_args()
+    if not (options.soak or (shutil.which("bwrap") and find_spec("ipykernel"))):
+        parser.error(
+            "L0's way needs bubblewrap (Debian: apt-get install bubblewrap) and pip install -e '.[bench]': install them"
+        )
+    try:
+        results = run(options)
+    except L0fastError as e:
+        sys.exit(f"bench.sandbox: {e}")
+    if not options.soak:
+        show(results)
+    if options.results:
+        name = "sandbox_soak.json" if options.soak else "sandbox.json"
+        (options.results / name).write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results))
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         if options.own_daemon:
             own = stack.enter_context(own_daemon())
@@ -627,13 +647,7 @@ def main() -> None:
             if code := run_to_its_end(build, stdout=sys.stderr):
                 sys.exit(f"bench.sandbox: no image was built, exit code {code}: see above")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            results = runner.run(measure(options))
-    if not options.soak:
-        show(results)
-    if options.results:
-        name = "sandbox_soak.json" if options.soak else "sandbox.json"
-        (options.results / name).write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results))
+            return runner.run(measure(options))
 
 
 if __name__ == "__main__":

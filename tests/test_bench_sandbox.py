@@ -1,9 +1,12 @@
-"""What the soak of the sandbox says of a daemon."""
+"""What the soak of the sandbox says of a daemon, and what is said where there is none."""
 
 import os
 import subprocess
 import sys
 
+import pytest
+
+from bench import sandbox
 from bench.sandbox import _held_by, processes_of_daemon
 
 SHIM = "open('/proc/self/comm', 'w').write('containerd-shim')\nprint(flush=True)\ninput()"
@@ -21,3 +24,20 @@ def test_a_daemon_is_who_listens_and_every_containerd_and_shim_for_as_long_as_th
             process.kill()
     assert _held_by([process.pid]) == (0, 0, 0)
     assert process.pid not in processes_of_daemon(os.getpid())
+
+
+@pytest.mark.parametrize(
+    ("soak", "lacks", "sentence"),
+    [
+        (["--soak", "1"], "", "bench.sandbox: no Docker daemon answers (unix:///nowhere"),
+        ([], "ipykernel", "bench.sandbox: error: L0's way needs bubblewrap "),
+    ],
+)
+def test_what_is_lacking_is_one_sentence_before_anything_is_measured(monkeypatch, capsys, soak, lacks, sentence):
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")
+    monkeypatch.setattr(sandbox, "find_spec", lambda name: None if name == lacks else True)
+    monkeypatch.setattr("sys.argv", ["bench.sandbox", *soak])
+    with pytest.raises(SystemExit) as ended:
+        sandbox.main()
+    said = capsys.readouterr().err if ended.value.code == 2 else str(ended.value.code)
+    assert sentence in said.splitlines()[-1]
