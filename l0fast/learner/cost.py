@@ -6,7 +6,7 @@ Memory of one of n ranks (FSDP2, P parameters of which P_layer in a decoder laye
     gradients        4 P / n                       fp32: they add up over packs
     AdamW            8 P / n                       two fp32 moments
     reference        2 P / n                       a second model, frozen, bf16, where kl_coef > 0
-    critic           16 (P - head) / n             where it is a trained copy of the model
+    critic           (4 P + 12 (P - head)) / n     where it is a copy of the model; its head is not trained
     unsharded        2 (P_root + 2 P_layer)        bf16: this layer and the next one on its way; the root stays
     backward         2 P_root + 8 P_layer          bf16 gradients of the root; of two layers, one of which is being reduced in fp32
     activations      T (layers A), or checkpointed T (2 D layers + A), A bytes a token and layer (`activation_bytes`)
@@ -14,8 +14,8 @@ Memory of one of n ranks (FSDP2, P parameters of which P_layer in a decoder laye
     engine           its share of the GPU          2 P of weights in bf16, the rest for KV: 4 layers kv_heads head_dim a token
     other            CUDA context, libraries, what the allocator can't use
 
-With LoRA the master weights are frozen: gradients, moments, the reduced gradients and the root's are the additions' alone, and
-the reference is the model without them.
+With LoRA the master weights are frozen: gradients, moments, the reduced gradients and the root's are the additions' alone, a
+critic's too, and the reference is the model without them.
 
 FLOPs of a step with N tokens laid out, R of them sampled and S (query, key) pairs of attention, W weights in the layers' matmuls:
 
@@ -289,7 +289,9 @@ def memory_parts(shape: ModelShape, setup: Setup) -> dict[str, float]:
         "gradients": 4 * trained * on_gpu,
         "AdamW moments": 8 * trained * on_gpu,
         "reference": 2 * shape.parameters * on_gpu if setup.second_model else 0.0,
-        "critic": 16 * shape.backbone_parameters * on_gpu if setup.critic == "copy" else 0.0,
+        "critic": (4 * (shape.parameters + lora) + 12 * (lora or shape.backbone_parameters)) * on_gpu
+        if setup.critic == "copy"
+        else 0.0,
         "unsharded weights": 2 * (shape.root_parameters + 2 * shape.layer_parameters),
         "gradients under way": 2 * root_gradients + 8 * layer_gradients,
         # the root keeps its output, its norm and the predictors' states with their gradient
@@ -322,15 +324,15 @@ def flops(shape: ModelShape, work: Workload, setup: Setup) -> dict[str, float]:
     attention = shape.flops_per_pair * work.pairs
     head = 2 * work.episodes * work.sampled * shape.hidden * shape.vocab
     forward = matmuls + attention
-    backward = 2 * matmuls + 2.5 * attention
+    # frozen weights need no gradient of their own
+    trained = 1 if not setup.lora_rank else 0.5
+    backward = 2 * matmuls * trained + 2.5 * attention
     again = forward if setup.checkpointing else 0.0
     ask = forward * (1 + (setup.minibatches > 1))
     critic = {"none": 0.0, "head": ask + forward, "copy": ask + forward + backward + again}[setup.critic]
-    # frozen weights need no gradient of their own
-    trained = 1 if not setup.lora_rank else 0.5
     return {
         "forward": forward,
-        "backward": 2 * matmuls * trained + 2.5 * attention,
+        "backward": backward,
         "computed again": again,
         "policy head": (3 if trained == 1 else 2) * head,
         "reference": forward + head if setup.reference else 0.0,
@@ -351,7 +353,7 @@ def seconds(shape: ModelShape, work: Workload, setup: Setup, rates: Rates) -> di
     # bf16 weights for forward, for backward and for each pass without one; fp32 gradients
     copy, several = setup.critic == "copy", setup.minibatches > 1
     gathers = 2 + setup.reference + several + (setup.critic != "none") * (2 + several) + copy
-    trained = shape.lora_parameters(setup.lora_rank) if setup.lora_rank else parameters * (1 + copy)
+    trained = (shape.lora_parameters(setup.lora_rank) if setup.lora_rank else parameters) * (1 + copy)
     moved = rounds * share_of_others * (2 * gathers * parameters + 4 * trained)
     moving = moved / (rates.link_gb_s * 1e9)
     if setup.offload:

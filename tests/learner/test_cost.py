@@ -11,9 +11,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from l0fast.config import RunConfig
+from l0fast.config import LearnerConfig, RunConfig
 from l0fast.learner import cost
 from l0fast.learner.cost import GIB, SHAPES, ModelShape, Setup, Workload
+from l0fast.learner.critic import CriticModel
+from l0fast.learner.policy_model import PolicyModel
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "Qwen3-0.6B": Qwen3Config(
@@ -203,6 +205,35 @@ def test_lora_trains_the_additions_alone():
     assert lora["reference"] == 0 < whole["reference"]
     assert lora["policy head"] == 1024 * 152_064 * 6
     assert lora["activations"] == whole["activations"]
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("config", OTHERS[::2], ids=["untied", "tied"])
+def test_a_copy_takes_what_its_parameters_do(config, lora_rank, tmp_path):
+    pytest.importorskip("peft")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    learner = LearnerConfig(critic="copy", lora_rank=lora_rank, kl_coef=0)
+    critic = CriticModel(PolicyModel(tmp_path, learner, num_steps=1, temperature=1.0))
+    assert critic._copy is not None
+    count = lambda parameters: sum(p.numel() for p in parameters)  # noqa: E731
+    trained = count(critic.trained.values()) - count(critic.head.parameters())
+    shape = ModelShape.from_config(config.to_dict())
+    parts = cost.memory_parts(shape, setup(gpus=1, critic="copy", lora_rank=lora_rank))
+    # with a gradient and two moments
+    assert parts["critic"] == 4 * count(critic._copy.parameters()) + 12 * trained
+
+
+def test_a_copy_that_has_additions_moves_their_gradients_alone():
+    shape, work = SHAPES["Qwen3-0.6B"], Workload(episodes=16, tokens=8192, sampled=1000)
+    once = cost.flops(shape, work, setup(critic="copy", lora_rank=8))
+    assert once["critic"] == pytest.approx(2 * once["forward"] + once["backward"])
+    slow = cost.Rates(link_gb_s=1)
+    moving, alone = (
+        cost.seconds(shape, work, setup(critic=critic, lora_rank=8), slow)["forward and backward"]
+        for critic in ("copy", "none")
+    )
+    moved = 2 * 3 * shape.parameters + 4 * shape.lora_parameters(8)
+    assert moving - alone == pytest.approx(2 * moved * 7 / 8 / 1e9)
 
 
 def test_what_is_offloaded_is_in_main_memory():
