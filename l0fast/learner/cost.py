@@ -24,7 +24,8 @@ FLOPs of a step with N tokens laid out, R of them sampled and S (query, key) pai
     checkpointing  another forward of the layers   reference, and log-probs of before several steps: a forward and 2 R D V each
     critic  a forward to ask it, and before several steps one more; to fit a head another one, to fit a copy what the policy takes
 
-Seconds divide FLOPs by a rate that was measured or is declared. FSDP gathers the weights twice a pack and reduces gradients once;
+Seconds divide FLOPs by a rate that was measured or is declared. FSDP gathers the weights twice a pack and reduces gradients once,
+and each optimizer step of a batch has a pack a rank at least;
 that goes on beside the matmuls, so of the two the longer counts. Estimates are for planning: within some 10 % where the
 allocator behaves; what was seen in a run is in its metrics.
 """
@@ -345,10 +346,11 @@ def seconds(shape: ModelShape, work: Workload, setup: Setup, rates: Rates) -> di
     """Of one step: the longer of computing and moving weights, then optimizer and weight sync [s]."""
     n, parameters = setup.gpus, shape.parameters
     computing = sum(flops(shape, work, setup).values()) / (n * rates.tflops * 1e12)
-    packs = max(1, math.ceil(work.laid_out / setup.pack_tokens))
-    rounds = math.ceil(packs / n)
-    # the last round may leave ranks idle
-    computing *= rounds * n / packs
+    # each optimizer step's part of the batch is dealt by itself, and has a row at least
+    parts = max(1, min(setup.minibatches, math.floor(work.episodes * work.rows)))
+    rounds = parts * math.ceil(work.laid_out / parts / setup.pack_tokens / n)
+    # packs are made alike for all ranks to have one, as far as rows allow; else a round leaves ranks idle
+    computing *= max(1, rounds * n * work.tokens / work.rows / work.laid_out)
     share_of_others = (n - 1) / n
     # bf16 weights for forward, for backward and for each pass without one; fp32 gradients
     copy, several = setup.critic == "copy", setup.minibatches > 1

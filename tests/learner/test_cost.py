@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +16,7 @@ from l0fast.config import LearnerConfig, RunConfig
 from l0fast.learner import cost
 from l0fast.learner.cost import GIB, SHAPES, ModelShape, Setup, Workload
 from l0fast.learner.critic import CriticModel
+from l0fast.learner.packing import Row, balance, cut, pack_rows
 from l0fast.learner.policy_model import PolicyModel
 
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -270,6 +272,42 @@ def test_seconds_by_hand():
     assert cost.seconds(shape, work, setup(), slow)["forward and backward"] == pytest.approx(
         2 * 8 * 596_049_920 * 7 / 8 / 1e9
     )
+
+
+@pytest.mark.parametrize(("minibatches", "pack_tokens"), [(1, 8192), (1, 1000), (4, 8192), (4, 500), (100, 8192)])
+def test_rounds_are_those_in_which_packs_are_dealt(minibatches: int, pack_tokens: int):
+    none = np.zeros(1, np.float32)
+    groups = [
+        [
+            Row(
+                token_ids=np.full(100, 4 * g + i),
+                predictors=np.array([98]),
+                advantages=none,
+                sampler_logprobs=none,
+                loss_weights=none + 1,
+                turns=none.astype(np.int32),
+            )
+            for i in range(4)
+        ]
+        for g in range(8)
+    ]
+    parts = cut(groups, minibatches)
+    dealt = [balance(pack_rows(part, pack_tokens, num_ranks=2), 2) for part in parts]
+    rounds = sum(max(map(len, packs)) for packs in dealt)
+    shape, work = SHAPES["Qwen3-0.6B"], Workload(episodes=32, tokens=100, sampled=10)
+    s = cost.seconds(
+        shape, work, setup(gpus=2, minibatches=minibatches, pack_tokens=pack_tokens), cost.Rates(link_gb_s=1)
+    )
+    gathers = 2 + (minibatches > 1)
+    moved = rounds * (2 * gathers + 4) * shape.parameters / 2
+    assert s["forward and backward"] == pytest.approx(moved / 1e9)
+    # of a part's rows each rank has as many, or where it is one row one has none
+    fast = cost.seconds(
+        shape, work, setup(gpus=2, minibatches=minibatches, pack_tokens=pack_tokens), cost.Rates(link_gb_s=1e9)
+    )
+    flops = sum(cost.flops(shape, work, setup(minibatches=minibatches)).values())
+    idle = 2 if len(parts) == 32 else 1
+    assert fast["forward and backward"] == pytest.approx(idle * flops / 2 / 400e12)
 
 
 shapes = st.sampled_from(sorted(SHAPES))
