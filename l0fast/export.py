@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
+from l0fast.hub import weight_files
+from l0fast.ipc import tensor_shapes
 from l0fast.run_dir import checkpoints, read_driver_state
 
 if TYPE_CHECKING:
@@ -99,14 +101,11 @@ def trained_weights(checkpoint: Path, model: Path, config: Mapping[str, Any]) ->
     if not learner.lora_rank:
         return saved
     from safetensors.torch import load_file
-    from transformers import AutoConfig
 
     from l0fast.learner import lora
 
-    weights = {name: tensor for file in sorted(model.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    if AutoConfig.from_pretrained(model, local_files_only=True).tie_word_embeddings:
-        # some files have it twice
-        weights.pop("lm_head.weight", None)
+    names = tensor_shapes(model)
+    weights = {n: tensor for file in weight_files(model) for n, tensor in load_file(file).items() if n in names}
     for name in [name for name in weights if name.endswith(".weight")]:
         a, b = lora.adapters_of(f"{name.removesuffix('.weight')}.base_layer.weight") or ("", "")
         if a in saved:

@@ -32,9 +32,20 @@ def cached_model(name: str) -> Path | None:
 
 def _is_whole(folder: Path) -> bool:
     """Not left half-way, and not a tokenizer alone: the hub's cache keeps such folders, too."""
-    index = folder / "model.safetensors.index.json"
-    weights = set(orjson.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    return all((folder / name).exists() for name in ("config.json", *weights))
+    return all(path.exists() for path in (folder / "config.json", *weight_files(folder)))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model folder that its weights are in, as transformers chooses them: a folder may hold more, such as a copy
+    in another form. Raises UsageError where it can't be known.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():
+        return [whole]
+    try:
+        return sorted({folder / name for name in orjson.loads(index.read_bytes())["weight_map"].values()})
+    except (OSError, ValueError, KeyError) as e:
+        raise UsageError(f"{index} can't be read ({e!r}): copy or save the model again") from e
 
 
 def download_model(name: str) -> Path:

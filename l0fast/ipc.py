@@ -43,6 +43,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from l0fast.errors import UsageError, WorldError
+from l0fast.hub import weight_files
 from l0fast.signs import Sign, SignPage, sign_page
 
 if TYPE_CHECKING:
@@ -535,7 +536,7 @@ def shared_weights(model_path: Path) -> Iterator[SharedWeights]:
         UsageError: the folder has no readable safetensors.
     """
     specs, end = [], _HEADER_BYTES
-    for name, shape in _tensor_shapes(model_path).items():
+    for name, shape in tensor_shapes(model_path).items():
         specs.append(TensorSpec(name, shape, "float32", end))
         end += -(-4 * _num_elements(shape) // _ALIGN_BYTES) * _ALIGN_BYTES
     fd = os.memfd_create("l0fast-weights", os.MFD_CLOEXEC)
@@ -548,14 +549,10 @@ def shared_weights(model_path: Path) -> Iterator[SharedWeights]:
         os.close(fd)
 
 
-def _tensor_shapes(model_path: Path) -> dict[str, tuple[int, ...]]:
-    files = sorted(model_path.glob("*.safetensors"))
-    if not files:
-        raise UsageError(
-            f"{model_path} has no *.safetensors: give a model folder in Hugging Face form, saved with save_pretrained()"
-        )
+def tensor_shapes(model_path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model folder's parameters; tied ones once. Raises UsageError."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
+    for file in weight_files(model_path):
         try:
             with file.open("rb") as f:
                 (head_bytes,) = struct.unpack("<Q", f.read(8))
@@ -564,7 +561,9 @@ def _tensor_shapes(model_path: Path) -> dict[str, tuple[int, ...]]:
                 head = orjson.loads(f.read(head_bytes))
         except (OSError, ValueError, struct.error) as e:
             raise UsageError(f"{file} is not a readable safetensors file ({e}): copy or save the model again") from e
-        shapes |= {name: tuple(t["shape"]) for name, t in head.items() if name != "__metadata__"}
+        # the frequencies, which the first Llamas' files have, are no parameter
+        names = [name for name in head if name != "__metadata__" and not name.endswith(".rotary_emb.inv_freq")]
+        shapes |= {name: tuple(head[name]["shape"]) for name in names}
     try:
         tied = orjson.loads((model_path / "config.json").read_bytes()).get("tie_word_embeddings", False)
     except (OSError, ValueError) as e:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from l0fast.config import LearnerConfig, RunConfig
 from l0fast.errors import UsageError
 from l0fast.export import DTYPES, export, find_checkpoint, main
+from l0fast.ipc import shared_weights
 from l0fast.learner.checkpoint import Checkpoints
 from l0fast.learner.policy_model import PolicyModel
 
@@ -98,6 +99,21 @@ def test_a_file_that_has_tied_weights_twice_is_no_other_model(policy_folder: Pat
     head = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
     save_file(weights | head, twice / "model.safetensors", metadata={"format": "pt"})
     policy = saved(tmp_path / "run", twice, lora_rank=lora_rank)
+    export(find_checkpoint(tmp_path / "run"), tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == dict(policy.weights()).keys()
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_what_a_folder_holds_beside_its_parameters_is_left_out(policy_folder: Path, tmp_path: Path, lora_rank: int):
+    pytest.importorskip("peft")
+    more = shutil.copytree(policy_folder, tmp_path / "more")
+    weights = load_file(more / "model.safetensors")
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    save_file(weights | frequencies, more / "model.safetensors", metadata={"format": "pt"})
+    save_file({"tok_embeddings.weight": torch.ones(7, 3)}, more / "consolidated.safetensors")
+    policy = saved(tmp_path / "run", more, lora_rank=lora_rank)
+    with shared_weights(more) as shared:
+        policy.publish(shared.tensors())
     export(find_checkpoint(tmp_path / "run"), tmp_path / "out")
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == dict(policy.weights()).keys()
 

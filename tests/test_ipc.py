@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from l0fast.errors import EngineError, UsageError
 from l0fast.ipc import Channel, SharedBytes, SharedWeights, _encode, shared_bytes, shared_weights, spawn_worker
@@ -412,6 +412,19 @@ def test_the_layout_is_the_files_in_fp32_with_tied_weights_once(model_folder):
     (model_folder / "config.json").write_text("{}")
     with shared_weights(model_folder) as weights:
         assert "lm_head.weight" in weights.tensors()
+
+
+def test_what_a_folder_holds_beside_its_parameters_has_no_room(model_folder):
+    file = model_folder / "model.safetensors"
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    save_file(load_file(file) | frequencies, model_folder / "model-1.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(file), "model-1.safetensors")}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    # as Mistral ships them
+    save_file({"tok_embeddings.weight": torch.ones(7, 3)}, model_folder / "consolidated.safetensors")
+    file.unlink()
+    with shared_weights(model_folder) as weights:
+        assert weights.tensors().keys() == {"model.embed_tokens.weight", "model.norm.weight"}
 
 
 def test_what_a_child_writes_is_seen_here_without_copies(spawn, model_folder):

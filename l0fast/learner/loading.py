@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from l0fast.config import LearnerConfig
 from l0fast.errors import UsageError
+from l0fast.hub import weight_files
 from l0fast.learner import attention, lora
 
 log = logging.getLogger(__name__)
@@ -211,9 +212,7 @@ def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 @contextmanager
 def _tensor_files(model_path: Path) -> Iterator[dict[str, Any]]:
     """name -> a slice of a file that reads the rows it is indexed with"""
-    files = [safe_open(file, "pt") for file in sorted(model_path.glob("*.safetensors"))]
-    if not files:
-        raise ValueError("it has no *.safetensors")
+    files = [safe_open(file, "pt") for file in weight_files(model_path)]
     yield {name: file.get_slice(name) for file in files for name in file.keys()}
 
 
