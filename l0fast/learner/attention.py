@@ -72,6 +72,8 @@ class PackLayout:
     max_prefix: int
     max_family: int
     """Longest stretch, prefix, and branches of a family laid end to end [tokens]."""
+    max_row: int
+    """Longest row: a branch with its prefix, or one that stands alone [tokens]."""
 
     @classmethod
     def of(cls, pack: Pack, device: torch.device | str = "cpu") -> "PackLayout":
@@ -98,6 +100,7 @@ class PackLayout:
             max_length=max(lengths),
             max_prefix=max(lengths[:num_families], default=0),
             max_family=max((b - a for a, b in pairwise(bounds)), default=0),
+            max_row=int(pack.position_ids.max()) + 1,
         )
 
 
@@ -112,6 +115,8 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one pack.
@@ -124,15 +129,24 @@ def packed_attention(
         [1, T, H, E], and None for the weights that are never made.
 
     Raises:
-        ValueError: no layout, stretches that don't cover the pack, a batch, a mask, dropout, a sliding window.
+        ValueError: no layout, stretches that don't cover the pack, a batch, a mask, dropout; a model whose attention is another:
+            with a window that is shorter than a row, with capped scores or sinks.
     """
     if layout is None:
         raise ValueError(f"{NAME} attention got no layout; pass layout=PackLayout.of(pack, device) to model.model(...)")
-    if query.shape[0] != 1 or attention_mask is not None or sliding_window is not None or dropout:
+    if query.shape[0] != 1 or attention_mask is not None or dropout:
         raise ValueError(
-            f"{NAME} attention takes one pack without mask, dropout or sliding window, got a batch of {query.shape[0]}, "
-            f"mask {None if attention_mask is None else list(attention_mask.shape)}, dropout {dropout}, window {sliding_window}; "
-            "lay rows end to end instead"
+            f"{NAME} attention takes one pack without mask or dropout, got a batch of {query.shape[0]}, "
+            f"mask {None if attention_mask is None else list(attention_mask.shape)}, dropout {dropout}; lay rows end to end instead"
+        )
+    if softcap is not None or s_aux is not None:
+        raise ValueError(
+            "the model's attention caps its scores or has sinks, which the learner's does not: take another model"
+        )
+    if sliding_window is not None and sliding_window < layout.max_row:
+        raise ValueError(
+            f"a row has {layout.max_row} tokens, but the model's attention a window of {sliding_window}, which the learner's has "
+            f"not: set --agent.context-tokens to {sliding_window} or less, or take another model"
         )
     if sum(layout.lengths) != query.shape[2]:
         raise ValueError(
@@ -320,6 +334,7 @@ def self_test(ops: FlashOps, device: str) -> float:
         max_length=130,
         max_prefix=40,
         max_family=133,
+        max_row=170,
     )
     generator = torch.Generator().manual_seed(0)
     T = ends[-1]

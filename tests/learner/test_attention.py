@@ -213,7 +213,9 @@ def test_stock_packing_by_position_ids_is_wrong_for_shared_prefixes(models, fami
         ({"layout": None}, "got no layout"),
         ({"layout": PackLayout.of(pack_of([], [], [3]))}, "covers 3 tokens but the pack has 4"),
         ({"dropout": 0.1}, "dropout 0.1"),
-        ({"sliding_window": 8}, "window 8"),
+        ({"sliding_window": 3}, "context-tokens to 3 or less"),
+        ({"softcap": 50.0}, "caps its scores"),
+        ({"s_aux": torch.zeros(4)}, "sinks"),
         ({"attention_mask": torch.zeros(1, 1, 4, 4)}, r"mask \[1, 1, 4, 4\]"),
     ],
 )
@@ -222,6 +224,17 @@ def test_what_is_no_plain_pack_is_refused(change, remedy):
     kwargs = {"attention_mask": None, "layout": PackLayout.of(pack_of([], [], [4]))} | change
     with pytest.raises(ValueError, match=remedy):
         attention.packed_attention(torch.nn.Identity(), x, x, x, **kwargs)
+
+
+def test_a_window_that_no_row_is_longer_than_changes_nothing():
+    x = torch.randn(1, 2, 12, 8)
+    # a prefix of 5 with branches of 2 and 1, and a row of 4
+    layout = PackLayout.of(pack_of([5], [[2, 1]], [4]))
+    plain, _ = attention.packed_attention(torch.nn.Identity(), x, x, x, None, layout=layout)
+    windowed, _ = attention.packed_attention(torch.nn.Identity(), x, x, x, None, layout=layout, sliding_window=7)
+    assert torch.equal(plain, windowed)
+    with pytest.raises(ValueError, match="a row has 7 tokens"):
+        attention.packed_attention(torch.nn.Identity(), x, x, x, None, layout=layout, sliding_window=6)
 
 
 def test_a_padded_batch_is_refused(models):
