@@ -35,6 +35,9 @@ from l0fast.learner import attention, lora
 
 log = logging.getLogger(__name__)
 
+_OF_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+"""Settings of models whose logits are not the head's product alone (Granite, Cohere, Gemma 2)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -108,6 +111,7 @@ def load_model(model_path: Path, config: LearnerConfig, place: Place, *, frozen:
             apply_liger(model_config.model_type)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention.NAME)
+    _check_head(model)
     if frozen:
         model.requires_grad_(False)
     elif config.lora_rank:
@@ -120,6 +124,21 @@ def load_model(model_path: Path, config: LearnerConfig, place: Place, *, frozen:
     with _named_failures(model_path):
         _fill(root, model_path, place, config)
     return root
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    """Raise UsageError where log-probs come of anything but the last hidden states and one matrix."""
+    head = getattr(model, "lm_head", None)
+    odd = [f"{name} = {value}" for name in _OF_LOGITS if (value := getattr(model.config, name, None)) not in (None, 1)]
+    if not hasattr(model, "model") or not isinstance(head, nn.Linear):
+        odd.append("no lm_head on a model")
+    elif head.bias is not None:
+        odd.append("a bias in lm_head")
+    if odd:
+        raise UsageError(
+            f"a {type(model).__name__} has {' and '.join(odd)}, which the learner does not know: take a model of another "
+            "architecture, such as Qwen's or Llama's"
+        )
 
 
 def apply_liger(model_type: str) -> None:

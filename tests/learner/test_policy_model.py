@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CohereConfig, GPT2Config, GraniteConfig, PhiConfig
 
 from l0fast.config import LearnerConfig
 from l0fast.errors import UsageError
@@ -14,6 +14,7 @@ from l0fast.learner.policy_model import PolicyModel, learning_rate
 from l0fast.segments import segments_of
 
 KL_COEF = 0.1
+TINY = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
 def policy_of(model_path, temperature=1.0, **settings):
@@ -488,3 +489,19 @@ def test_published_weights_are_the_models(policy):
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(UsageError, match="can't be loaded as a model"):
         PolicyModel(tmp_path, LearnerConfig(), num_steps=1, temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "odd"),
+    [
+        (GraniteConfig(logits_scaling=4.0, **TINY), "logits_scaling = 4.0"),
+        (CohereConfig(logit_scale=0.25, **TINY), "logit_scale = 0.25"),
+        (PhiConfig(**TINY), "a bias in lm_head"),
+        (GPT2Config(vocab_size=61, n_embd=32, n_head=4, n_layer=1), "no lm_head on a model"),
+    ],
+    ids=["granite", "cohere", "phi", "gpt2"],
+)
+def test_a_model_whose_logits_are_more_than_its_heads_product_is_refused(config, odd, tmp_path):
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=f"^a .* has {odd}, which the learner does not know"):
+        policy_of(tmp_path)
