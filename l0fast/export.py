@@ -40,7 +40,9 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def check_out(out: Path) -> None:
-    """Raise UsageError unless `out` is missing or an empty folder."""
+    """Raise UsageError unless `out` is missing or an empty folder, and not the one this is run in."""
+    if not out.name:
+        raise UsageError(f"an export makes its folder, and {out} is there already: give OUT a name")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there already, and an export never overwrites: choose another, or move it")
 

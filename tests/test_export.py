@@ -135,6 +135,13 @@ def test_a_folder_that_is_no_checkpoint_is_one_sentence(tmp_path: Path, capsys: 
     assert len(said.splitlines()) == 1
 
 
+def test_the_folder_one_is_in_is_no_place_and_that_is_one_sentence(run, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(run[0]), "."]) == 2
+    assert capsys.readouterr().err == "l0fast: an export makes its folder, and . is there already: give OUT a name\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_overwritten(run, tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
     for out in (tmp_path, tmp_path / "notes.txt"):
