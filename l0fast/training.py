@@ -140,12 +140,17 @@ async def _until_interrupted(work: Coroutine[Any, Any, None], live: Live) -> boo
 
 async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
     """Await `work`. When this is cancelled meanwhile, it is so only after `work` has ended."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await task
-        raise
+    task, cancelled = asyncio.ensure_future(work), None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as e:
+            # by Ctrl-C, say, and by what breaks beside it after that
+            cancelled = e
+    result = task.result()
+    if cancelled is not None:
+        raise cancelled
+    return result
 
 
 @dataclass(slots=True)

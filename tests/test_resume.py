@@ -292,7 +292,8 @@ def test_a_run_that_still_goes_on_is_left_alone(stopped: Path):
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def test_work_that_must_be_whole_ends_before_its_waiter_is_cancelled():
+@pytest.mark.parametrize("cancels", [1, 2, 3])
+def test_work_that_must_be_whole_ends_before_its_waiter_is_cancelled(cancels: int):
     log = []
 
     async def work():
@@ -303,7 +304,9 @@ def test_work_that_must_be_whole_ends_before_its_waiter_is_cancelled():
     async def main():
         waiter = asyncio.create_task(_to_its_end(work()))
         await asyncio.sleep(0)
-        waiter.cancel()
+        for _ in range(cancels):
+            waiter.cancel()
+            await asyncio.sleep(0)
         with pytest.raises(asyncio.CancelledError):
             await waiter
         log.append("cancelled")
@@ -516,6 +519,35 @@ def test_cancelled_while_the_learner_works_a_run_ends_with_a_whole_step_and_its_
     run = asyncio.run(main())
     assert [row["step"] for row in run.rows] == [1, 2, 3]
     assert run.ledger.saved[-2:] == [("save_checkpoint", "step_000003", 3, 6), ("save", "model")]
+
+
+def test_a_bug_in_an_episode_after_ctrl_c_cuts_no_step_short(tmp_path: Path):
+    """Each of them cancels the loop, which waits for the learner."""
+    interrupted = asyncio.Event()
+
+    async def before_episode(seed: int) -> None:
+        if len(run.agent.seeds) > 3 * 4:
+            # of no group that three steps learn from
+            await interrupted.wait()
+            raise KeyError("bug")
+
+    async def main() -> None:
+        task = asyncio.create_task(run())
+        await run.ledger.waits.wait()
+        task.cancel()
+        interrupted.set()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        run.ledger.may_go_on.set()
+        with pytest.raises(BaseExceptionGroup) as caught:
+            await task
+        assert caught.value.subgroup(KeyError)
+
+    rollout = SMALL["rollout"] | {"mode": "carry_over", "max_open_groups": 4}
+    run = Run(tmp_path / "run", Ledger(waits_at_step=3), Agent(before_episode), rollout=rollout)
+    asyncio.run(main())
+    assert [row["step"] for row in run.rows] == [1, 2, 3]
+    assert [told[:3] for told in run.ledger.saved[-2:]] == [("save_checkpoint", "step_000003", 3), ("save", "model")]
 
 
 def test_cancelled_while_agents_play_a_run_keeps_its_last_step(tmp_path: Path):
