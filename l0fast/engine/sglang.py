@@ -55,6 +55,7 @@ class SGLangEngine:
         self._engine, self._tm, self._io = engine, engine.tokenizer_manager, io_struct
         self._config, self._max_tokens = config, max_tokens
         self._vocab_size: int = self._tm.model_config.vocab_size
+        self._kv_tokens: int = engine._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"]
         self._has_sessions = hasattr(io_struct, "BeginWeightUpdateReqInput")
         """From 0.5.21: an update has a begin and an end, and what was retracted may wait for it."""
         self._retracts = self._has_sessions
@@ -314,7 +315,8 @@ class SGLangEngine:
         """As the scheduler has written it down last; sums of what was answered."""
         now = self._tm.load_snapshot_reader.read(0)
         if now is None:
-            return EngineLoad(running=0, waiting=0, used_tokens=0, max_tokens=0)
+            # nothing before its first request; the gate is open until it knows how much there is
+            return EngineLoad(running=0, waiting=0, used_tokens=0, max_tokens=self._kv_tokens)
         # from 0.5.21
         prefilled = getattr(now, "total_prefill_uncached_tokens", 0)
         decoding = getattr(now, "decode_moments", None) or [0.0] * 6

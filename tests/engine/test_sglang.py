@@ -13,6 +13,7 @@ import tempfile
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,6 +110,13 @@ async def all_of(engine: SGLangEngine, prompts: list[list[int]], sampling: Sampl
     async with asyncio.TaskGroup() as tg:
         tasks = [tg.create_task(engine.generate(p, sampling, conversation=str(i))) for i, p in enumerate(prompts)]
     return [task.result() for task in tasks]
+
+
+def test_the_gate_knows_how_large_the_cache_is_before_the_scheduler_has_said_anything(running, engine, monkeypatch):
+    running.run(engine.generate(PROMPT, sampling(2), conversation="first"))
+    said = engine.load().max_tokens
+    monkeypatch.setattr(engine._tm, "load_snapshot_reader", SimpleNamespace(read=lambda rank: None))
+    assert engine.load().max_tokens == said > 0
 
 
 def test_greedy_ids_are_transformers(running, engine, model):
