@@ -190,7 +190,8 @@ class Admission:
 
     def observe(self, load: EngineLoad) -> None:
         """What the engine says of itself; the more often, the sooner `fill` is right."""
-        self.max_tokens = load.max_tokens
+        # one that is down, with nobody beside it, has none until it is back
+        self.max_tokens = load.max_tokens or self.max_tokens
         last, self._last = self._last, load
         if last is None:
             return

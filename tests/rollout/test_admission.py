@@ -102,6 +102,17 @@ def test_new_episodes_wait_for_room_and_come_in_their_order():
     assert admission.admit(1.0)[:1] == ["2"]
 
 
+def test_an_engine_that_is_down_lets_nobody_in():
+    admission = Admission(max_tokens=1000, new_tokens=100)
+    for n in range(10):
+        admission.ask(str(n), 200, 0.0)
+    waiting = admission.num_waiting
+    assert waiting > 5
+    admission.observe(load(0))
+    assert admission.admit(1.0) == []
+    assert admission.num_waiting == waiting
+
+
 def test_next_turns_go_before_new_episodes_and_at_once_while_all_fits():
     admission = Admission(max_tokens=1000, new_tokens=100)
     assert admission.ask("a", 200, 0.0)
