@@ -55,6 +55,13 @@ class SlotModel:
         window = getattr(config, "sliding_window", None) or max_len
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or window < max_len:
             raise ValueError(f"{model_path} has sliding-window layers, which this engine does not have")
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope" and max_len > (short := rope["original_max_position_embeddings"]):
+            # its angles are others once a row of the batch is longer: what was kept, and who is beside it, would count
+            raise ValueError(
+                f"{model_path} has other angles in contexts of more than {short} tokens (longrope), which this engine does not "
+                f"have: set --agent.context-tokens to {short} or less"
+            )
         self.vocab_size: int = config.vocab_size
         self.max_len = max_len
         head = self.model.get_output_embeddings()

@@ -30,6 +30,14 @@ SIZES = {
     "vocab_size": VOCAB,
     "initializer_range": 0.25,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 24,
+    "short_factor": [1.0, 1.0, 1.0, 1.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
 
 
@@ -93,6 +101,15 @@ def test_sliding_windows_are_refused(tmp_path):
 def test_a_window_over_all_layers_is_refused_where_it_is_narrower_than_the_context(tmp_path):
     MistralForCausalLM(MistralConfig(**SIZES, sliding_window=24)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="sliding-window"):
+        SlotModel(tmp_path, num_slots=2, max_len=25)
+    SlotModel(tmp_path, num_slots=2, max_len=24).check()
+
+
+def test_angles_that_depend_on_the_longest_row_are_refused_where_a_row_may_be_as_long(tmp_path):
+    """A short row beside a long one would have other log-probs than alone, and so than the learner computes."""
+    config = LlamaConfig(**SIZES, rope_parameters=LONGROPE)
+    stirred(lambda: LlamaForCausalLM(config), seed=0).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"more than 24 tokens \(longrope\).*--agent.context-tokens to 24"):
         SlotModel(tmp_path, num_slots=2, max_len=25)
     SlotModel(tmp_path, num_slots=2, max_len=24).check()
 
