@@ -87,10 +87,12 @@ def read_recording(run_dir: Path, *, last_steps: int | None = None) -> Recording
     """What stands in a run's folder, of its last steps or of all. Takes some 10 ms a trajectory file.
 
     Raises:
-        UsageError: not a run's folder, or one without a whole step.
+        UsageError: not a run's folder, or one without a whole step; no number of steps.
     """
     config, rows = read_config(run_dir), read_metrics(run_dir)
     if last_steps is not None:
+        if last_steps < 1:
+            raise UsageError(f"the last {last_steps} steps are none: give a number above 0, or leave it out for all")
         rows = rows[-last_steps:]
     if not rows:
         raise UsageError(f"{run_dir} has no step that could be replayed: give the folder of a run that took some")

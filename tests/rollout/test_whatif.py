@@ -258,6 +258,12 @@ def test_one_step_is_too_few(runs):
         predict(runs["engine"], last_steps=1)
 
 
+@pytest.mark.parametrize("last_steps", [0, -1])
+def test_no_steps_are_not_all_of_them(runs, last_steps: int):
+    with pytest.raises(UsageError, match=f"the last {last_steps} steps are none: give a number above 0"):
+        predict(runs["engine"], last_steps=last_steps)
+
+
 def test_bench_simulate_prints_a_table_and_json(runs, capsys):
     assert bench_simulate.main([str(runs["engine"]), "--set", "engine.count=2", "--last-steps", "2"]) == 0
     out = capsys.readouterr().out
