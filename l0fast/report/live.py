@@ -6,7 +6,8 @@
     evaluation("before", {...})             held-out accuracy
     close(summary)                          the outcome, and how to read a trajectory
 
-Nothing here has a thread or a timer: it draws when it is told something, about a millisecond a step.
+Nothing here has a thread or a timer: it draws when it is told something, about a millisecond a step. A run goes on where
+nobody sees it any more: Ctrl-C ends the `tee` behind a pipe, too, and a terminal can be closed. The log has every line.
 """
 
 import shlex
@@ -15,6 +16,7 @@ import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from rich.live import Live as RichLive
 from rich.text import Text
 
 Metrics = Mapping[str, Any]
+
+_UNSEEN = (OSError, SystemExit)
+"""What comes of writing to nobody; of a broken pipe rich would end the process, and says no more there."""
 
 _COLUMNS = {
     "step": "step",
@@ -100,8 +105,7 @@ class Live:
         self._rows.append(row)
         if self._live is None:
             self._live = RichLive(console=self._console, auto_refresh=False)
-            self._live.start()
-        self._live.update(self._table(), refresh=True)
+        self._draw(self._live)
 
     def advice(self, text: str) -> None:
         """What would make a step shorter; shown below the table, or said where it is new. Empty: nothing would."""
@@ -109,7 +113,7 @@ class Live:
             return
         self._advice = text
         if self._live is not None:
-            self._live.update(self._table(), refresh=True)
+            self._draw(self._live)
             if text:
                 self._log(text)
         elif text:
@@ -134,14 +138,21 @@ class Live:
         self._print(line)
 
     def _print(self, line: str) -> None:
-        # not markup, not cut: a path in it can be copied
-        self._console.print(Text(line), soft_wrap=True)
-        if not self._console.is_terminal:
-            self._console.file.flush()
+        with suppress(*_UNSEEN):
+            # not markup, not cut: a path in it can be copied
+            self._console.print(Text(line), soft_wrap=True)
+            if not self._console.is_terminal:
+                self._console.file.flush()
+
+    def _draw(self, live: RichLive) -> None:
+        with suppress(*_UNSEEN):
+            live.start()
+            live.update(self._table(), refresh=True)
 
     def _stop(self) -> None:
         if self._live is not None:
-            self._live.stop()
+            with suppress(*_UNSEEN):
+                self._live.stop()
             self._live = None
 
     def _table(self) -> Text:

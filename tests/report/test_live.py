@@ -127,6 +127,25 @@ def test_advice_is_said_when_it_is_new_and_stays_below_the_table(row: Row):
     assert not any("was held" in line for line in shown), "that was the step before"
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(5, "Input/output error")])
+def test_a_run_goes_on_where_nobody_sees_it_any_more(row: Row, terminal: bool, error: OSError, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    # rich turns the descriptor of a pipe that broke to /dev/null
+    monkeypatch.setattr("rich.console.os.dup2", lambda *descriptors: None)
+    lines: list[str] = []
+    console = Console(file=Gone(), force_terminal=terminal, force_interactive=terminal, highlight=False)
+    with Live(4, console=console, log=lines.append) as live:
+        live.phase("starting")
+        live.step(row(1))
+        live.advice("sandboxes hold it up")
+        live.close({})
+    assert [line.split()[0] for line in lines] == ["0.0", "step", "sandboxes", "stopped"]
+
+
 def test_what_held_the_loop_is_named(row: Row):
     live = Live(4, console=Console(file=io.StringIO(), force_terminal=True, width=80))
     live.step(row(1) | {"loop/blocked_by": "l0fast/types.py:7 x", "loop/blocked_s": 0.31})  # pyright: ignore
