@@ -28,6 +28,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -213,7 +214,10 @@ class RunDir:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.close()
         if self.vanishes_with(error):
-            shutil.rmtree(self.path)
+            for entry in self.path.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            with suppress(OSError):  # a link, or where a volume is mounted, stays: empty, it is as free
+                self.path.rmdir()
 
     def vanishes_with(self, error: BaseException | None) -> bool:
         """Whether the folder goes when the run ends with this error.

@@ -87,6 +87,14 @@ def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path: Path, error
     check_free(tmp_path / "run")
 
 
+def test_a_link_to_a_folder_is_left_free_too(tmp_path: Path):
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "volume")
+    with pytest.raises(UsageError, match="no such image"):
+        end_with(RunDir.create(tmp_path / "run", RunConfig()), UsageError("no such image"))
+    check_free(tmp_path / "run")
+
+
 def test_what_was_done_before_a_usage_error_stays(tmp_path: Path):
     run_dir = RunDir.create(tmp_path / "run", RunConfig())
     run_dir.metrics({"step": 1})
