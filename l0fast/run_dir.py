@@ -28,7 +28,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -39,7 +39,7 @@ import tomli_w
 from pydantic import ConfigDict, TypeAdapter
 
 from l0fast.config import RunConfig
-from l0fast.errors import UsageError
+from l0fast.errors import UsageError, WorldError, boundary
 from l0fast.ids import Ids
 from l0fast.types import Group, Trajectory, Turn
 
@@ -92,7 +92,7 @@ class GroupRow:
 
 
 class RunDir:
-    """Writes a run's folder. Not for several threads at once, except `log`."""
+    """Writes a run's folder. Not for several threads at once, except `log`. What can't be written is a WorldError."""
 
     def __init__(self, path: Path, *, as_found: bool = False):
         self.path = path
@@ -165,13 +165,15 @@ class RunDir:
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Append one flat object; on disk when this returns."""
-        self._metrics.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY))
-        self._metrics.flush()
+        with self._writing("metrics.jsonl"):
+            self._metrics.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY))
+            self._metrics.flush()
 
     def groups(self, rows: Sequence[GroupRow]) -> None:
         """Append what became of some groups."""
-        self._groups.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
-        self._groups.flush()
+        with self._writing("groups.jsonl"):
+            self._groups.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
+            self._groups.flush()
 
     async def trajectories(
         self,
@@ -187,26 +189,34 @@ class RunDir:
         if advantages is not None and len(advantages) != len(trajectories):
             raise ValueError(f"{len(trajectories)} trajectories but advantages for {len(advantages)}")
         path = self.path / "trajectories" / f"{name}.jsonl"
-        await asyncio.to_thread(_write_trajectories, path, trajectories, advantages)
+        with self._writing(f"trajectories/{name}.jsonl"):
+            await asyncio.to_thread(_write_trajectories, path, trajectories, advantages)
         return path
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """Replace `summary.json`: a reader finds the old one or the new one, never half of it."""
         partial = self.path / ".summary.json.partial"
-        partial.write_bytes(
-            orjson.dumps(summary, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
-        )
-        os.replace(partial, self.path / "summary.json")
+        with self._writing("summary.json"):
+            partial.write_bytes(
+                orjson.dumps(
+                    summary, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
+                )
+            )
+            os.replace(partial, self.path / "summary.json")
 
     def log(self, text: str) -> None:
-        with self._log_lock:
+        # whoever tells of an error, or of Ctrl-C, has more to do: a full disk ends the run by what it can't do without
+        with self._log_lock, suppress(OSError):
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
             self._log.flush()
 
     def close(self) -> None:
-        self._metrics.close()
-        self._groups.close()
-        self._log.close()
+        for file in (self._metrics, self._groups, self._log):
+            with suppress(OSError):  # what could not be written, as was told
+                file.close()
+
+    def _writing(self, name: str) -> AbstractContextManager[None]:
+        return boundary(WorldError, f"write {self.path / name}")
 
     def __enter__(self) -> "RunDir":
         return self
@@ -224,12 +234,11 @@ class RunDir:
 
         Only while it ran did it show that a setting can't be used: the same command, set right, finds its folder free.
         """
-        holds_work = (
-            bool(checkpoints(self.path))
+        return _is_usage_error(error) and not (
+            checkpoints(self.path)
             or any((self.path / "trajectories").iterdir())
             or (self.path / "metrics.jsonl").stat().st_size > 0
         )
-        return _is_usage_error(error) and not holds_work
 
 
 def _not_yours(path: Path, error: OSError) -> UsageError:

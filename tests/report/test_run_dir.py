@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l0fast.config import RunConfig
-from l0fast.errors import UsageError
+from l0fast.errors import UsageError, WorldError
 from l0fast.ids import Ids
 from l0fast.run_dir import RunDir, check_free, read_config, read_metrics, read_summary, read_trajectories, step_name
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
@@ -93,6 +93,27 @@ def test_a_link_to_a_folder_is_left_free_too(tmp_path: Path):
     with pytest.raises(UsageError, match="no such image"):
         end_with(RunDir.create(tmp_path / "run", RunConfig()), UsageError("no such image"))
     check_free(tmp_path / "run")
+
+
+def on_a_full_disk(path: Path, name: str) -> RunDir:
+    """A run whose file can't be written any further."""
+    RunDir.create(path, RunConfig()).close()
+    (path / name).unlink()
+    (path / name).symlink_to("/dev/full")
+    return RunDir.resume(path)
+
+
+def test_what_can_not_be_written_ends_the_run_with_its_name(tmp_path: Path):
+    with (
+        pytest.raises(WorldError, match=r"could not write .*/metrics\.jsonl: .*No space left on device"),
+        on_a_full_disk(tmp_path / "run", "metrics.jsonl") as run_dir,
+    ):
+        run_dir.metrics({"step": 1})
+
+
+def test_a_log_that_can_not_be_written_keeps_nobody_from_going_on(tmp_path: Path):
+    with on_a_full_disk(tmp_path / "run", "log.txt") as run_dir:
+        run_dir.log("ending, as soon as the learner is between two steps")
 
 
 def test_what_was_done_before_a_usage_error_stays(tmp_path: Path):
