@@ -31,6 +31,7 @@ PURPLE, SKY, YELLOW, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#999999"
 OUTCOMES = {
     "one_hop_only": ("stopped after one hop", ORANGE),
     "wrong_field": ("wrong field", SKY),
+    "wrong": ("wrong", VERMILION),
     "invented_or_miscopied": ("invented or miscopied", VERMILION),
     "no_answer": ("no answer", PURPLE),
     "failed": ("failed (sandbox, engine, deadline)", GREY),
@@ -152,16 +153,18 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
     import matplotlib.pyplot as plt
 
     outcomes = [row for row in rows if "rollout/correct" in row and any(f"outcome/{o}" in row for o in OUTCOMES)]
-    heights = [3, 1.7] if outcomes else [1]
+    # what can go wrong depends on what is asked
+    wrong = {name: shown for name, shown in OUTCOMES.items() if any(row.get(f"outcome/{name}") for row in outcomes)}
+    heights = [3, 1.7] if wrong else [1]
     fig, axes = plt.subplots(
         len(heights),
         1,
-        figsize=(8.4, 5.6 if outcomes else 3.8),
+        figsize=(8.4, 5.6 if wrong else 3.8),
         height_ratios=heights,
         sharex=True,
         layout="constrained",
     )
-    ax, *below = axes if outcomes else [axes]
+    ax, *below = axes if wrong else [axes]
     points = curve_points(rows, summary)
     ax.plot(*_series(rows, "rollout/reward"), color=GREY, lw=1, label="training, reward")
     ax.plot(*_series(rows, "rollout/correct"), color=SKY, lw=1.2, label="training, right answers")
@@ -173,8 +176,8 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
         _add_seconds_axis(ax, seconds)
     if below:
         steps = [row["step"] for row in outcomes]
-        shares = [[row.get(f"outcome/{name}", 0.0) for row in outcomes] for name in OUTCOMES]
-        labels, colours = zip(*OUTCOMES.values(), strict=True)
+        shares = [[row.get(f"outcome/{name}", 0.0) for row in outcomes] for name in wrong]
+        labels, colours = zip(*wrong.values(), strict=True)
         below[0].stackplot(steps, shares, labels=labels, colors=colours, edgecolor="white", lw=0.4)
         below[0].set(ylabel="share of training\nepisodes", ylim=(0, None))
         handles, names = below[0].get_legend_handles_labels()

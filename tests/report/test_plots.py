@@ -88,6 +88,16 @@ def test_the_learning_curve_shows_accuracy_reward_and_what_went_wrong(run_dir: P
     matplotlib.pyplot.close(fig)
 
 
+def test_wrong_answers_to_questions_of_ones_own_are_among_what_went_wrong():
+    shares = {"outcome/right": 0.3, "outcome/wrong": 0.6, "outcome/no_answer": 0.1, "outcome/failed": 0.0}
+    fig = learning_curve([{"step": step, "rollout/correct": 0.3, **shares} for step in (1, 2)], {})
+    _, wrong = fig.axes
+    assert [text.get_text() for text in wrong.get_legend().get_texts()] == ["no answer", "wrong"]
+    top = max(path.vertices[:, 1].max() for bands in wrong.collections for path in bands.get_paths())
+    assert top == pytest.approx(0.7)
+    matplotlib.pyplot.close(fig)
+
+
 def test_the_second_axis_tells_recorded_seconds(run_dir: Path):
     rows = [row | {"time/since_start_s": 20.0 + 5 * row["step"]} for row in read_metrics(run_dir) if row["step"]]
     fig = learning_curve(rows, read_summary(run_dir))
