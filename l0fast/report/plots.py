@@ -166,8 +166,10 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
     )
     ax, *below = axes if wrong else [axes]
     points = curve_points(rows, summary)
-    ax.plot(*_series(rows, "rollout/reward"), color=GREY, lw=1, label="training, reward")
-    ax.plot(*_series(rows, "rollout/correct"), color=SKY, lw=1.2, label="training, right answers")
+    # a line through one point can't be seen
+    marker = "." if len(rows) == 1 else None
+    ax.plot(*_series(rows, "rollout/reward"), color=GREY, lw=1, marker=marker, label="training, reward")
+    ax.plot(*_series(rows, "rollout/correct"), color=SKY, lw=1.2, marker=marker, label="training, right answers")
     _held_out_curves(ax, points, BLUE, "held-out, ")
     _finish_accuracy(ax)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -176,6 +178,9 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
         _add_seconds_axis(ax, seconds)
     if below:
         steps = [row["step"] for row in outcomes]
+        if len(steps) == 1:
+            # nor an area above one
+            outcomes, steps = outcomes * 2, [steps[0] - 0.25, steps[0] + 0.25]
         shares = [[row.get(f"outcome/{name}", 0.0) for row in outcomes] for name in wrong]
         labels, colours = zip(*wrong.values(), strict=True)
         below[0].stackplot(steps, shares, labels=labels, colors=colours, edgecolor="white", lw=0.4)
@@ -269,7 +274,9 @@ def _held_out_curves(
 
 def _finish_accuracy(ax: "Axes") -> None:
     ax.plot([], [], color="black", ls=(0, (4, 3)), lw=0.8, alpha=0.5, label="warm start")
-    ax.set(ylabel="accuracy (share right); reward", ylim=(0, 1))
+    # rewards of one's own may lie anywhere
+    low, high = ax.dataLim.intervaly
+    ax.set(ylabel="accuracy (share right); reward", ylim=(min(0.0, low), max(1.0, high)))
     left, right = ax.dataLim.intervalx
     ax.set_xlim(min(0.0, left), right + 0.08 * max(1.0, right))
 

@@ -98,6 +98,22 @@ def test_wrong_answers_to_questions_of_ones_own_are_among_what_went_wrong():
     matplotlib.pyplot.close(fig)
 
 
+def test_the_learning_curve_of_one_step_is_seen(row):
+    fig = learning_curve([row(1)], {"eval_accuracy_before": 0.2, "eval_accuracy_after": 0.3})
+    accuracy, wrong = fig.axes
+    lines = {line.get_label(): line for line in accuracy.lines}
+    assert lines["training, reward"].get_marker() == lines["training, right answers"].get_marker() == "."
+    assert all(path.get_extents().width > 0 for bands in wrong.collections for path in bands.get_paths())
+    matplotlib.pyplot.close(fig)
+
+
+@pytest.mark.parametrize(("reward", "limits"), [(1.5, (0, 1.5)), (-0.5, (-0.5, 1)), (0.5, (0, 1))])
+def test_the_learning_curve_has_room_for_any_reward(reward: float, limits: tuple[float, float]):
+    fig = learning_curve([{"step": step, "rollout/reward": reward} for step in (1, 2)], {})
+    assert fig.axes[0].get_ylim() == limits
+    matplotlib.pyplot.close(fig)
+
+
 def test_the_second_axis_tells_recorded_seconds(run_dir: Path):
     rows = [row | {"time/since_start_s": 20.0 + 5 * row["step"]} for row in read_metrics(run_dir) if row["step"]]
     fig = learning_curve(rows, read_summary(run_dir))
