@@ -198,16 +198,18 @@ def step_time(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     rows = [row for row in rows if _has_shares(row)]
     steps = [row["step"] for row in rows]
     fig, ax = plt.subplots(figsize=(8.4, 3.2), layout="constrained")
+    edges = [steps[0] - 0.5, *(step + 0.5 for step in steps)]
     bottom = [0.0] * len(rows)
     total = sum(row["time/step_s"] for row in rows)
     for cause, (label, colour) in SHARES.items():
         heights = [row["time/step_s"] * row[f"share/{cause}"] for row in rows]
+        below, bottom = bottom, [b + h for b, h in zip(bottom, heights, strict=True)]
         # thinner than a line
         if sum(heights) < 0.005 * total:
-            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
             continue
-        ax.bar(steps, heights, 1.0, bottom, color=colour, label=f"{label} ({sum(heights) / total:.0%})", lw=0)
-        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+        # one outline a cause: a bar a step takes minutes for thousands
+        label = f"{label} ({sum(heights) / total:.0%})"
+        ax.stairs(bottom, edges, baseline=below, fill=True, color=colour, label=label, lw=0)
     ax.set(xlabel="optimizer step", ylabel="wall clock of the step [s]", xlim=(steps[0] - 0.5, steps[-1] + 0.5))
     ax.grid(False, axis="x")
     ax.set_title(f"{len(rows)} steps, {total / len(rows):.2f} s each on average", loc="left", fontsize=9)
@@ -223,6 +225,7 @@ def _has_shares(row: Mapping[str, Any]) -> bool:
 def timeline(trajectories: Sequence[SavedTrajectory], title: str) -> "Figure":
     """A row an agent: what it did, and where it waited for a place or a session."""
     import matplotlib.pyplot as plt
+    from matplotlib.collections import PolyCollection
 
     played = sorted((t for t in trajectories if t.wall_s > 0), key=lambda t: (t.started_s, t.wall_s))
     start = played[0].started_s
@@ -240,12 +243,19 @@ def timeline(trajectories: Sequence[SavedTrajectory], title: str) -> "Figure":
                 values.append(value)
     busy = {name: sum(bars[name][1]) for name in bars}
     busy["wait"] -= busy["generate"] + busy["execute"]
-    fig, ax = plt.subplots(figsize=(8.4, 1.4 + 0.025 * max(40, len(played))), layout="constrained")
+    # no picture is higher than 2^16 pixels: of more agents the rows are thinner
+    height = 1.4 + 0.025 * min(max(40, len(played)), 4000)
+    fig, ax = plt.subplots(figsize=(8.4, height), layout="constrained")
     for name, colour in (("wait", "#DDDDDD"), ("generate", BLUE), ("execute", ORANGE)):
-        rows, lengths, lefts = bars[name]
+        corners = [
+            ((left, row - 0.45), (left, row + 0.45), (left + length, row + 0.45), (left + length, row - 0.45))
+            for row, length, left in zip(*bars[name], strict=True)
+        ]
         share = busy[name] / sum(t.wall_s for t in played)
-        ax.barh(rows, lengths, 0.9, lefts, color=colour, lw=0, label=f"{name} ({share:.0%})")
-    ax.set(xlabel="time since the first of them began [s]", ylabel="agent", ylim=(len(played) - 0.5, -0.5))
+        ax.add_collection(PolyCollection(corners, facecolors=colour, lw=0, label=f"{name} ({share:.0%})"))
+    end = max(t.started_s + t.wall_s for t in played) - start
+    ax.set(xlabel="time since the first of them began [s]", ylabel="agent", xlim=(0, 1.05 * end))
+    ax.set(ylim=(len(played) - 0.5, -0.5))
     ax.grid(False, axis="y")
     ax.set_title(f"{title}: {len(played)} episodes", loc="left", fontsize=9)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -126,7 +126,7 @@ def test_the_second_axis_tells_recorded_seconds(run_dir: Path):
 def test_the_parts_of_a_step_stack_up_to_it(run_dir: Path):
     fig = step_time(read_metrics(run_dir))
     (ax,) = fig.axes
-    assert max(bar.get_y() + bar.get_height() for bar in ax.patches) == pytest.approx(4.0)
+    assert max(part.get_data().values.max() for part in ax.patches) == pytest.approx(4.0)
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == [
         "other (6%)", "sync weights (6%)", "learn (50%)", "sandbox (12%)", "prefill (5%)", "decode (20%)"
@@ -138,9 +138,9 @@ def test_the_timeline_has_a_row_an_agent_as_long_as_its_episode(run_dir: Path):
     fig = timeline(read_trajectories(run_dir / "trajectories/step_0004.jsonl"), "step 4")
     (ax,) = fig.axes
     ends: dict[int, float] = {}
-    for bar in ax.patches:
-        row = round(bar.get_y() + bar.get_height() / 2)
-        ends[row] = max(ends.get(row, 0.0), bar.get_x() + bar.get_width())
+    for bar in (bar for kind in ax.collections for bar in kind.get_paths()):
+        row = round(bar.vertices[:4, 1].mean())
+        ends[row] = max(ends.get(row, 0.0), bar.vertices[:, 0].max())
     assert ends == pytest.approx({0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0})
     matplotlib.pyplot.close(fig)
 
@@ -152,6 +152,19 @@ def test_the_timeline_is_of_the_last_step_also_beyond_9999(run_dir: Path, monkey
     monkeypatch.setattr("l0fast.report.plots.timeline", lambda t, title: titles.append(title) or timeline(t, title))
     draw(run_dir)
     assert titles == ["step 10000"]
+
+
+def test_thousands_of_steps_and_of_agents_are_pictures(run_dir: Path, row):
+    fig = step_time([row(step) for step in range(1, 3001)])
+    # what takes the time
+    assert len(fig.axes[0].patches) == 6
+    matplotlib.pyplot.close(fig)
+    agents = read_trajectories(run_dir / "trajectories/step_0004.jsonl") * 5000
+    fig = timeline(agents, "step 4")
+    assert len(fig.axes[0].collections) == 3
+    # of Agg, at 150 pixels an inch
+    assert fig.get_figheight() * 150 < 2**16
+    matplotlib.pyplot.close(fig)
 
 
 def test_several_runs_are_drawn_in_one_picture(run_dir: Path, tmp_path: Path):
