@@ -1,7 +1,7 @@
 """All that watches a run, in one piece: shares of a step, loop lag, memory, watchdog, trace, sinks.
 
     observer    told by agents and the step loop what they do       -> step_shares.py, trace.py
-    running()   loop lag, memory, the trace's and the sinks' threads    as long as the run
+    running()   loop lag, memory, the trace's and the sinks' threads    as long as the run; the trace from `begin_trace` on
     watching()  the watchdog, and looks at the engine                   as long as there are rooms to watch
     take_step() where the step's time went, what the engine did, how late the loop was
 
@@ -9,6 +9,7 @@ Nothing here decides anything about a run, but for the watchdog, which may end i
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -87,6 +88,10 @@ class Meters:
         """Gives a step's metrics to the sinks; returns at once."""
         self.gauges: dict[str, Gauge] = {}
         """What else a trace draws over time, by name, e.g. "sandbox sessions": sessions of each shard."""
+        self._threads = ExitStack()
+        """The trace's and the sinks'."""
+        self._trace_began_s: float | None = None
+        """On time.time."""
         self._watchdog: Watchdog | None = None
         self._figures = dict.fromkeys(_FIGURES, 0)
         self._peaks = dict.fromkeys(_PEAKS, 0)
@@ -94,11 +99,7 @@ class Meters:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Raises UsageError where a sink can't be had."""
-        with ExitStack() as stack:
-            if self._trace is not None:
-                stack.enter_context(write_trace(self._trace, self._path / "trace.json", self._warn))
-            self.put = stack.enter_context(open_sinks(self._config, self._path, self._warn))
-            rest = stack.pop_all()
+        self.put = self._threads.enter_context(open_sinks(self._config, self._path, self._warn))
         try:
             async with asyncio.TaskGroup() as tg:
                 meters = [
@@ -113,14 +114,22 @@ class Meters:
         finally:
             stand_down()
             # threads are waited for, a network perhaps
-            await asyncio.to_thread(rest.close)
-            if self._config.trace.torch_step:
-                await asyncio.to_thread(self._merge_profiles)
+            await asyncio.to_thread(self._threads.close)
+            if self._config.trace.torch_step and self._trace_began_s is not None:
+                await asyncio.to_thread(self._merge_profiles, self._trace_began_s)
 
-    def _merge_profiles(self) -> None:
-        profiles = sorted(self._path.glob("torch_rank_*.json"), key=lambda path: int(path.stem.rpartition("_")[2]))
+    def begin_trace(self) -> None:
+        """Write it, in the place of another run's: not before this one can go on. Raises OSError where it can't be begun."""
+        if self._trace is not None:
+            self._threads.enter_context(write_trace(self._trace, self._path / "trace.json", self._warn))
+            self._trace_began_s = time.time()
+
+    def _merge_profiles(self, since_s: float) -> None:
+        # those of a run that this one goes on with have no place in its trace
+        found = (path for path in self._path.glob("torch_rank_*.json") if path.stat().st_mtime >= since_s)
+        profiles = sorted(found, key=lambda path: int(path.stem.rpartition("_")[2]))
         if not profiles:
-            self._warn(f"no profile: the learner did not come to step {self._config.trace.torch_step}")
+            self._warn(f"no profile: the learner took no step {self._config.trace.torch_step}")
             return
         try:
             merge_torch(self._path / "trace.json", profiles)

@@ -248,7 +248,9 @@ class Training:
                 await rooms.engine.update_weights(self.step)
             # nothing can refuse to go on any more
             await _to_its_end(asyncio.to_thread(self.run_dir.go_on_after, self.step, config))
+            self.meters.begin_trace()
         else:
+            self.meters.begin_trace()
             await heldout.all("before")
         questions = rooms.curriculum.questions(config.seed)
         # pass over those of groups that are done with: thousands take a second, and the very first takes half of one

@@ -3,6 +3,7 @@
 import asyncio
 import faulthandler
 import json
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ def test_a_step_is_told_and_the_trace_shows_it(tmp_path: Path):
         engine = Engine(100)
         measured.gauges["open groups"] = lambda: {"groups": 5}
         async with measured.running(), measured.watching(engine.load, {}):
+            measured.begin_trace()
             first = await measured.take_step(engine.load)
             engine.prefill_tokens = 130
             episode = measured.observer.episode("q/0")
@@ -169,8 +171,25 @@ def test_a_profile_that_was_never_made_is_told_of(tmp_path: Path):
     said: list[str] = []
 
     async def main() -> None:
-        async with meters(tmp_path, said, trace={"on": True, "torch_step": 9}).running():
-            pass
+        measured = meters(tmp_path, said, trace={"on": True, "torch_step": 9})
+        async with measured.running():
+            measured.begin_trace()
 
+    # of the run that this one goes on with
+    (tmp_path / "torch_rank_0.json").write_text('{"traceEvents": [{"ph": "X", "name": "old", "pid": 1, "ts": 5.0}]}')
+    os.utime(tmp_path / "torch_rank_0.json", (0, 0))
     asyncio.run(main())
-    assert said == ["no profile: the learner did not come to step 9"]
+    assert said == ["no profile: the learner took no step 9"]
+    assert b"old" not in (tmp_path / "trace.json").read_bytes()
+
+
+def test_the_trace_of_a_run_that_can_not_go_on_stays_as_it_is(tmp_path: Path):
+    (tmp_path / "trace.json").write_text("hours of it")
+
+    async def main() -> None:
+        async with meters(tmp_path, [], trace={"on": True, "torch_step": 9}).running():
+            raise EngineError("the engine did not start")
+
+    with pytest.raises(BaseExceptionGroup):
+        asyncio.run(main())
+    assert (tmp_path / "trace.json").read_text() == "hours of it"

@@ -694,9 +694,10 @@ def test_a_resume_whose_learner_fails_leaves_the_finished_run_as_it_was(finished
         async def load_checkpoint(self, path: Path) -> dict[str, Any]:
             raise LearnerError("out of memory")
 
+    (finished / "trace.json").write_text("hours of it")
     before = left_in(finished)
     with pytest.raises(LearnerError):
-        asyncio.run(Run(finished, Broken(), resume=checkpoints(finished)[-1], num_steps=6)())
+        asyncio.run(Run(finished, Broken(), resume=checkpoints(finished)[-1], num_steps=6, trace={"on": True})())
     assert left_in(finished) == before
 
 
