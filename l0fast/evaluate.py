@@ -48,6 +48,7 @@ from l0fast.evaluation.report import compared, comparison_table, figures, summar
 from l0fast.garbage import OldObjects, old_objects_aside
 from l0fast.loop_lag import LoopLag
 from l0fast.policies import Policy, open_policy
+from l0fast.run_dir import write_json
 from l0fast.sandbox import open_sandbox
 from l0fast.sandbox.base import Sandbox
 from l0fast.seeding import derive_seed
@@ -276,15 +277,15 @@ def _claim(plan: Plan, policy: Policy | None) -> None:
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            if any(plan.out.iterdir()):
+            # a kill may leave the beginning of one
+            if any(path.suffix != ".partial" for path in plan.out.iterdir()):
                 raise UsageError(f"{plan.out} is not empty, and no evaluation: give another --out")
-            file.write_bytes(orjson.dumps(about, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+            write_json(file, about)
             return
         before = orjson.loads(file.read_bytes())
     except OSError as e:
         raise UsageError(f"{plan.out} can't hold an evaluation ({e.strerror}): give another --out") from e
     except orjson.JSONDecodeError as e:
-        # a full disk, or a kill, can leave an empty one
         raise UsageError(f"{file} is not what an evaluation writes ({e}): give another --out") from e
     if before != about:
         name = next(name for name in about if before.get(name) != about[name])

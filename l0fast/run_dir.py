@@ -195,14 +195,8 @@ class RunDir:
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """Replace `summary.json`: a reader finds the old one or the new one, never half of it."""
-        partial = self.path / ".summary.json.partial"
         with self._writing("summary.json"):
-            partial.write_bytes(
-                orjson.dumps(
-                    summary, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
-                )
-            )
-            os.replace(partial, self.path / "summary.json")
+            write_json(self.path / "summary.json", summary)
 
     def log(self, text: str) -> None:
         # whoever tells of an error, or of Ctrl-C, has more to do: a full disk ends the run by what it can't do without
@@ -313,10 +307,20 @@ def read_config(run_dir: Path) -> RunConfig:
 
 
 def _write_config(run_dir: Path, config: RunConfig) -> None:
-    partial = run_dir / ".config.toml.partial"
     # TOML has no null, and no setting is one
-    partial.write_text(tomli_w.dumps(config.model_dump(mode="json")), encoding="utf-8")
-    os.replace(partial, run_dir / "config.toml")
+    _write_whole(run_dir / "config.toml", tomli_w.dumps(config.model_dump(mode="json")).encode())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a file, for people to read too: a reader finds the old one or the new one, never half of it."""
+    options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
+    _write_whole(path, orjson.dumps(value, option=options))
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
 
 
 def _step_of(name: str, ending: str) -> int | None:

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from l0fast.evaluation.episodes import Outcome
 from l0fast.evaluation.statistics import Difference, compare, interval, pass_at_k
+from l0fast.run_dir import write_json
 
 Outcomes = Mapping[str, Sequence[Outcome]]
 """Task id -> its samples."""
@@ -54,7 +53,7 @@ def _finite(value: float) -> float | None:
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """report.json, report.csv, report.md."""
-    (folder / "report.json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    write_json(folder / "report.json", report)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     flat = {name: _flat(of) for name, of in report["benchmarks"].items()}

@@ -191,6 +191,22 @@ def test_half_an_evaluation_json_is_one_sentence(tmp_path, left, capsys):
     assert f"{tmp_path}/evaluation.json is not what an evaluation writes" in said
 
 
+def test_an_evaluation_that_was_killed_as_it_began_begins_again(tmp_path, monkeypatch):
+    replace, out = os.replace, tmp_path / "out"
+
+    def killed(*paths: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    assert main([*COMMAND, "--out", str(out)]) == 130
+    assert not (out / "evaluation.json").exists()
+    monkeypatch.setattr("os.replace", replace)
+    assert main([*COMMAND, "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "evaluation.json", "episodes.jsonl", "report.json", "report.csv", "report.md"
+    }  # fmt: skip
+
+
 def test_a_file_is_no_folder_for_an_evaluation(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
