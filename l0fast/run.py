@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(run(invocation))
+    except KeyboardInterrupt:
+        # before the run or after it; or the second one, that ends it at once
+        return 130
     except L0fastError as e:
         return _complain(e)
     except BaseExceptionGroup as group:

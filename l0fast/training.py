@@ -93,13 +93,13 @@ async def run(invocation: Invocation) -> int:
         if interrupted:
             live.phase(f"interrupted after {training.step} steps; what was done is kept")
             live.phase(resume_hint(run_dir.path))
-        else:
+        live.close(summary)
+        if not interrupted:
             try:
                 await draw_in_subprocess(run_dir.path)
             except PlotError as e:
                 # everything they show is written; they can be drawn again
                 live.phase(f"no pictures: {e}")
-        live.close(summary)
     return 130 if interrupted else 0
 
 

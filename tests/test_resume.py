@@ -669,6 +669,19 @@ def test_streamed_groups_are_learned_from_while_others_are_played(tmp_path: Path
     assert run.questions == other.questions
 
 
+def test_ctrl_c_while_pictures_are_drawn_ends_a_run_that_has_told_what_came_of_it(tmp_path: Path, monkeypatch, capsys):
+    async def runs(training: Training) -> None: ...
+
+    async def draws(path: Path) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Training, "run", runs)
+    monkeypatch.setattr("l0fast.training.draw_in_subprocess", draws)
+    assert main(["--run-dir", str(tmp_path / "run")]) == 130
+    assert "read one:" in capsys.readouterr().out
+    assert read_summary(tmp_path / "run")["finished"]
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """The folder of a run that went to its end."""
