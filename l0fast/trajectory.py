@@ -78,11 +78,13 @@ def choose(trajectories: list[SavedTrajectory], *, which: str | None = None, ind
 
 def render_list(pool: list[Placed]) -> Table:
     """One line a trajectory."""
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    # what a narrow terminal has no room for is cut from the words, not from the figures
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), expand=True)
     for name in ("line", "reward", "turns", "time [s]"):
-        table.add_column(name, justify="right")
-    for name in ("outcome", "task", "question", "answer"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    table.add_column("outcome", no_wrap=True)
+    for name, share in (("task", 2), ("question", 3), ("answer", 2)):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=share)
     for i, t in pool:
         outcome = Text("right", "green") if t.correct else Text("wrong" if not t.status.failed else t.status, "red")
         answer = _line(t.answer) if t.answer is not None else (t.cause and _line(t.cause)) or str(t.status)

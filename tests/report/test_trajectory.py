@@ -91,6 +91,14 @@ def test_a_list_is_one_line_a_trajectory_of_those_chosen(read):
     assert [line.split()[0] for line in worst[2:]] == ["3", "2", "1"]
 
 
+def test_a_list_shows_all_figures_in_eighty_columns(read, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, heading, first, *_ = read("--list").splitlines()
+    assert heading.split()[:6] == ["line", "reward", "turns", "time", "[s]", "outcome"]
+    assert first.split()[:6] == ["1", "0.900", "2", "1.00", "right", "q"]
+    assert "Which" in first
+
+
 def test_a_task_is_found_by_its_id_or_by_words_of_its_question(read, run_dir: Path):
     assert "4 of 4" in read("--list", "--task", "q")
     assert "4 of 4" in read("--list", "--task", "where BERGEN")
