@@ -3,8 +3,8 @@
     python -m l0fast.trajectory RUN_DIR [--step N | --eval NAME] [--task TEXT] [--failed | --best | --worst]
                                         [--list | --index K [--notebook OUT.ipynb]]
 
-Without a choice it shows the first one of the last evaluation, or of the last step where there was none. All of the text
-is the model's own, so nothing in it reaches the terminal as a control sequence.
+Without a choice it shows the first one of the evaluation after a run, or of the newest file of a run that has none yet. All
+of the text is the model's own, so nothing in it reaches the terminal as a control sequence.
 """
 
 import argparse
@@ -22,12 +22,14 @@ from l0fast.run_dir import SavedTrajectory, read_trajectories, step_name
 
 
 def trajectory_file(run_dir: Path, *, step: int | None = None, evaluation: str | None = None) -> Path:
-    """The file of a step, of an evaluation ("before", "after"), or the newest: of a run that ended, "after"."""
+    """The file of a step, of an evaluation ("before", "transfer_x_after"), or the newest: of a run that ended, "after"."""
     folder = run_dir / "trajectories"
     if step is not None:
         path = folder / f"{step_name(step)}.jsonl"
     elif evaluation is not None:
-        path = folder / f"eval_{evaluation}.jsonl"
+        # as it is called among those that are there, or for short
+        path = folder / f"{evaluation}.jsonl"
+        path = path if path.exists() else folder / f"eval_{evaluation}.jsonl"
     else:
         files = [*folder.glob("step_*.jsonl"), *folder.glob("eval_*.jsonl")]
         if not files:
@@ -147,7 +149,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--step", type=int, metavar="N", help="of training step N, the first is 1")
-    source.add_argument("--eval", metavar="NAME", help='of an evaluation, e.g. "before" or "after"')
+    source.add_argument("--eval", metavar="NAME", help='of an evaluation: "before", "after", a name in trajectories/')
     parser.add_argument("--index", type=int, default=0, metavar="K", help="the K-th of those chosen, from 0")
     which = parser.add_mutually_exclusive_group()
     for name, text in (

@@ -40,6 +40,16 @@ def test_without_a_choice_it_is_the_last_steps_first(read):
     assert "step_0004.jsonl, line 1 of 4" in read()
 
 
+@pytest.mark.parametrize("file", ["eval_after", "eval_after_greedy", "transfer_other_world_after"])
+def test_every_evaluation_is_found_by_the_name_that_is_told_of_it(read, run_dir: Path, file: str, capsys):
+    folder = run_dir / "trajectories"
+    (folder / f"{file}.jsonl").write_bytes((folder / "step_0001.jsonl").read_bytes())
+    assert main([str(run_dir), "--eval", "no such"]) == 2
+    assert file in capsys.readouterr().err
+    assert f"{file}.jsonl, line 1 of 3" in read("--eval", file)
+    assert f"{file}.jsonl, line 1 of 3" in read("--eval", file.removeprefix("eval_"))
+
+
 def test_worst_best_and_failed_pick_their_own(read):
     assert "line 3 of 4" in read("--worst")
     assert "line 2 of 4" in read("--worst", "--index", "1")
