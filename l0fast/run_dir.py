@@ -358,7 +358,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def read_groups(run_dir: Path) -> list[GroupRow]:
     """All rows of `groups.jsonl`, in order."""
-    return [GroupRow(**_decode(orjson.loads, line, place)) for line, place in _lines(run_dir / "groups.jsonl")]
+    return [_decode(_group_of, line, place) for line, place in _lines(run_dir / "groups.jsonl")]
+
+
+def _group_of(line: bytes) -> GroupRow:
+    return GroupRow(**orjson.loads(line))
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
@@ -427,7 +431,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, str]]:
 def _decode(decode: Any, data: bytes, place: str) -> Any:
     try:
         return decode(data)
-    except ValueError as e:
+    except (TypeError, ValueError) as e:
         # not JSON, or not of this shape
         raise UsageError(f"{place} is not what a run writes ({str(e).splitlines()[0]}): remove it or run again") from e
 

@@ -36,7 +36,7 @@ from l0fast import __version__
 from l0fast.agent.nb_agent import NBAgent
 from l0fast.cli import Invocation, newest_checkpoint
 from l0fast.config import RunConfig
-from l0fast.errors import LearnerError
+from l0fast.errors import LearnerError, UsageError
 from l0fast.garbage import OldObjects, let_go, old_objects_aside
 from l0fast.heldout import HeldOut, accuracy
 from l0fast.learner.advantage import RunningMean, Values, streams
@@ -197,19 +197,25 @@ class Training:
                 await self._train(rooms, old_objects)
 
     def go_on(self, checkpoint: Path) -> None:
-        """Be where a checkpoint says, its time included. The learner follows when it has started."""
+        """Be where a checkpoint says, its time included. The learner follows when it has started. Raises UsageError."""
         state = read_driver_state(checkpoint)
         self.checkpoint, self.state = checkpoint, state
-        self.step = self.saved_step = state["step"]
-        # a checkpoint of before there were modes has neither
-        self.position, self.consumed = state["position"], frozenset(state.get("consumed", ()))
-        self.evaluating = state.get("evaluating")
-        self.episodes, self.failed_episodes = state["episodes"], state["failed_episodes"]
-        self.tokens_generated, self.first_episode_s = state["tokens_generated"], state["first_episode_s"]
-        self.results = state["results"]
-        self.running = RunningMean.from_state(state["running_mean"])
-        self.meters.memory.peak_mb = state["peak_pss_mb"]
-        self.started -= state["wall_s"]
+        try:
+            self.step = self.saved_step = state["step"]
+            # a checkpoint of before there were modes has neither
+            self.position, self.consumed = state["position"], frozenset(state.get("consumed", ()))
+            self.evaluating = state.get("evaluating")
+            self.episodes, self.failed_episodes = state["episodes"], state["failed_episodes"]
+            self.tokens_generated, self.first_episode_s = state["tokens_generated"], state["first_episode_s"]
+            self.results = state["results"]
+            self.running = RunningMean.from_state(state["running_mean"])
+            self.meters.memory.peak_mb = state["peak_pss_mb"]
+            self.started -= state["wall_s"]
+        except KeyError as e:
+            raise UsageError(
+                f"{checkpoint} was written by l0fast {state.get('version')} and has no {e.args[0]}, so {__version__} can't go "
+                f"on from it: use that one, or start a new run with --model.path {self.run_dir.model_path}"
+            ) from e
 
     def _state(self, heldout: HeldOut) -> dict[str, Any]:
         return {

@@ -238,6 +238,17 @@ def test_the_hint_is_a_line_to_copy(stopped: Path):
     assert resume_hint(moved) == f"resume with: python -m l0fast.run --resume '{moved}'"
 
 
+def test_a_checkpoint_of_another_version_that_lacks_something_is_one_sentence(stopped: Path, capsys):
+    before = left_in(stopped)
+    state = orjson.dumps({"version": "0.0.9", "step": 8})
+    (stopped / "checkpoints" / "step_000008" / "driver.json").write_bytes(state)
+    assert main(["--resume", str(stopped)]) == 2
+    said = capsys.readouterr().err
+    assert "step_000008 was written by l0fast 0.0.9 and has no position" in said
+    assert len(said.splitlines()) == 1
+    assert left_in(stopped).keys() == before.keys()
+
+
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 

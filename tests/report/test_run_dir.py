@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError, WorldError
 from l0fast.ids import Ids
-from l0fast.run_dir import RunDir, check_free, read_config, read_metrics, read_summary, read_trajectories, step_name
+from l0fast.run_dir import RunDir, check_free, read_config, read_groups, read_metrics, read_summary, read_trajectories, step_name
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
 
@@ -144,6 +144,13 @@ def test_a_broken_line_is_named(tmp_path: Path):
             file.write('{"step":')
         with pytest.raises(UsageError, match=r"metrics\.jsonl, line 2"):
             read_metrics(run_dir.path)
+
+
+def test_a_group_of_another_version_is_named(tmp_path: Path):
+    with RunDir.create(tmp_path / "run", RunConfig()) as run_dir:
+        (run_dir.path / "groups.jsonl").write_text('{"group": 1, "of_another_version": 2}\n')
+        with pytest.raises(UsageError, match=r"groups\.jsonl, line 1 is not what a run writes"):
+            read_groups(run_dir.path)
 
 
 def test_the_summary_is_replaced_as_a_whole(tmp_path: Path):
