@@ -24,7 +24,7 @@ from l0fast.hub import cached_model, is_hub_name
 from l0fast.layout import engine_kind, memory_complaint, sglang_layout
 from l0fast.learner import cost
 from l0fast.learner.client import num_gpus
-from l0fast.rooms import check, model_folder
+from l0fast.rooms import check, check_settings, model_folder
 from l0fast.tasks.catalog import DATASETS
 from l0fast.tasks.curriculum import load_curriculum
 from l0fast.tasks.sources import load_source, parse_source, source_name
@@ -49,6 +49,7 @@ class DryRun:
 def dry_run(invocation: Invocation) -> DryRun:
     """Look at all of it. Raises UsageError for what no machine could run: a setting, file or name that is wrong."""
     config, result = invocation.config, DryRun()
+    check_settings(config)
     result.lines.append(render_plan(invocation))
     task = _questions(config, result)
     folder = _model(config, result)
@@ -71,6 +72,7 @@ def _questions(config: RunConfig, result: DryRun) -> Task:
             if Path(source.data).suffix in (".jsonl", ".json", ".parquet"):
                 loaded = load_source(source, split)
                 result.lines.append(f"  {split:<12}{loaded.report()}")
+                judged |= any(task.check == "judge" for task in loaded.tasks)
                 task = loaded.tasks[0] if split == "train" else task
                 continue
             hub, _, subset = (data_set.hub if data_set and "/" not in source.data else source.data).partition(":")

@@ -65,6 +65,7 @@ class Rooms:
 
 def check(config: RunConfig) -> None:
     """All that can be found wrong before anything starts. Raises UsageError."""
+    check_settings(config)
     folder = model_folder(config.model.path)
     Chat(folder).continuation("", closed=True)
     check_model_folder(folder, config.agent.context_tokens)
@@ -72,32 +73,50 @@ def check(config: RunConfig) -> None:
         check_layout(config, folder, gpus=num_gpus())
     try:
         curriculum = load_curriculum(config)
-        curriculum.heldout(config.eval.questions)
+        heldout = curriculum.heldout(config.eval.questions)
     except UsageError:
         raise
     except ValueError as e:
         raise UsageError(f"eval.questions = {config.eval.questions}: {e}") from e
     if config.task.kind == "questions":
+        describe_tools(config.tools.use, config.web)
+    if not config.judge.endpoint:
+        judged = {
+            "reward.judge asks a model": bool(config.reward.judge),
+            "some of task.eval is judged by a model": any(task.check == "judge" for task in heldout),
+            "some of task.train is judged by a model": curriculum.judged,
+        }
+        for what in (what for what, is_so in judged.items() if is_so):
+            raise UsageError(
+                f"{what}, but judge.endpoint is empty: set --judge.endpoint and --judge.model, or leave that out"
+            )
+    check_sinks(config.metrics.sinks)
+
+
+def check_settings(config: RunConfig) -> None:
+    """What contradicts itself, wherever it is to run. Raises UsageError."""
+    task, learner = config.task, config.learner
+    if task.kind == "questions":
         if config.engine.kind == "simulated":
             raise UsageError(
                 "engine.kind = 'simulated' plays demonstrations of the worlds that ship, but task.kind = 'questions': take "
                 "another engine"
             )
-        describe_tools(config.tools.use, config.web)
-        if not config.judge.endpoint and any(t.check == "judge" for t in curriculum.heldout(config.eval.questions)):
-            raise UsageError(
-                "some of task.eval is judged by a model, but judge.endpoint is empty: set --judge.endpoint and --judge.model, or "
-                "leave those questions out"
-            )
-    check_sinks(config.metrics.sinks)
-    if config.learner.stream == "on" and config.learner.minibatches > 1:
+    else:
+        for name, given in (("task.train", task.train), ("task.eval", task.eval), ("tools.use", config.tools.use)):
+            if given:
+                raise UsageError(
+                    f"{name} = {list(given)}, but task.kind = {task.kind!r} has questions and a search of its own: set "
+                    f"--task.kind questions, or leave {name} out"
+                )
+    if learner.stream == "on" and learner.minibatches > 1:
         raise UsageError(
-            f"learner.stream = 'on', but learner.minibatches = {config.learner.minibatches} cuts the whole batch into "
+            f"learner.stream = 'on', but learner.minibatches = {learner.minibatches} cuts the whole batch into "
             "optimizer steps: leave it at auto, or set --learner.minibatches to 1"
         )
-    if config.learner.stream == "on" and not streams(config.learner):
+    if learner.stream == "on" and not streams(learner):
         raise UsageError(
-            f"learner.stream = 'on', but learner.advantage = {config.learner.advantage!r} looks at the whole batch as it is "
+            f"learner.stream = 'on', but learner.advantage = {learner.advantage!r} looks at the whole batch as it is "
             "set up: leave it at auto, or take another one, for example --learner.advantage group"
         )
 

@@ -7,6 +7,7 @@ import pytest
 from l0fast.cli import parse, shipped_recipes
 from l0fast.dry_run import dry_run
 from l0fast.errors import UsageError
+from l0fast.rooms import check
 from l0fast.run import main
 
 BIG = [name for name in shipped_recipes() if name.startswith("l0")]
@@ -80,9 +81,42 @@ def test_questions_on_disk_are_read_and_the_first_one_is_shown(tmp_path):
         (["--rollout.max-open-groups", "3"], "rollout.max_open_groups = 3"),
         (["--reward.correct", "-1"], "--reward.correct -1"),
         (["--learner.algorithm", "magic"], "--learner.algorithm magic"),
+        (["--learner.stream", "on"], "looks at the whole batch"),
+        (["--engine.kind", "simulated"], "plays demonstrations"),
     ],
 )
 def test_a_fault_in_each_kind_of_field_is_named(flags, complaint):
     with pytest.raises(UsageError) as caught:
         dry_run(parse(["l0_qwen3_4b", "--dry-run", *flags]))
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["--task.train", "--task.eval", "--tools.use"])
+def test_what_only_questions_of_your_own_have_is_refused_without_them(flag):
+    with pytest.raises(UsageError, match="but task.kind = 'geography' has .* set --task.kind questions, or leave"):
+        dry_run(parse(["--dry-run", flag, "mine.jsonl"]))
+
+
+@pytest.fixture
+def own_questions(tmp_path):
+    """Flags of a run whose training questions are judged by a model, each as its row says."""
+    for name, row in (
+        ("train", {"question": "a?", "answer": "A", "check": "judge"}),
+        ("eval", {"question": "b?", "answer": "B"}),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    sources = [flag for name in ("train", "eval") for flag in (f"--task.{name}", str(tmp_path / f"{name}.jsonl"))]
+    return ["--task.kind", "questions", *sources]
+
+
+def test_a_judge_that_training_needs_is_wanted_before_anything_starts(own_questions):
+    for flags, what in (
+        (own_questions, "some of task.train is judged"),
+        (["--reward.judge", "0.5"], "reward.judge asks"),
+    ):
+        with pytest.raises(UsageError, match=f"{what} .*but judge.endpoint is empty"):
+            check(parse(flags).config)
+
+
+def test_a_judge_that_a_row_asks_for_is_named_as_absent(own_questions):
+    assert any("a model as judge" in what for what in dry_run(parse(["--dry-run", *own_questions])).absent)
