@@ -214,6 +214,11 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
+def shipped_recipe(name: str = "geography") -> RunConfig:
+    """What `python -m l0fast.run NAME` runs."""
+    return _validate([_read_toml(RECIPES / f"{name}.toml")], RECIPES / f"{name}.toml")
+
+
 def render_plan(invocation: Invocation) -> str:
     """What a run would do, for `--dry-run`."""
     c = invocation.config

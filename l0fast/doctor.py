@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from l0fast.cli import parse
+from l0fast.cli import shipped_recipe
 from l0fast.config import RunConfig, SandboxConfig
 from l0fast.errors import L0fastError, SandboxError
 from l0fast.sandbox import open_sandbox
@@ -117,6 +117,10 @@ def _disk() -> Finding:
     folder = Path("runs").resolve()
     while not folder.exists():
         folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return Finding(
+            "disk", "missing", f"{folder} is not yours to write to", "cd elsewhere, or name a --run-dir", True
+        )
     free_gb = shutil.disk_usage(folder).free / 1e9
     return _enough("disk", free_gb, DISK_GB, f"{free_gb:.1f} GB free at {folder}", "make room, or name a --run-dir")
 
@@ -334,7 +338,7 @@ async def _in_thread(name: str, probe: Probe, timeout_s: float) -> Finding:
 @functools.cache
 def _recipe() -> RunConfig:
     """What `python -m l0fast.run` alone runs."""
-    return parse([]).config
+    return shipped_recipe()
 
 
 def _enough(name: str, has: float, needs: float, what: str, fix: str) -> Finding:

@@ -115,6 +115,19 @@ def test_a_probe_that_hangs_has_a_deadline_and_does_not_hold_up_the_exit():
         release.set()
 
 
+def test_a_folder_that_may_not_be_written_is_a_line_and_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    # root may write anywhere
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    doctor._recipe.cache_clear()
+    found = by_name(asyncio.run(doctor.examine()))
+    assert found["disk"] == Finding(
+        "disk", "missing", f"{tmp_path} is not yours to write to", "cd elsewhere, or name a --run-dir", needed=True
+    )
+    assert found["policies"].mark == "ok"
+    assert "Docker" in found
+
+
 def test_what_a_command_would_mend_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert doctor._bwrap() == Finding("bubblewrap", "missing", "not installed", "apt-get install -y bubblewrap")
