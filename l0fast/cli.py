@@ -199,7 +199,7 @@ def newest_checkpoint(run_dir: Path, num_steps: int) -> Path:
 
 def changed(config: RunConfig, flags: Sequence[str]) -> RunConfig:
     """`config` with --section.key VALUE flags on top. Raises UsageError."""
-    positionals, settings = _read_flags(flags)
+    positionals, settings = _read_flags(flags, RunConfig)
     if positionals:
         raise UsageError(f"{positionals[0]!r} is neither a flag nor the value of one: --help lists all")
     return _validate([config.model_dump(mode="json"), settings], Path("these flags"))
@@ -299,9 +299,9 @@ def _repeats(field: FieldInfo) -> bool:
     return get_origin(field.annotation) is tuple and Ellipsis in get_args(field.annotation)
 
 
-def _read_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Split words into positionals and a nested dict of typed values."""
-    fields = {path: field for path, field in _leaves(_CommandLine) if path != "recipe"}
+def _read_flags(argv: Sequence[str], model: type[BaseModel] = _CommandLine) -> tuple[list[str], dict[str, Any]]:
+    """Split words into positionals and a nested dict of typed values; flags are the fields of `model`."""
+    fields = {path: field for path, field in _leaves(model) if path != "recipe"}
     positionals: list[str] = []
     raw: dict[str, Any] = {}
     words = iter(argv)
