@@ -40,7 +40,8 @@ TIMEOUT_S = 3600.0
 def as_trained(config: RunConfig) -> list[str]:
     """The flags that have an endpoint asked as its policy was in training: over HTTP nobody knows how that was."""
     agent = {f"agent.{name}": value for name, value in config.agent.model_dump(mode="json").items()}
-    settings = agent | {"rollout.max_turns": config.rollout.max_turns, "rollout.episode_timeout_s": TIMEOUT_S}
+    timeouts = {f"rollout.{name}": TIMEOUT_S for name in ("episode_timeout_s", "turn_timeout_s")}
+    settings = agent | {"rollout.max_turns": config.rollout.max_turns} | timeouts
     return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 

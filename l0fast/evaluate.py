@@ -48,6 +48,7 @@ from l0fast.evaluation.report import compared, comparison_table, figures, summar
 from l0fast.garbage import OldObjects, old_objects_aside
 from l0fast.loop_lag import LoopLag
 from l0fast.policies import Policy, open_policy
+from l0fast.rooms import search_policy
 from l0fast.run_dir import write_json
 from l0fast.sandbox import open_sandbox
 from l0fast.sandbox.base import Sandbox
@@ -97,6 +98,10 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
         enter = stack.enter_async_context
         policy = None if plan.endpoint else await enter(open_policy(plan.model))
         config = changed((policy.trained_with if policy else None) or GENERAL, plan.flags)
+        if policy and config.engine.kind == "sglang":
+            say(
+                "engine.kind = 'sglang' is for training: transformers answers here, SGLang as an --endpoint (l0fast.serve)"
+            )
         benchmarks = await asyncio.to_thread(load_benchmarks, plan.benchmarks, config.task, plan.questions)
         for benchmark in benchmarks:
             say(benchmark.report or f"{benchmark.name}: {len(benchmark.tasks):,} questions")
@@ -249,7 +254,7 @@ def _agent(
         search = search_tool(LocalSearch(benchmark.corpus), config.task.search_results)
         # in the place of one that was named, which other benchmarks may need
         others = (tool for tool in tools if tool.name != search.name)
-        tools = (*others, broker.wrap(search, scope=benchmark.name))
+        tools = (*others, broker.wrap(search, search_policy(config), scope=benchmark.name))
     return NBAgent(
         chat=chat,
         engine=engine,
@@ -257,7 +262,11 @@ def _agent(
         tools=tools,
         task_tools=box.for_task,
         config=config.agent,
-        limits=EpisodeLimits(max_turns=config.rollout.max_turns, timeout_s=config.rollout.episode_timeout_s),
+        limits=EpisodeLimits(
+            max_turns=config.rollout.max_turns,
+            timeout_s=config.rollout.episode_timeout_s,
+            turn_timeout_s=config.rollout.turn_timeout_s,
+        ),
     )
 
 
@@ -312,7 +321,7 @@ def _general() -> RunConfig:
     return RunConfig.model_validate(
         {
             "agent": agent | {"traceback": "full", "cell_timeout_s": 120.0},
-            "rollout": {"max_turns": 10, "episode_timeout_s": 600.0},
+            "rollout": {"max_turns": 10, "episode_timeout_s": 600.0, "turn_timeout_s": 600.0},
         }
     )
 

@@ -179,7 +179,7 @@ async def open_rooms(
                     tools = toolbox.common
                     if (index := indexes.get(scope)) is not None:
                         search = search_tool(index, config.task.search_results)
-                        tools = (broker.wrap(search, _tool_policy(config), scope=scope),)
+                        tools = (broker.wrap(search, search_policy(config), scope=scope),)
                     return _agent(config, chat, engine, sandbox, tools, toolbox, meters.observer)
 
                 inside = engine.engine if isinstance(engine, GatedEngine) else engine
@@ -256,12 +256,14 @@ def _named_tools(config: RunConfig) -> tuple[str, ...]:
     return config.tools.use if config.task.kind == "questions" else ()
 
 
-def _tool_policy(config: RunConfig) -> ToolPolicy:
+def search_policy(config: RunConfig) -> ToolPolicy:
+    """Of the search that a world brings."""
     tools, task = config.tools, config.task
     return ToolPolicy(
         timeout_s=tools.timeout_s,
         attempts=tools.attempts,
         max_concurrent=tools.max_concurrent,
+        per_minute=tools.per_minute,
         # a local search answers otherwise when it is asked for more, or of another package's table
         version=f"{__version__}, {task.search_results} sentences",
     )

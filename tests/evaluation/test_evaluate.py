@@ -222,6 +222,34 @@ def test_settings_follow_as_for_a_run():
     assert str(plan.out) == "evaluations/geography"
 
 
+def test_a_cached_search_answers_with_as_many_sentences_as_are_wanted_now(tmp_path):
+    for sentences in (3, 1):
+        flags = f"--tools.cache-file {tmp_path}/cache --task.search-results {sentences} --out {tmp_path}/{sentences}"
+        assert main([*COMMAND, *flags.split()]) == 0
+    # an answer of a search is printed as a list
+    found = [turn["output"] for row in lines(tmp_path / "1") for turn in row["turns"] if "search(" in turn["text"]]
+    assert found
+    assert all(len(output.splitlines()) == 1 for output in found)
+
+
+def test_a_turn_that_takes_too_long_fails_its_episode(tmp_path):
+    flags = ["--rollout.turn-timeout-s", "1e-6", "--out", str(tmp_path / "out")]
+    main([*COMMAND, *flags])
+    assert {row["status"] for row in lines(tmp_path / "out")} == {"failed_deadline"}
+
+
+def test_who_answers_in_place_of_sglang_is_said(tmp_path, capsys):
+    words = f"geography --on geography --questions 1 --engine.kind sglang --sandbox.kind process --out {tmp_path}/out"
+    assert main(words.split()) == 0
+    assert "'sglang' is for training: transformers answers here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--smoke", "--dry-run", "--resume"])
+def test_a_flag_that_only_a_run_has_is_refused_in_a_sentence(flag, tmp_path, capsys):
+    assert main([*COMMAND, "--out", str(tmp_path / "out"), flag]) == 2
+    assert f"{flag} is not a flag" in capsys.readouterr().err
+
+
 def test_failed_episodes_have_no_vote(tmp_path, done):
     rows = lines(done)
     broken = [row | {"status": "failed_engine"} if i % 2 else row for i, row in enumerate(rows)]
