@@ -34,11 +34,14 @@ def load_benchmark(text: str, config: TaskConfig, num_questions: int) -> Benchma
         num_questions: 0 for all.
 
     Raises:
-        UsageError: a source that can't be read.
+        UsageError: a source that can't be read, or a world that hasn't so many.
     """
     if text in WORLDS:
         worlds = Worlds(config.model_copy(update={"kind": text, "variant_share": 0.0}))
-        tasks = tuple(worlds.heldout(num_questions or 600))
+        try:
+            tasks = tuple(worlds.heldout(num_questions or 600))
+        except ValueError as e:
+            raise UsageError(f"--questions {num_questions}: {e}") from e
         return Benchmark(name=text, tasks=tasks, corpus=worlds.corpora[worlds.evaluation], world=worlds.worlds[0])
     source = load_source(parse_source(text), "eval")
     tasks = list(source.tasks)

@@ -238,6 +238,11 @@ def test_a_turn_that_takes_too_long_fails_its_episode(tmp_path):
     assert {row["status"] for row in lines(tmp_path / "out")} == {"failed_deadline"}
 
 
+def test_more_questions_than_a_world_has_are_refused_in_a_sentence(tmp_path, capsys):
+    assert main([*COMMAND, "--questions", "100000", "--out", str(tmp_path / "out")]) == 2
+    assert "--questions 100000: geography has no 100000 held-out questions" in capsys.readouterr().err
+
+
 def test_who_answers_in_place_of_sglang_is_said(tmp_path, capsys):
     words = f"geography --on geography --questions 1 --engine.kind sglang --sandbox.kind process --out {tmp_path}/out"
     assert main(words.split()) == 0
