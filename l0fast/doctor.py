@@ -33,6 +33,7 @@ from rich.text import Text
 from l0fast.cli import shipped_recipe
 from l0fast.config import RunConfig, SandboxConfig
 from l0fast.errors import L0fastError, SandboxError
+from l0fast.run_dir import command
 from l0fast.sandbox import open_sandbox
 from l0fast.sandbox.guest import landlock
 from l0fast.sandbox.guest.seccomp import PR_SET_SECCOMP, SECCOMP_MODE_FILTER, TABLES
@@ -424,7 +425,7 @@ def _verdict(findings: Sequence[Finding]) -> str:
     lacks = [finding.name for finding in findings if finding.needed and finding.mark != "ok"]
     if lacks:
         return f"the default recipe can't run here yet: {', '.join(lacks)}"
-    return "the default recipe can run here: python -m l0fast.run"
+    return f"the default recipe can run here: {command('l0fast.run')}"
 
 
 def _table(findings: Sequence[Finding]) -> Table:

@@ -24,6 +24,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import threading
 import time
 import tomllib
@@ -291,7 +292,15 @@ def resume_hint(run_dir: Path) -> str:
     """How to go on with a run, as a line to copy."""
     if not checkpoints(run_dir):
         return f"{run_dir} has no checkpoint yet, so there is nothing to resume"
-    return f"resume with: python -m l0fast.run --resume {shlex.quote(str(run_dir))}"
+    return f"resume with: {command('l0fast.run', '--resume', str(run_dir))}"
+
+
+def command(module: str, *words: str) -> str:
+    """A line to copy into a shell: `python -m module words`, with the path of this Python where a shell takes another."""
+    python = Path(sys.executable)
+    # not resolved: a virtual environment's is a link
+    name = python.name if shutil.which(python.name) == str(python) else str(python)
+    return shlex.join([name, "-m", module, *words])
 
 
 def read_config(run_dir: Path) -> RunConfig:

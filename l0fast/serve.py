@@ -20,7 +20,6 @@ import importlib.util
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -37,6 +36,7 @@ import aiohttp
 from l0fast.children import Child, child
 from l0fast.errors import EngineError, L0fastError, UsageError
 from l0fast.policies import Policy, open_policy
+from l0fast.run_dir import command
 
 START_TIMEOUT_S = 600.0
 """Time a server has to load its model and answer [s]."""
@@ -231,12 +231,12 @@ async def _is_healthy(session: aiohttp.ClientSession, url: str) -> bool:
 
 def how_to_ask(served: Served) -> str:
     """A command to copy."""
-    words = ["python", "-m", "l0fast.agent", "QUESTION", "--endpoint", served.url, "--model", served.name]
+    words = ["QUESTION", "--endpoint", served.url, "--model", served.name]
     if (config := served.policy.trained_with) is not None:
         agent = config.agent
         words += ["--prompt", agent.prompt, "--context-tokens", str(agent.context_tokens)]
         words += ["--max-new-tokens", str(agent.max_new_tokens), "--max-turns", str(config.rollout.max_turns)]
-    return shlex.join(words)
+    return command("l0fast.agent", *words)
 
 
 async def _serve_until_told(args: argparse.Namespace) -> None:

@@ -31,6 +31,7 @@ from l0fast.run import main
 from l0fast.run_dir import (
     RunDir,
     checkpoints,
+    command,
     read_config,
     read_driver_state,
     read_groups,
@@ -235,7 +236,7 @@ def test_a_folder_without_checkpoint_or_run_is_one_sentence(stopped: Path, tmp_p
 
 def test_the_hint_is_a_line_to_copy(stopped: Path):
     moved = stopped.rename(stopped.with_name("a run"))
-    assert resume_hint(moved) == f"resume with: python -m l0fast.run --resume '{moved}'"
+    assert resume_hint(moved) == f"resume with: {command('l0fast.run', '--resume', str(moved))}"
 
 
 def test_a_checkpoint_of_another_version_that_lacks_something_is_one_sentence(stopped: Path, capsys):
@@ -626,7 +627,7 @@ def test_a_dead_learner_is_asked_for_nothing(tmp_path: Path):
     assert run.ledger.saved == [("save_checkpoint", "step_000002", 2, 4)]
 
 
-@pytest.mark.parametrize(("step", "hint"), [(None, "has no checkpoint yet"), (2, "resume with: python -m l0fast.run")])
+@pytest.mark.parametrize(("step", "hint"), [(None, "has no checkpoint yet"), (2, "-m l0fast.run --resume")])
 def test_what_ends_a_run_says_how_to_go_on(tmp_path: Path, monkeypatch, capsys, step: int | None, hint: str):
     async def fails(training: Training) -> None:
         training.run_dir.metrics({"step": 1})

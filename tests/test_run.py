@@ -111,7 +111,7 @@ def test_the_final_model_loads_as_the_one_it_started_from(smoke: Path, policy_fo
 def test_ctrl_c_keeps_what_was_done_and_leaves_no_process(runs: Runs):
     assert len(runs.children) >= 2  # engine, learner; the sandbox too, where it is not docker's
     assert "interrupted after" in runs.said
-    assert f"resume with: python -m l0fast.run --resume {runs.stopped}\n" in runs.said
+    assert f"-m l0fast.run --resume {runs.stopped}\n" in runs.said
     summary = json.loads((runs.stopped / "summary.json").read_text())
     assert summary["steps"] >= 2
     assert len(read_metrics(runs.stopped)) == summary["steps"]  # it never stops inside a step

@@ -10,8 +10,6 @@ Nothing here has a thread or a timer: it draws when it is told something, about 
 nobody sees it any more: Ctrl-C ends the `tee` behind a pipe, too, and a terminal can be closed. The log has every line.
 """
 
-import shlex
-import sys
 import textwrap
 import time
 from collections import deque
@@ -23,6 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live as RichLive
 from rich.text import Text
+
+from l0fast.run_dir import command
 
 Metrics = Mapping[str, Any]
 
@@ -218,6 +218,4 @@ def last_line(summary: Metrics, run_dir: Path | None) -> str:
         notes = [f"greedy {greedy}"] * (greedy is not None)
         notes += [f"{summary['eval_questions']:,} questions"] * ("eval_questions" in summary)
         outcome = f"held-out accuracy {sampled} sampled" + (f" ({'; '.join(notes)})" if notes else "")
-    return outcome + (
-        f"; read one: {Path(sys.executable).name} -m l0fast.trajectory {shlex.quote(str(run_dir))}" if run_dir else ""
-    )
+    return outcome + (f"; read one: {command('l0fast.trajectory', str(run_dir))}" if run_dir else "")

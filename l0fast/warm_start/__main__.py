@@ -31,6 +31,7 @@ from l0fast.config import RunConfig, SandboxConfig
 from l0fast.engine.simulated import SimulatedEngine
 from l0fast.errors import UsageError, WorldError
 from l0fast.rollout.rollouts import play_all
+from l0fast.run_dir import command
 from l0fast.sandbox import open_sandbox
 from l0fast.seeding import derive_seed
 from l0fast.segments import segments_of
@@ -114,7 +115,9 @@ def make(options: Options, console: Console) -> None:
 
         train(model, rows, TrainSettings(seed=options.seed), show)
     save_policy(model, options.out)
-    console.print(f"policy in {options.out}; try it: python -m l0fast.run --model.path {options.out}", soft_wrap=True)
+    console.print(
+        f"policy in {options.out}; try it: {command('l0fast.run', '--model.path', str(options.out))}", soft_wrap=True
+    )
 
 
 def _world(kind: str, seed: int, n: int, pieces: tuple[str, ...] = ()) -> World:

@@ -1,6 +1,9 @@
 """The run folder: what is written can be read back, nothing is overwritten, and the event loop is not held up."""
 
 import asyncio
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,17 @@ from hypothesis import strategies as st
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError, WorldError
 from l0fast.ids import Ids
-from l0fast.run_dir import RunDir, check_free, read_config, read_groups, read_metrics, read_summary, read_trajectories, step_name
+from l0fast.run_dir import (
+    RunDir,
+    check_free,
+    command,
+    read_config,
+    read_groups,
+    read_metrics,
+    read_summary,
+    read_trajectories,
+    step_name,
+)
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
 
@@ -114,6 +127,18 @@ def test_what_can_not_be_written_ends_the_run_with_its_name(tmp_path: Path):
 def test_a_log_that_can_not_be_written_keeps_nobody_from_going_on(tmp_path: Path):
     with on_a_full_disk(tmp_path / "run", "log.txt") as run_dir:
         run_dir.log("ending, as soon as the learner is between two steps")
+
+
+def test_a_line_to_copy_names_a_python_that_has_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    environment = {"PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    # as it is named to a shell that would take another, or none
+    (tmp_path / Path(sys.executable).name).symlink_to("/bin/false")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    line = command("l0fast.trajectory", "a run", "--help")
+    assert line.endswith(" -m l0fast.trajectory 'a run' --help")
+    assert subprocess.run(line, shell=True, env=environment, capture_output=True).returncode == 0
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert command("l0fast.run") == f"{Path(sys.executable).name} -m l0fast.run"
 
 
 def test_what_was_done_before_a_usage_error_stays(tmp_path: Path):
