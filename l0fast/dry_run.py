@@ -21,7 +21,7 @@ from l0fast.config import RunConfig
 from l0fast.engine.transformers import check_model_folder
 from l0fast.errors import UsageError
 from l0fast.hub import cached_model, is_hub_name
-from l0fast.layout import engine_kind, memory_complaint, sglang_layout
+from l0fast.layout import engine_kind, gpu_memories, memory_complaint, sglang_layout
 from l0fast.learner import cost
 from l0fast.learner.client import num_gpus
 from l0fast.rooms import check, check_settings, model_folder
@@ -135,7 +135,7 @@ def _gpus(config: RunConfig, folder: Path | None, result: DryRun) -> None:
         return
     shape = _shape(config, folder)
     gpus = num_gpus() or config.plan.gpus
-    memory = config.plan.gpu_memory_gb * 1e9
+    memory = min(gpu_memories()) if num_gpus() else config.plan.gpu_memory_gb * 1e9
     layout = sglang_layout(config, gpus)
     if complaint := memory_complaint(config, shape, layout, gpu_memory_bytes=memory):
         raise UsageError(complaint)
@@ -149,7 +149,7 @@ def _gpus(config: RunConfig, folder: Path | None, result: DryRun) -> None:
     host = cost.host_bytes(shape, setup) / 1e9
     rows = {
         "model": f"{shape.parameters / 1e9:.2f} G parameters",
-        "GPUs": f"{gpus} of {config.plan.gpu_memory_gb:g} GB: {layout.engines} engines of {engine.tensor_parallel}, "
+        "GPUs": f"{gpus} of {memory / 1e9:.3g} GB: {layout.engines} engines of {engine.tensor_parallel}, "
         f"{layout.ranks} learner ranks, {engine.layout}, weights by {layout.weights}",
         "learner": f"{sum(learner.values()) / 1e9:.1f} GB a GPU: "
         + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in learner.items())

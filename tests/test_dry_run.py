@@ -37,6 +37,18 @@ def test_a_recipe_is_planned_for_its_gpus_and_what_is_absent_is_named(recipe, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_a_machine_that_has_gpus_is_planned_for_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr("l0fast.dry_run.num_gpus", lambda: 2)
+    for gb, said in ((96, "2 of 96 GB: 2 engines"), (12, "11.2")):
+        monkeypatch.setattr("l0fast.dry_run.gpu_memories", lambda gb=gb: [gb * 1e9] * 2)
+        try:
+            text = dry_run(parse(["l0_qwen3_0.6b", "--dry-run"])).text()
+        except UsageError as e:
+            text = str(e)
+        assert said in text
+
+
 def test_seven_recipes_for_gpus_ship():
     assert len(BIG) == 7
 
