@@ -1,6 +1,6 @@
 """A program of someone else's as a child: it ends with the block, with us if we are killed, and with its last words told.
 
-    async with child(command, ...) as process:     # its own session: Ctrl-C reaches us alone, and all it starts ends with it
+    async with child(module, ...) as process:     # its own session: Ctrl-C reaches us alone, and all it starts ends with it
         ...
 
 `output_of` runs a module for what it prints. Workers, which speak frames over a socket, are ipc.spawn_worker's.

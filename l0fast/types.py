@@ -97,7 +97,7 @@ class Turn:
     """What the agent was shown next; None where no cell ran because the text was malformed (`complaint` was shown)."""
     complaint: str | None = None
     well_formed: bool
-    """Exactly one <think> and one <code>, both long enough (l0.md, format reward)."""
+    """Exactly one <think> and one <code>, both long enough (L0's format reward)."""
     error: str | None = None
     """Name of the exception the cell ended with."""
     calls: tuple[ToolCall, ...] = ()

@@ -350,7 +350,7 @@ def torch_epilogue(
         gap_C = (old_C - sampler_C).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         weights_C = weights_C * torch.exp(gap_C).clamp(max=settings["tis_cap"])
     with torch.enable_grad():
-        # these formulas are the only place where the loss is written down: autograd derives them, on C numbers
+        # no derivative is written down here: autograd finds them, on C numbers
         lp_C = logprobs_C.detach().requires_grad_()
         clips = {"clip_low": settings["clip_low"], "clip_high": settings["clip_high"]}
         if settings["objective"] == "ppo":

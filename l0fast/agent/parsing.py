@@ -2,7 +2,7 @@
 
     <think> why </think> <code> python </code>
 
-The code of exactly one closed <code> block is run, whatever stands around it; the format reward is stricter (l0.md:
+The code of exactly one closed <code> block is run, whatever stands around it; the format reward is stricter (as L0's:
 exactly one <think> of more than 10 characters and exactly one <code> of more than 5).
 """
 

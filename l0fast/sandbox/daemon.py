@@ -45,9 +45,9 @@ class Daemon:
     memory_limit: bool
     """Can limit a container's memory."""
     pids_limit: bool
+    """Can limit a container's number of processes."""
     cpu_shares: bool
     """Whether containers can be given weights. Podman without root refuses to start one that has any, where it can't."""
-    """Can limit a container's number of processes."""
     runtimes: tuple[str, ...]
     """What HostConfig.Runtime may name, e.g. "runc", "runsc"."""
     name: str

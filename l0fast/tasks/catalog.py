@@ -34,7 +34,7 @@ class DataSet:
     """"train", "eval" -> the split's own name."""
     columns: Columns = field(default_factory=Columns)
     check: str = "exact_match"
-    """How an answer is judged; tasks/rewards.py."""
+    """How an answer is judged; tasks/scoring.py."""
 
 
 _FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"

@@ -9,8 +9,8 @@
     reserve.py    memory for what is said when a cell has taken all
     jail.py       the way from the zygote's rights to a session's: limits, uid, landlock.py, seccomp.py
     at_fork.py    random and threading, without what they do after every fork
-    files.py      removes a folder whatever its owner did to it
+    files.py      brings a task's files, collects an agent's, and removes a folder whatever its owner did to it
 
-It is started as `python -S -s -B -c BOOT FOLDER FD`, with FOLDER the parent of this folder, so it needs no installation
-and imports nothing of the host's package. It trusts the host, and is not trusted by it.
+It is started as `python -S -s -B -c BOOT FOLDER WHERE`, with FOLDER the parent of this folder, so it needs no installation
+and imports nothing of the host's package; WHERE is a descriptor of the control socket, or in a container its path. It trusts the host, and is not trusted by it.
 """
