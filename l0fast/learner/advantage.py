@@ -66,7 +66,7 @@ def leave_one_out(rewards: np.ndarray) -> np.ndarray:
 def gae(
     rewards: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray, gamma: float, lam: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Generalised advantage estimates of one episode's turns, or of one turn's tokens.
+    """Generalised advantage estimates of one episode's turns.
 
     Args:
         rewards, values: [n]; the value after the last is 0.
@@ -82,16 +82,6 @@ def gae(
         following = rewards[t] + gamma * next_value - value[t] + gamma * lam * following
         advantages[t] = following
     return advantages, advantages + value
-
-
-def gae_over_tokens(
-    turn_return: float, token_values: Sequence[float], gamma: float = 0.99, lam: float = 0.99
-) -> tuple[np.ndarray, np.ndarray]:
-    """GAE within one turn: the turn's return is the reward of its last token, the others earn nothing. [n], [n]"""
-    rewards = np.zeros(len(token_values))
-    if len(rewards):
-        rewards[-1] = turn_return
-    return gae(rewards, token_values, gamma, lam)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -17,7 +17,6 @@ from l0fast.learner.advantage import (
     critic_targets,
     discounted_returns,
     gae,
-    gae_over_tokens,
     leave_one_out,
     normalise,
     number_turns,
@@ -56,15 +55,6 @@ def test_gae_over_turns_is_that_of_l0():
         ours = gae(episode["step_level_rewards"], episode["step_level_values"], GOLDEN["gamma"], GOLDEN["lam"])
         np.testing.assert_allclose(ours[0], adv, **TOLERANCE)
         np.testing.assert_allclose(ours[1], ret, **TOLERANCE)
-
-
-def test_gae_over_tokens_pays_the_turns_return_at_its_last_token():
-    adv, ret = gae_over_tokens(1.0, [0.2, 0.5], gamma=0.9, lam=0.8)
-    last = 1.0 - 0.5
-    first = (0.9 * 0.5 - 0.2) + 0.9 * 0.8 * last
-    np.testing.assert_allclose(adv, [first, last])
-    np.testing.assert_allclose(ret, [first + 0.2, 1.0])
-    assert len(gae_over_tokens(1.0, [])[0]) == 0
 
 
 def test_with_lambda_one_and_no_critic_gae_is_the_discounted_return():
