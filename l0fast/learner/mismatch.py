@@ -54,21 +54,6 @@ class Mismatch:
                 self.sums[:, i] += np.bincount(turn, column, TURN_BINS)
             np.maximum.at(self.maxima, turn, np.abs(d))
 
-    def merge(self, other: "Mismatch") -> None:
-        """Count in what another pack or rank counted."""
-        self.sums += other.sums
-        self.maxima = np.maximum(self.maxima, other.maxima)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, for a message."""
-        return {"sums": self.sums.tolist(), "maxima": self.maxima.tolist()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Mismatch":
-        mismatch = cls()
-        mismatch.sums, mismatch.maxima = np.array(data["sums"], np.float64), np.array(data["maxima"], np.float64)
-        return mismatch
-
     def metrics(self) -> dict[str, float]:
         """The numbers of the module's docstring: of all tokens, then of each turn that was seen. Empty without a token."""
         if not self.sums[:, 0].any():
