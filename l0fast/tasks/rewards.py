@@ -29,8 +29,6 @@ import regex
 from l0fast.config import RewardConfig
 from l0fast.types import Trajectory
 
-PER_TURN = ("format", "code", "length")
-"""Rewards that every turn earns its share of; all others are the answer's, and on the last turn."""
 REGEX_TIMEOUT_S = 0.2
 """A pattern that backtracks for ever matches nothing [s]."""
 
@@ -124,34 +122,24 @@ def code_score(num_errors: int, num_outputs: int) -> float:
     return 1 - num_errors / num_outputs if num_outputs else 0.0
 
 
-L0_WEIGHTS = RewardConfig()
-
-
-def answer_scores(answer: str | None, answers: Iterable[str]) -> dict[str, float]:
-    """What L0's reward asks about an answer."""
-    return {"correct": float(exact_match(answer, answers)), "has_answer": float(has_answer(answer))}
-
-
 def turn_rewards(
     trajectory: Trajectory,
-    weights: RewardConfig = L0_WEIGHTS,
-    scores: Mapping[str, float] | None = None,
+    weights: RewardConfig,
+    scores: Mapping[str, float],
     *,
-    max_new_tokens: int = 1,
+    max_new_tokens: int,
     custom: Iterable[tuple[float, tuple[float, ...]]] = (),
 ) -> tuple[float, ...]:
     """r_t of each turn, as in this file's head.
 
     Args:
-        scores: of the answer, by reward, each 0 to 1; those that have no weight aren't needed. None: L0's.
+        scores: of the answer, by reward, each 0 to 1; those that have no weight aren't needed.
         max_new_tokens: longest response of a turn, for "length" [tokens].
         custom: weight, and the score of each turn, of rewards of the user's own.
     """
     turns, n = trajectory.turns, len(trajectory.turns)
     if not n:
         return ()
-    if scores is None:
-        scores = answer_scores(trajectory.answer, trajectory.task.answers)
     of_turn = [
         weights.format * turn.well_formed
         + weights.code * code_score(turn.error is not None, bool(turn.output))

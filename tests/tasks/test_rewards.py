@@ -45,11 +45,17 @@ def turn(
     )
 
 
+def l0_rewards(episode: Trajectory) -> tuple[float, ...]:
+    """With L0's weights, as the defaults are."""
+    right, given = exact_match(episode.answer, episode.task.answers), has_answer(episode.answer)
+    return turn_rewards(episode, RewardConfig(), {"correct": right, "has_answer": given}, max_new_tokens=1)
+
+
 def qa_score(answer, answers) -> float:
     """L0's qa: what an answer earns, of the 0.8 that it can."""
     only = turn("no tags", output=None)
     task = Task(id="t", question="", answers=tuple(answers))
-    return sum(turn_rewards(trajectory([only], answer=answer, task=task))) / 0.8
+    return sum(l0_rewards(trajectory([only], answer=answer, task=task))) / 0.8
 
 
 def trajectory(turns, answer=None, task=TASK) -> Trajectory:
@@ -89,7 +95,7 @@ RESPONSES = (
 
 def test_the_format_of_turns_scores_as_in_l0():
     [scores, _] = GOLDEN["fmt"]
-    rewards = turn_rewards(trajectory(turn(text, output=None) for text in RESPONSES))
+    rewards = l0_rewards(trajectory(turn(text, output=None) for text in RESPONSES))
     assert rewards == pytest.approx([0.1 * score for score in scores["score"]], abs=1e-6)
 
 
@@ -101,27 +107,27 @@ def test_the_outputs_of_cells_score_as_in_l0():
 
 
 def test_unlike_in_l0_a_cell_that_printed_before_it_failed_has_one_output():
-    [only] = turn_rewards(trajectory([turn("no tags", output="7\nNameError: x", error="NameError")]))
+    [only] = l0_rewards(trajectory([turn("no tags", output="7\nNameError: x", error="NameError")]))
     assert only == 0.0
 
 
 def test_the_reward_of_a_perfect_episode_sums_to_one_and_the_answer_counts_on_the_last_turn():
-    rewards = turn_rewards(trajectory([turn(), turn(), turn()], answer="new york city"))
+    rewards = l0_rewards(trajectory([turn(), turn(), turn()], answer="new york city"))
     assert rewards == pytest.approx([0.2 / 3, 0.2 / 3, 0.8 + 0.2 / 3], abs=1e-12)
     assert sum(rewards) == pytest.approx(1.0)
 
 
 def test_each_part_of_a_turns_reward_has_its_weight():
-    wrong = turn_rewards(trajectory([turn("no tags", output=None), turn("no tags", output=None)], answer="Boston"))
+    wrong = l0_rewards(trajectory([turn("no tags", output=None), turn("no tags", output=None)], answer="Boston"))
     assert wrong == pytest.approx([0.0, 0.08])
-    ran = turn_rewards(trajectory([turn("no tags", output="7"), turn("no tags", output="")]))
+    ran = l0_rewards(trajectory([turn("no tags", output="7"), turn("no tags", output="")]))
     assert ran == pytest.approx([0.05, 0.0])
-    failed = turn_rewards(trajectory([turn(output="NameError: x", error="NameError")]))
+    failed = l0_rewards(trajectory([turn(output="NameError: x", error="NameError")]))
     assert failed == pytest.approx([0.1])
 
 
 def test_an_episode_without_turns_has_no_rewards():
-    assert turn_rewards(trajectory([])) == ()
+    assert l0_rewards(trajectory([])) == ()
 
 
 def test_any_listed_value_is_a_right_answer():
