@@ -49,8 +49,6 @@ from l0fast.types import Group
 Advantages = list[list[np.ndarray]]
 """[group][trajectory] -> [turns]"""
 
-BUCKET_BYTES = 512 << 20
-"""Of weights on their way to an engine on the same GPU [bytes]."""
 PROFILE = "torch_rank_{}.json"
 """Of one step of a rank, in the run's folder."""
 BLAME_S = 2.0
@@ -185,7 +183,7 @@ class LearnerClient:
             "step_s": batch.busy_s + time.perf_counter() - start,
         }
 
-    async def buckets(self, bucket_bytes: int = BUCKET_BYTES) -> AsyncIterator[list[str]]:
+    async def buckets(self) -> AsyncIterator[list[str]]:
         """The weights as the last step left them, bucket by bucket: of each rank's, what an engine on its GPU can read.
 
         What `SGLangEngine.update_weights` takes. The ranks keep all of it, in bf16, until they are asked again or `free_memory`.
@@ -193,16 +191,14 @@ class LearnerClient:
         async with self._lock:
             first = True
             while True:
-                answers = await self._ask("export", bucket_bytes=bucket_bytes, first=first)
+                answers = await self._ask("export", first=first)
                 first, buckets = False, [answer["bucket"] for answer in answers]
                 if buckets[0] is None:
                     return
                 yield buckets
 
     @asynccontextmanager
-    async def broadcast(
-        self, engines: int, *, ranks: int, wait_s: float, bucket_bytes: int = BUCKET_BYTES
-    ) -> AsyncIterator[Sending]:
+    async def broadcast(self, engines: int, *, ranks: int, wait_s: float) -> AsyncIterator[Sending]:
         """Rank 0 sends the weights as the last step left them to engines on other GPUs, while the block runs.
 
         Args:
@@ -214,11 +210,11 @@ class LearnerClient:
             LearnerError: as `accumulate`; the block is cancelled then.
         """
         async with self._lock:
-            answers = await self._ask("offer", engines=engines, ranks=ranks, wait_s=wait_s, bucket_bytes=bucket_bytes)
+            answers = await self._ask("offer", engines=engines, ranks=ranks, wait_s=wait_s)
             sending = Sending(policy_version=self._policy_version, offer=answers[0]["offer"])
             try:
                 async with asyncio.TaskGroup() as tg:
-                    work = tg.create_task(self._ask("send", bucket_bytes=bucket_bytes, wait_s=wait_s))
+                    work = tg.create_task(self._ask("send", wait_s=wait_s))
                     yield sending
             except BaseExceptionGroup as e:
                 raise e.exceptions[0] from e.exceptions[0].__cause__

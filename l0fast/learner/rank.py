@@ -6,7 +6,7 @@
     fit(num_bytes, bounds)           the critic's `accumulate`: packs with the returns in place of the advantages
     finish_step(denominator, policy_version)
                                      the optimizer step, then the weights into shared memory under that version
-    export(bucket_bytes, first)      a bucket of the weights, for an engine on the same GPU that reads it where it lies
+    export(first)                    a bucket of the weights, for an engine on the same GPU that reads it where it lies
     offer(engines, ranks, ...), send()
                                      the weights to engines on other GPUs, by process groups (broadcast.py)
     save(path)                       a model folder in Hugging Face form
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from l0fast.learner.packing import Pack
     from l0fast.learner.policy_model import PolicyModel
     from l0fast.learner.profile import StepProfile
+
+BUCKET_BYTES = 512 << 20
+"""Of weights on their way to an engine [bytes]."""
 
 
 def main() -> None:
@@ -186,11 +189,11 @@ class Rank:
                 self.publish(header["policy_version"])
                 return {"metrics": metrics}
             case "export":
-                return {"bucket": self.export(header["bucket_bytes"], header["first"])}
+                return {"bucket": self.export(header["first"])}
             case "offer":
                 return {"offer": self.offer(header)}
             case "send":
-                return {"failures": self.send(header["bucket_bytes"], header["wait_s"])}
+                return {"failures": self.send(header["wait_s"])}
             case "free_memory":
                 self.free_memory(empty_cache=header["empty_cache"])
                 return {}
@@ -230,12 +233,12 @@ class Rank:
         for part, (start, stop) in enumerate(pairwise(bounds[self._policy.place.rank])):
             yield packs[start:stop], max(of_rank[part + 1] - of_rank[part] for of_rank in bounds)
 
-    def export(self, bucket_bytes: int, first: bool) -> str | None:
+    def export(self, first: bool) -> str | None:
         """The next bucket of weights; None after the last. A collective. Its memory is kept until there are newer weights."""
         from l0fast.engine.buckets import serialize_bucket
 
         if first:
-            self._buckets = self._policy.buckets(bucket_bytes, self._policy.place.compute_dtype)
+            self._buckets = self._policy.buckets(BUCKET_BYTES, self._policy.place.compute_dtype)
             self._exported = []
         if (bucket := next(self._buckets, None)) is None:
             return None
@@ -260,15 +263,15 @@ class Rank:
             "ports": sending.ports,
             "backend": sending.backend,
             "dtype": str(place.compute_dtype).removeprefix("torch."),
-            "buckets": self._policy.bucket_shapes(header["bucket_bytes"], place.compute_dtype),
+            "buckets": self._policy.bucket_shapes(BUCKET_BYTES, place.compute_dtype),
         }
 
-    def send(self, bucket_bytes: int, wait_s: float) -> list[str | None]:
+    def send(self, wait_s: float) -> list[str | None]:
         """Send what was offered. A collective. Of rank 0: why an engine did not get it all, None where it did."""
         progress, (sending, self._broadcast) = self._policy.progress, (self._broadcast, None)
         # rank 0 waits for engines, and the others for it
         limit_s = wait_s + self._policy.config.stall_timeout_s
-        buckets = self._policy.buckets(bucket_bytes, self._policy.place.compute_dtype, limit_s=limit_s)
+        buckets = self._policy.buckets(BUCKET_BYTES, self._policy.place.compute_dtype, limit_s=limit_s)
         if sending is None:
             for _ in buckets:
                 pass
