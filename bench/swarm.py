@@ -89,12 +89,10 @@ class SimulatedRank:
         self._clock = clock
         self.owed_s = 0.0
         """What the next `accumulate` will take [s]."""
-        self.worked_s = 0.0
 
     async def call(self, op: str, **fields: Any) -> tuple[dict[str, Any], bytes]:
         if op == "accumulate":
             work_s, self.owed_s = self.owed_s, 0.0
-            self.worked_s += work_s
             await self._clock.sleep(work_s)
         return {"metrics": {}}, b""
 

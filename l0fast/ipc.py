@@ -471,14 +471,12 @@ class TensorSpec:
     name: str
     """As in the model folder's safetensors."""
     shape: tuple[int, ...]
-    dtype: str
-    """Of the storage here: always "float32", whatever the file's is."""
     offset: int
     """[bytes]"""
 
 
 class SharedWeights:
-    """The policy's tensors in one memory file: `int64 policy_version | pad to 64 | tensor | pad to 64 | tensor ...`.
+    """The policy's tensors, fp32, in one memory file: `int64 policy_version | pad to 64 | tensor | pad to 64 | tensor ...`.
 
     The learner writes the tensors, then the version, then says so to the driver; the driver then tells the engine, which
     reads. Nobody reads while somebody writes, because the driver does one after the other. Tied weights are there once.
@@ -494,7 +492,7 @@ class SharedWeights:
 
     @classmethod
     def attach(cls, handle: dict[str, Any]) -> "SharedWeights":
-        specs = tuple(TensorSpec(s["name"], tuple(s["shape"]), s["dtype"], s["offset"]) for s in handle["specs"])
+        specs = tuple(TensorSpec(s["name"], tuple(s["shape"]), s["offset"]) for s in handle["specs"])
         return cls(handle["fd"], handle["num_bytes"], specs)
 
     @property
@@ -537,7 +535,7 @@ def shared_weights(model_path: Path) -> Iterator[SharedWeights]:
     """
     specs, end = [], _HEADER_BYTES
     for name, shape in tensor_shapes(model_path).items():
-        specs.append(TensorSpec(name, shape, "float32", end))
+        specs.append(TensorSpec(name, shape, end))
         end += -(-4 * _num_elements(shape) // _ALIGN_BYTES) * _ALIGN_BYTES
     fd = os.memfd_create("l0fast-weights", os.MFD_CLOEXEC)
     try:

@@ -13,7 +13,7 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -245,9 +245,3 @@ def _passage(document: Any) -> Passage:
     return Passage(
         id=document.get_first("id"), title=document.get_first("title") or "", text=document.get_first("text")
     )
-
-
-def numbered(texts: Iterable[str], prefix: str = "") -> Iterator[Passage]:
-    """Passages of plain texts."""
-    for n, text in enumerate(texts, 1):
-        yield Passage(id=f"{prefix}{n}", title="", text=text)

@@ -99,7 +99,7 @@ class Replica:
         """Since the caller last emptied it."""
         self.next_event_s = math.inf
         """When something happens by itself; `advance` to it."""
-        self.num_retracted = self.evicted_tokens = 0
+        self.num_retracted = 0
         self._forgets = forgets
         self._prefill_batch_tokens = prefill_batch_tokens
         self._now_s = 0.0
@@ -380,7 +380,6 @@ class Replica:
             else:
                 del self._prefixes[conversation]
             self._evictable -= min(tokens, over)
-            self.evicted_tokens += min(tokens, over)
 
     def _prefill_duration_s(self, new_tokens: int) -> float:
         return self.speed.prefill_batch_s + new_tokens / self.speed.prefill_tokens_per_s

@@ -24,9 +24,6 @@ class Interval:
     """Of the 95 % interval; nan for a single question."""
     questions: int
 
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.half_width:.3f}" if math.isfinite(self.half_width) else f"{self.mean:.3f}"
-
 
 def interval(scores: Mapping[str, Sequence[float]]) -> Interval:
     """Mean and 95 % interval of scores by question, each with its samples. nan where there are none."""
@@ -79,7 +76,7 @@ def compare(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]], 
     if len(common) > 1:
         # in parts: ten thousand resamples of ten thousand questions are 800 MB
         resampled = np.concatenate(
-            [rng.choice(differences, (part, len(common))).mean(axis=1) for part in _parts(RESAMPLES, len(common))]
+            [rng.choice(differences, (part, len(common))).mean(axis=1) for part in _parts(len(common))]
         )
         low, high = np.quantile(resampled, [0.025, 0.975])
     return Difference(
@@ -104,13 +101,13 @@ def _sign_flip_p(differences: np.ndarray, rng: np.random.Generator) -> float:
         return float((np.abs((2 * bits - 1) @ differences) >= observed).mean())
     as_extreme = sum(
         int((np.abs((2.0 * rng.integers(0, 2, (part, len(differences))) - 1) @ differences) >= observed).sum())
-        for part in _parts(RESAMPLES, len(differences))
+        for part in _parts(len(differences))
     )
     # the flip that was observed is one of them
     return (as_extreme + 1) / (RESAMPLES + 1)
 
 
-def _parts(total: int, length: int) -> list[int]:
-    """Rows of `length` numbers, as many at once as memory takes."""
+def _parts(length: int) -> list[int]:
+    """Of RESAMPLES rows of `length` numbers, as many at once as memory takes."""
     size = max(1, 5_000_000 // length)
-    return [min(size, total - start) for start in range(0, total, size)]
+    return [min(size, RESAMPLES - start) for start in range(0, RESAMPLES, size)]

@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from l0fast.config import ToolsConfig, WebConfig
 from l0fast.corpus.__main__ import main
-from l0fast.corpus.index import Corpus, Passage, build, numbered
+from l0fast.corpus.index import Corpus, Passage, build
 from l0fast.corpus.read import Reader
 from l0fast.errors import ToolError, UsageError
 from l0fast.tools.broker import open_broker
@@ -37,7 +37,7 @@ def texts() -> list[str]:
 @pytest.fixture(scope="session")
 def corpus(texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus") / "index"
-    build(numbered(texts), folder)
+    build((Passage(id=str(n), title="", text=text) for n, text in enumerate(texts, 1)), folder)
     opened = Corpus(folder)
     yield opened
     opened.close()

@@ -16,14 +16,15 @@ def test_the_interval_is_over_questions_and_not_over_samples():
     one = interval({"a": [1.0], "b": [0.0], "c": [1.0], "d": [1.0]})
     assert one.mean == 0.75
     assert one.half_width == pytest.approx(1.959964 * 0.5 / 2)
-    assert str(one) == "0.750 ± 0.490"
     # the same questions asked a hundred times tell no more about other questions
     many = interval({"a": [1.0] * 100, "b": [0.0] * 100, "c": [1.0] * 100, "d": [1.0] * 100})
     assert (many.mean, many.half_width) == (one.mean, one.half_width)
 
 
 def test_few_questions_have_no_interval_and_none_no_mean():
-    assert str(interval({"a": [1.0, 0.0]})) == "0.500"
+    one = interval({"a": [1.0, 0.0]})
+    assert one.mean == 0.5
+    assert math.isnan(one.half_width)
     assert math.isnan(interval({}).mean)
     assert interval({"a": [], "b": [1.0]}).questions == 1
 
