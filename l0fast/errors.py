@@ -46,3 +46,16 @@ def boundary(error: type[WorldError], doing: str) -> Iterator[None]:
         raise error(
             f"could not {doing}: {type(e).__name__}: {e}" if str(e) else f"could not {doing}: {type(e).__name__}"
         ) from e
+
+
+def holds(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Whether an error, or one in a group of them, is of a kind."""
+    return isinstance(error, kind) or (isinstance(error, BaseExceptionGroup) and error.subgroup(kind) is not None)
+
+
+def known(error: BaseException) -> L0fastError | None:
+    """What a command says in one sentence: of a group the first error. None where there is a bug, which keeps its traceback."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error if isinstance(error, L0fastError) else None
+    errors = [known(e) for e in error.exceptions]
+    return None if None in errors else errors[0]

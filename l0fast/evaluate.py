@@ -40,7 +40,7 @@ from l0fast.engine.clock import CompressedClock
 from l0fast.engine.openai import EndpointConfig, openai_engine
 from l0fast.engine.simulated import SimulatedEngine, Speed
 from l0fast.engine.transformers import transformers_engine
-from l0fast.errors import L0fastError, UsageError
+from l0fast.errors import L0fastError, UsageError, known
 from l0fast.evaluation.benchmarks import Benchmark, load_benchmarks
 from l0fast.evaluation.direct import DirectAnswerer
 from l0fast.evaluation.episodes import Episodes, Outcome, fingerprint, read_outcomes
@@ -410,16 +410,9 @@ def main(argv: Sequence[str]) -> int:
         report = uvloop.run(evaluate(plan, partial(errors.print, markup=False, soft_wrap=True)))
         console.print(summary(report), soft_wrap=True, markup=False)
         errors.print(f"written to {plan.out}", markup=False)
-    except L0fastError as e:
-        errors.print(f"l0fast: {e}", markup=False, soft_wrap=True)
-        return 2 if isinstance(e, UsageError) else 1
-    except BaseExceptionGroup as group:
-        known, bugs = group.split(L0fastError)
-        if known is None or bugs is not None:
+    except (L0fastError, BaseExceptionGroup) as e:
+        if (error := known(e)) is None:
             raise
-        error = known
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
         errors.print(f"l0fast: {error}", markup=False, soft_wrap=True)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:

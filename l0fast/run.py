@@ -7,10 +7,10 @@ Exit codes: 0 done, 1 the run failed, 2 something to set right, 130 interrupted.
 
 import asyncio
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from l0fast.cli import parse
-from l0fast.errors import L0fastError, UsageError
+from l0fast.errors import L0fastError, UsageError, known
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,29 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         # before the run or after it; or the second one, that ends it at once
         return 130
-    except L0fastError as e:
-        return _complain(e)
-    except BaseExceptionGroup as group:
-        # what the world does is one sentence, a bug keeps its traceback
-        known, bugs = group.split(L0fastError)
-        if known is None or bugs is not None:
+    except (L0fastError, BaseExceptionGroup) as e:
+        if (error := known(e)) is None:
             raise
-        return _complain(next(_leaves(known)), group)
-
-
-def _complain(error: BaseException, group: BaseException | None = None) -> int:
-    # a note says how to go on
-    for line in (f"l0fast: {error}", *getattr(group or error, "__notes__", ())):
-        print(line, file=sys.stderr)  # noqa: T201
-    return 2 if isinstance(error, UsageError) else 1
-
-
-def _leaves(group: BaseExceptionGroup) -> Iterator[BaseException]:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
+        # a note says how to go on
+        for line in (f"l0fast: {error}", *getattr(e, "__notes__", ())):
+            print(line, file=sys.stderr)  # noqa: T201
+        return 2 if isinstance(error, UsageError) else 1
 
 
 if __name__ == "__main__":

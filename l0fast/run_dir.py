@@ -40,7 +40,7 @@ import tomli_w
 from pydantic import ConfigDict, TypeAdapter
 
 from l0fast.config import RunConfig
-from l0fast.errors import UsageError, WorldError, boundary
+from l0fast.errors import UsageError, WorldError, boundary, holds
 from l0fast.ids import Ids
 from l0fast.types import Group, Trajectory, Turn
 
@@ -229,7 +229,7 @@ class RunDir:
 
         Only while it ran did it show that a setting can't be used: the same command, set right, finds its folder free.
         """
-        return _is_usage_error(error) and not (
+        return holds(error, UsageError) and not (
             checkpoints(self.path)
             or any((self.path / "trajectories").iterdir())
             or (self.path / "metrics.jsonl").stat().st_size > 0
@@ -238,12 +238,6 @@ class RunDir:
 
 def _not_yours(path: Path, error: OSError) -> UsageError:
     return UsageError(f"run folder {path} can't be written ({error.strerror}): make it yours and try again")
-
-
-def _is_usage_error(error: BaseException | None) -> bool:
-    if isinstance(error, BaseExceptionGroup):
-        return error.subgroup(UsageError) is not None
-    return isinstance(error, UsageError)
 
 
 def step_name(step: int) -> str:

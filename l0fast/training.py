@@ -36,7 +36,7 @@ from l0fast import __version__
 from l0fast.agent.nb_agent import NBAgent
 from l0fast.cli import Invocation, newest_checkpoint
 from l0fast.config import RunConfig
-from l0fast.errors import LearnerError, UsageError
+from l0fast.errors import LearnerError, UsageError, holds
 from l0fast.garbage import OldObjects, let_go, old_objects_aside
 from l0fast.heldout import HeldOut, accuracy
 from l0fast.learner.advantage import RunningMean, Values, streams
@@ -307,7 +307,7 @@ class Training:
                     advice.cancel()
         except BaseException as e:
             # Ctrl-C, or something that broke: what was learned is kept, if there is a learner to ask
-            if not _holds(e, LearnerError):
+            if not holds(e, LearnerError):
                 await self._keep(rooms)
             raise
         await self._keep(rooms)
@@ -523,11 +523,6 @@ class Training:
             "seed": self.config.seed,
             "version": __version__,
         }
-
-
-def _holds(error: BaseException, kind: type[BaseException]) -> bool:
-    """Whether an error, or one in a group of them, is of a kind."""
-    return isinstance(error, kind) or (isinstance(error, BaseExceptionGroup) and error.subgroup(kind) is not None)
 
 
 def staleness(turns: Sequence[Turn], version: int) -> dict[str, float]:
