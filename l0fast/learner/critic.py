@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from l0fast.learner.attention import PackLayout
 from l0fast.learner.loading import load_model, local_part
-from l0fast.learner.packing import Pack, dummy_pack
+from l0fast.learner.packing import Pack, filled
 from l0fast.learner.policy_model import PolicyModel, not_taken
 
 
@@ -120,7 +120,7 @@ class CriticModel:
 
     def values_of(self, packs: Sequence[Pack], num_packs: int) -> np.ndarray:
         """[sum of R] float32: `values` of this rank's packs, end to end; `num_packs` is the most that any rank has."""
-        values = [self.values(pack) for pack in self._progress.packs(_filled(packs, num_packs))]
+        values = [self.values(pack) for pack in self._progress.packs(filled(packs, num_packs))]
         return np.concatenate([np.empty(0, np.float32), *(v.cpu().numpy() for v in values[: len(packs)])])
 
     def accumulate(self, packs: Sequence[Pack], num_packs: int | None = None, part: int = 0) -> None:
@@ -131,7 +131,7 @@ class CriticModel:
             num_packs: the most that any rank has.
             part: as the policy's.
         """
-        for pack in self._progress.packs(_filled(packs, num_packs or len(packs))):
+        for pack in self._progress.packs(filled(packs, num_packs or len(packs))):
             if self._config.minibatches > 1:
                 self._held[part].append((copy.deepcopy(pack), self.values(pack)))
             else:
@@ -154,7 +154,7 @@ class CriticModel:
             norms.append(norm := self._optimize(denominator / max(1, len(parts))))
             if not math.isfinite(norm):
                 skipped.append(not_taken(f"the critic's gradient norm {norm:g}", number, len(parts)))
-        sums = dict(zip(_SUMS, self._summed([self._sums[name] for name in _SUMS]), strict=True))
+        sums = dict(zip(_SUMS, self._place.summed([self._sums[name] for name in _SUMS]), strict=True))
         self._held.clear()
         self._sums = dict.fromkeys(_SUMS, 0.0)
         return {
@@ -212,7 +212,7 @@ class CriticModel:
         own = {id(p) for p in self.head.parameters()}
         # the head's, which every rank has, counts once
         squares = [g.double().square().sum().item() for p, g in grads if id(p) not in own]
-        (total,) = self._summed([sum(squares)])
+        (total,) = self._place.summed([sum(squares)])
         total += sum(g.double().square().sum().item() for p, g in grads if id(p) in own)
         scale = self._place.world / denominator
         norm = math.sqrt(total) * scale if total >= 0 else math.nan
@@ -222,18 +222,6 @@ class CriticModel:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
-
-    def _summed(self, values: Sequence[float]) -> list[float]:
-        """Over all ranks."""
-        total = torch.tensor(values, dtype=torch.float64, device=self._place.device)
-        if self._place.mesh is not None:
-            dist.all_reduce(total)
-        return total.tolist()
-
-
-def _filled(packs: Sequence[Pack], num_packs: int) -> list[Pack]:
-    """So many, with weightless ones at the end."""
-    return [*packs, *[dummy_pack()] * (num_packs - len(packs))]
 
 
 _SUMS = ("tokens", "returns", "squared_returns", "errors", "squared_errors", "clipped")

@@ -13,7 +13,7 @@ https://arxiv.org/abs/1910.02054; Zhao et al., "PyTorch FSDP", https://arxiv.org
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -59,6 +60,13 @@ class Place:
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def summed(self, values: Sequence[float]) -> list[float]:
+        """Over all ranks. A collective."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.mesh is not None:
+            dist.all_reduce(total)
+        return total.tolist()
 
 
 class Root(nn.Module):

@@ -304,6 +304,11 @@ def dummy_pack() -> Pack:
     )
 
 
+def filled(packs: Sequence[Pack], num_packs: int) -> list[Pack]:
+    """So many, with weightless ones at the end."""
+    return [*packs, *[dummy_pack()] * (num_packs - len(packs))]
+
+
 # -- ranks
 
 
@@ -325,7 +330,7 @@ def _duration(packs: Sequence[Pack], num_ranks: int) -> float:
 
 
 def balance(packs: Sequence[Pack], num_ranks: int, *, attention_weight: float = ATTENTION_WEIGHT) -> list[list[Pack]]:
-    """The packs of each rank. Ranks that get one less than others fill up with `dummy_pack()`.
+    """The packs of each rank. Ranks that get one less than others are `filled` up.
 
     Ranks wait for each other at every layer of every pack (FSDP gathers weights), so a round takes as long as its most
     expensive pack: packs are dealt in rounds of similar cost, which makes the sum over rounds least, and within a round

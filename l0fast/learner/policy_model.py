@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -37,7 +36,7 @@ from l0fast.learner import lora
 from l0fast.learner.algorithms import MAX_LOG_RATIO, gspo_coefficients
 from l0fast.learner.attention import PackLayout
 from l0fast.learner.loading import Place, load_model, local_part, whole
-from l0fast.learner.packing import Pack, dummy_pack
+from l0fast.learner.packing import Pack, filled
 from l0fast.learner.progress import Progress
 from l0fast.learner.tally import Tally
 from l0fast_kernels.policy_head import HeadStats, policy_head, token_logprobs
@@ -165,9 +164,8 @@ class PolicyModel:
             num_packs: the most that any rank has; weightless ones fill up to it.
             part: which of several optimizer steps they are for; every rank goes through the same parts.
         """
-        filled = [*packs, *[dummy_pack()] * ((num_packs or len(packs)) - len(packs))]
         self._tally.count(packs)
-        for pack in self.progress.packs(filled):
+        for pack in self.progress.packs(filled(packs, num_packs or len(packs))):
             if self.config.minibatches > 1:
                 with self._tally.clock("old_logprobs_s"):
                     self._held[part].append(_Held(_copy(pack), self.logprobs(pack)))
@@ -237,7 +235,7 @@ class PolicyModel:
             squares = torch.stack(torch._foreach_norm(grads)).double().square().sum().item() if grads else 0.0
             num_sampled, loss = self._tally.sums["sampled_tokens"], self._part_loss
             self._part_loss = 0.0
-            loss, num_sampled, squares = self._over_ranks([loss, num_sampled, squares])
+            loss, num_sampled, squares = self.place.summed([loss, num_sampled, squares])
             if num_sampled == 0:
                 self.optimizer.zero_grad(set_to_none=True)
                 raise ValueError("the batch has no sampled token, so there is nothing to learn from")
@@ -254,14 +252,6 @@ class PolicyModel:
                 skipped = f"loss {loss:g} with gradient norm {norm:g}"
             self.optimizer.zero_grad(set_to_none=True)
         return norm, skipped
-
-    def _over_ranks(self, values: list[float]) -> list[float]:
-        """Their sums."""
-        if self.place.mesh is None:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.place.device)
-        dist.all_reduce(total)
-        return total.tolist()
 
     def forward(
         self, pack: Pack, ref_logprobs: Tensor | None = None, old_logprobs: Tensor | None = None
