@@ -26,7 +26,7 @@ from l0fast.config import AgentConfig, Config, EngineConfig, RunConfig, SandboxC
 from l0fast.engine.openai import EndpointConfig, openai_engine
 from l0fast.engine.transformers import transformers_engine
 from l0fast.errors import UsageError
-from l0fast.policies import open_policy
+from l0fast.policies import GENERAL_AGENT, open_policy
 from l0fast.sandbox import open_sandbox
 from l0fast.sandbox.base import ToolSpec
 from l0fast.tools.broker import open_broker
@@ -41,15 +41,7 @@ CLOSING_TAG = "</code>"
 
 
 class AskConfig(Config):
-    agent: AgentConfig = AgentConfig(
-        prompt="full",
-        context_tokens=32_000,
-        max_new_tokens=3_192,
-        output_chars=20_000,
-        traceback="full",
-        cell_timeout_s=120.0,
-    )
-    """As L0 evaluates, and cells that have time for the web."""
+    agent: AgentConfig = GENERAL_AGENT
     max_turns: PositiveInt = 10
     """Turns before it is over, answered or not [turns]."""
     timeout_s: PositiveFloat = 600.0

@@ -34,7 +34,7 @@ from rich.console import Console
 from l0fast.agent.chat import Chat
 from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.cli import changed
-from l0fast.config import RunConfig
+from l0fast.config import RolloutConfig, RunConfig
 from l0fast.engine.base import Engine, TextEngine
 from l0fast.engine.clock import CompressedClock
 from l0fast.engine.openai import EndpointConfig, openai_engine
@@ -47,7 +47,7 @@ from l0fast.evaluation.episodes import Episodes, Outcome, fingerprint, read_outc
 from l0fast.evaluation.report import compared, comparison_table, figures, summary, write_report
 from l0fast.garbage import OldObjects, old_objects_aside
 from l0fast.loop_lag import LoopLag
-from l0fast.policies import Policy, open_policy
+from l0fast.policies import GENERAL_AGENT, Policy, open_policy
 from l0fast.rooms import search_policy
 from l0fast.run_dir import write_json
 from l0fast.sandbox import open_sandbox
@@ -315,18 +315,10 @@ def _check_questions(plan: Plan, benchmarks: Sequence[Benchmark], episodes: Epis
                 )
 
 
-def _general() -> RunConfig:
-    """How a general model is asked: L0's evaluation settings."""
-    agent = {"prompt": "full", "context_tokens": 32_000, "max_new_tokens": 3_192, "output_chars": 20_000}
-    return RunConfig.model_validate(
-        {
-            "agent": agent | {"traceback": "full", "cell_timeout_s": 120.0},
-            "rollout": {"max_turns": 10, "episode_timeout_s": 600.0, "turn_timeout_s": 600.0},
-        }
-    )
-
-
-GENERAL = _general()
+GENERAL = RunConfig(
+    agent=GENERAL_AGENT, rollout=RolloutConfig(max_turns=10, episode_timeout_s=600.0, turn_timeout_s=600.0)
+)
+"""How a general model is asked: L0's evaluation settings."""
 
 
 def _parser() -> argparse.ArgumentParser:

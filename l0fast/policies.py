@@ -15,12 +15,21 @@ from hashlib import blake2b
 from pathlib import Path
 
 from l0fast.children import child
-from l0fast.config import RunConfig
+from l0fast.config import AgentConfig, RunConfig
 from l0fast.errors import UsageError
 from l0fast.run_dir import checkpoints, read_config
 
 MODELS = Path(__file__).parent / "models"
 """Policies that ship, a folder each."""
+GENERAL_AGENT = AgentConfig(
+    prompt="full",
+    context_tokens=32_000,
+    max_new_tokens=3_192,
+    output_chars=20_000,
+    traceback="full",
+    cell_timeout_s=120.0,
+)
+"""Of a model that nobody says how to ask: as L0 evaluates, and cells that have time for the web."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
