@@ -46,6 +46,7 @@ from l0fast.config import EngineConfig
 from l0fast.engine.base import Sampled, Sampling
 from l0fast.engine.transformers import transformers_engine
 from l0fast.errors import L0fastError, UsageError
+from l0fast.metrics import descendants
 
 Prompts = list[list[int]]
 VOCAB = {"cpu": 1024, "cuda": 151_936}
@@ -287,13 +288,7 @@ async def start_sglang(
 
 def children() -> set[int]:
     """Processes that this one has started, and theirs."""
-    found, todo = set(), [os.getpid()]
-    while todo:
-        for task in Path(f"/proc/{todo.pop()}/task").glob("*/children"):
-            new = set(map(int, task.read_text().split())) - found
-            found |= new
-            todo += new
-    return found
+    return set(descendants(os.getpid()))
 
 
 async def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

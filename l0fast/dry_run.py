@@ -27,7 +27,7 @@ from l0fast.learner.client import num_gpus
 from l0fast.rooms import check, check_settings, model_folder
 from l0fast.tasks.catalog import DATASETS
 from l0fast.tasks.curriculum import load_curriculum
-from l0fast.tasks.sources import load_source, parse_source, source_name
+from l0fast.tasks.sources import SUFFIXES, load_source, parse_source, source_name
 from l0fast.tools.local_search import LocalSearch, search_tool
 from l0fast.tools.toolbox import describe_tools
 from l0fast.types import Task
@@ -69,7 +69,7 @@ def _questions(config: RunConfig, result: DryRun) -> Task:
             source = parse_source(text)
             data_set = DATASETS.get(source.map or source.data)
             judged |= (source.check or (data_set.check if data_set else "")) == "judge"
-            if Path(source.data).suffix in (".jsonl", ".json", ".parquet"):
+            if Path(source.data).suffix in SUFFIXES:
                 loaded = load_source(source, split)
                 result.lines.append(f"  {split:<12}{loaded.report()}")
                 judged |= any(task.check == "judge" for task in loaded.tasks)

@@ -51,7 +51,7 @@ class Prefixes:
         self._order = sorted(range(len(rows)), key=keys.__getitem__)
         self._place = {row: place for place, row in enumerate(self._order)}
         pairs = zip(self._order, self._order[1:], strict=False)
-        self._common = np.array([_common_prefix(rows[a], rows[b]) for a, b in pairs], np.int64)
+        self._common = np.array([common_prefix(rows[a], rows[b]) for a, b in pairs], np.int64)
 
     def num_tokens(self, rows: Sequence[int]) -> int:
         """Tokens these rows take, laid out."""
@@ -111,7 +111,8 @@ def _add(node: _Node, child: "_Node | int") -> None:
         node.rows.append(child)
 
 
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many ids two rows have in common from the start."""
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]
     first = int(differs.argmax()) if n else 0

@@ -51,15 +51,15 @@ class Reader:
 def _passage(row: Any, line: int) -> Passage | None:
     if not isinstance(row, Mapping):
         return None
-    text, title = _first(row, TEXT), _first(row, TITLE)
+    text, title = first(row, TEXT), first(row, TITLE)
     if not text:
         return None
     if not title and text.startswith('"') and '"\n' in text:
         title, _, text = text[1:].partition('"\n')
-    return Passage(id=_first(row, ID) or str(line), title=title, text=text)
+    return Passage(id=first(row, ID) or str(line), title=title, text=text)
 
 
-def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
+def first(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
     for name in names:
         value = row.get(name)
         if isinstance(value, int) and not isinstance(value, bool):

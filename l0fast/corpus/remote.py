@@ -11,7 +11,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from l0fast.corpus.read import _first
+from l0fast.corpus.read import TEXT, TITLE, first
 from l0fast.errors import ToolError
 from l0fast.tools.http import Http
 
@@ -31,10 +31,7 @@ def retrieve(http: Http, url: str) -> Search:
 def elasticsearch(http: Http, url: str) -> Search:
     async def search(query: str, k: int) -> list[str]:
         key = os.environ.get("ELASTICSEARCH_API_KEY", "").strip()
-        body = {
-            "size": k,
-            "query": {"multi_match": {"query": query, "fields": ["title", "text", "contents", "passage", "body"]}},
-        }
+        body = {"size": k, "query": {"multi_match": {"query": query, "fields": [*TITLE, *TEXT]}}}
         headers = {"Authorization": f"ApiKey {key}"} if key else {}
         said = await http.json("POST", f"{url.rstrip('/')}/_search", headers=headers, name="the index", body=body)
         return _texts(lambda: [_shown(hit["_source"]) for hit in said["hits"]["hits"]][:k])
@@ -50,6 +47,5 @@ def _texts(take: Callable[[], list[str]]) -> list[str]:
 
 
 def _shown(document: Any) -> str:
-    title = _first(document, ("title",))
-    text = _first(document, ("text", "contents", "passage", "body"))
+    title, text = first(document, TITLE), first(document, TEXT)
     return f"{title}: {text}" if title else text

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from l0fast.prefixes import common_prefix
+
 
 class Prefixes:
     def __init__(self):
@@ -23,17 +25,10 @@ class Prefixes:
     ) -> None:
         """A response to a prompt of which `cached` tokens were found; `cuts`: where in it new weights came."""
         ids = np.array([*prompt, *sampled], np.int32)
-        self.recomputed += max(0, _common(ids[: len(prompt)], self._known.get(conversation, ids[:0])) - cached)
+        self.recomputed += max(0, common_prefix(ids[: len(prompt)], self._known.get(conversation, ids[:0])) - cached)
         self.recomputed += sum(len(prompt) + cut for cut in cuts)
         # keys and values of the last id are computed when something follows it
         self._known[conversation] = ids[:-1]
 
     def forget(self, conversation: str) -> None:
         self._known.pop(conversation, None)
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common prefix."""
-    n = min(len(a), len(b))
-    differ = np.nonzero(a[:n] != b[:n])[0]
-    return int(differ[0]) if len(differ) else n
