@@ -101,15 +101,14 @@ def read_recording(run_dir: Path, *, last_steps: int | None = None) -> Recording
 
 def _read_step(run_dir: Path, config: RunConfig, row: dict[str, Any]) -> RecordedStep:
     step_s = row["time/step_s"]
-    evaluate_s = row.get("time/evaluate_s", step_s * row.get("share/evaluate", 0.0))
     return RecordedStep(
         groups=_groups(
             read_trajectories(run_dir / "trajectories" / f"{step_name(row['step'])}.jsonl"), config.rollout.group_size
         ),
-        step_s=step_s - evaluate_s,
+        step_s=step_s * (1 - row["share/evaluate"]),
         learn_s=row["learner/step_s"],
-        sync_s=row.get("time/sync_s", step_s * row.get("share/sync", 0.0)),
-        dropped_groups=row.get("rollout/dropped_groups", 0),
+        sync_s=step_s * row["share/sync"],
+        dropped_groups=row["rollout/dropped_groups"],
     )
 
 
