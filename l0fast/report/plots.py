@@ -97,7 +97,7 @@ def draw(run_dir: Path) -> list[Path]:
     with matplotlib.rc_context(STYLE):
         if curve_points(rows, summary):
             drawn.append(_save(learning_curve(rows, summary), folder / "learning_curve.png"))
-        if any(_has_shares(row) for row in rows):
+        if rows:
             drawn.append(_save(step_time(rows), folder / "step_time.png"))
         # by number: step_10000 comes before step_9999 by name
         if steps := {_number(file): file for file in (run_dir / "trajectories").glob("step_*.jsonl")}:
@@ -173,7 +173,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
     _held_out_curves(ax, points, BLUE, "held-out, ")
     _finish_accuracy(ax)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    seconds = _seconds(rows)
+    seconds = [(row["step"], row["time/since_start_s"]) for row in rows]
     if len(seconds) > 1:
         _add_seconds_axis(ax, seconds)
     if below:
@@ -195,7 +195,6 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 def step_time(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if _has_shares(row)]
     steps = [row["step"] for row in rows]
     fig, ax = plt.subplots(figsize=(8.4, 3.2), layout="constrained")
     edges = [steps[0] - 0.5, *(step + 0.5 for step in steps)]
@@ -204,22 +203,17 @@ def step_time(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     for cause, (label, colour) in SHARES.items():
         heights = [row["time/step_s"] * row[f"share/{cause}"] for row in rows]
         below, bottom = bottom, [b + h for b, h in zip(bottom, heights, strict=True)]
-        # thinner than a line
-        if sum(heights) < 0.005 * total:
-            continue
-        # one outline a cause: a bar a step takes minutes for thousands
-        label = f"{label} ({sum(heights) / total:.0%})"
-        ax.stairs(bottom, edges, baseline=below, fill=True, color=colour, label=label, lw=0)
+        # else thinner than a line
+        if sum(heights) >= 0.005 * total:
+            # one outline a cause: a bar a step takes minutes for thousands
+            label = f"{label} ({sum(heights) / total:.0%})"
+            ax.stairs(bottom, edges, baseline=below, fill=True, color=colour, label=label, lw=0)
     ax.set(xlabel="optimizer step", ylabel="wall clock of the step [s]", xlim=(steps[0] - 0.5, steps[-1] + 0.5))
     ax.grid(False, axis="x")
     ax.set_title(f"{len(rows)} steps, {total / len(rows):.2f} s each on average", loc="left", fontsize=9)
     handles, names = ax.get_legend_handles_labels()
     ax.legend(handles[::-1], names[::-1], loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
-
-
-def _has_shares(row: Mapping[str, Any]) -> bool:
-    return "time/step_s" in row and f"share/{next(iter(SHARES))}" in row
 
 
 def timeline(trajectories: Sequence[SavedTrajectory], title: str) -> "Figure":
@@ -308,18 +302,6 @@ def _add_seconds_axis(ax: "Axes", seconds: Sequence[tuple[int, float]]) -> None:
 
     top = ax.secondary_xaxis("top", functions=(to_seconds, to_steps))
     top.set_xlabel("time since the start [s]")
-
-
-def _seconds(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """(step, seconds since the start) where known: as recorded, else steps added up."""
-    if recorded := {row["step"]: row["time/since_start_s"] for row in rows if "time/since_start_s" in row}:
-        return sorted(recorded.items())
-    total, found = 0.0, [(0, 0.0)]
-    for row in rows:
-        if "time/step_s" in row:
-            total += row["time/step_s"]
-            found.append((row["step"], total))
-    return found
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -49,7 +49,6 @@ def played(index: int, *, right: bool, turns: int = 2) -> Trajectory:
 def run_dir(tmp_path: Path) -> Path:
     path = tmp_path / "run"
     with RunDir.create(path, RunConfig()) as run:
-        run.metrics({"step": 0, "eval/sampled": 0.2, "eval/greedy": 0.5})
         for step in range(1, NUM_STEPS + 1):
             run.metrics(row(step))
         group = [played(0, right=True), played(1, right=False), played(2, right=False, turns=1)]
@@ -58,7 +57,9 @@ def run_dir(tmp_path: Path) -> Path:
         )
         asyncio.run(run.trajectories(step_name(1), group, [[0.5, 0.25]] * 3))
         asyncio.run(run.trajectories(step_name(NUM_STEPS), [*group, lost]))
-        run.summary({"eval_accuracy_before": 0.2, "eval_accuracy_after": 0.7, "steps": NUM_STEPS})
+        run.summary(
+            {"eval_accuracy_before": 0.2, "eval_greedy_before": 0.5, "eval_accuracy_after": 0.7, "steps": NUM_STEPS}
+        )
     return path
 
 
@@ -78,6 +79,7 @@ def row(step: int) -> dict[str, float]:
         "rollout/tokens_per_s": 2250.0,
         "loop/lag_p99_ms": 1.5,
         "time/step_s": 4.0,
+        "time/since_start_s": 4.0 * step,
         **{f"share/{cause}": shares.get(cause, 0.0) for cause in CAUSES},
         "outcome/right": 0.2 + 0.1 * step,
         "outcome/one_hop_only": 0.4 - 0.1 * step,

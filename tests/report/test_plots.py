@@ -115,7 +115,7 @@ def test_the_learning_curve_has_room_for_any_reward(reward: float, limits: tuple
 
 
 def test_the_second_axis_tells_recorded_seconds(run_dir: Path):
-    rows = [row | {"time/since_start_s": 20.0 + 5 * row["step"]} for row in read_metrics(run_dir) if row["step"]]
+    rows = [row | {"time/since_start_s": 20.0 + 5 * row["step"]} for row in read_metrics(run_dir)]
     fig = learning_curve(rows, read_summary(run_dir))
     fig.canvas.draw()
     left, right = fig.axes[0].get_xlim()
