@@ -191,8 +191,7 @@ img { max-width: 100%; } iframe { width: 100%; height: 640px; border: 1px solid 
 
 def render(run: Path, functions: Sequence[Function], *, busy_s: float, idle_s: float, command: str) -> str:
     """The page of a profile whose run is in `run`; links are relative to the folder above it."""
-    rows, summary = read_metrics(run), read_summary(run)
-    steps = [row for row in rows if "time/step_s" in row]
+    steps, summary = read_metrics(run), read_summary(run)
     parts = [
         f"<h1>{html.escape(run.parent.name)}</h1>",
         f"<div class=quiet><code>{html.escape(command)}</code><br>{html.escape(machine())}; {time.strftime('%Y-%m-%d %H:%M')}</div>",

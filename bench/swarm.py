@@ -170,7 +170,6 @@ class Swarm:
         *,
         chat: Chat,
         time_compression: float,
-        speed: Speed = SPEED,
         marshal: bool = True,
     ):
         """
@@ -178,7 +177,7 @@ class Swarm:
             marshal: whether the learner's packs and the trajectories' file are made.
         """
         self.agents, self.time_compression, self._marshal = agents, time_compression, marshal
-        self._sandbox, self._broker, self._chat, self._speed = sandbox, broker, chat, speed
+        self._sandbox, self._broker, self._chat = sandbox, broker, chat
         self._slots = min(REPLICA_SLOTS, agents // 2)
         self._num_replicas = agents // 2 // self._slots
         groups = agents // GROUP_SIZE
@@ -285,7 +284,7 @@ class Swarm:
             # as many as full slots take with long contexts
             kv_tokens=self._slots * 8192,
             replicas=self._num_replicas,
-            speed=self._speed,
+            speed=SPEED,
             script=workload,
             clock=clock,
         )
@@ -364,7 +363,7 @@ class Swarm:
         played: list[tuple[Group, list[np.ndarray]]],
     ) -> None:
         tokens = sum(len(turn.response_ids) for group in batch for t in group.trajectories for turn in t.turns)
-        rank.owed_s = LEARNER_SHARE * tokens * self._speed.step_s / (self.agents // 2)
+        rank.owed_s = LEARNER_SHARE * tokens * SPEED.step_s / (self.agents // 2)
         if not self._marshal:
             await rank.call("accumulate")
             return
