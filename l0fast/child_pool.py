@@ -40,11 +40,9 @@ class ChildPool:
         initializer: Callable[[], None],
         timeout_s: float,
         memory_bytes: int = 0,
-        workers: int = 0,
     ):
         self._doing, self._needs, self._timeout_s = doing, needs, timeout_s
         self._initargs = (initializer, memory_bytes)
-        self._workers = workers or max(1, min(8, len(os.sched_getaffinity(0)) // 4))
         self._pool: Any = None
         self._starting = asyncio.Lock()
 
@@ -80,7 +78,7 @@ class ChildPool:
         except ImportError as e:
             raise UsageError(f"{self._doing} needs pebble: {self._needs}") from e
         return ProcessPool(
-            max_workers=self._workers,
+            max_workers=max(1, min(8, len(os.sched_getaffinity(0)) // 4)),
             initializer=_start_child,
             initargs=self._initargs,
             context=multiprocessing.get_context("spawn"),

@@ -71,7 +71,6 @@ async def serve(
     name: str = "",
     server: str = "auto",
     arguments: Sequence[str] = (),
-    start_timeout_s: float = START_TIMEOUT_S,
     on_line: Callable[[str], None] = lambda line: None,
 ) -> AsyncIterator[Served]:
     """Serve for as long as the `async with` body runs; it answers when the body begins.
@@ -107,7 +106,7 @@ async def serve(
                 on_line=on_line,
             ) as process:
                 url = f"http://{_reachable(host)}:{port}"
-                await _answers(url, process, start_timeout_s)
+                await _answers(url, process, START_TIMEOUT_S)
                 yield Served(url=url, name=name, server=server, policy=policy, child=process)
         finally:
             shutil.rmtree(place)

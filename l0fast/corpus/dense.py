@@ -190,7 +190,7 @@ def _replace(path: Path, data: bytes) -> None:
     os.replace(new, path)
 
 
-def fused(*rankings: Sequence[int], constant: int = 60) -> list[int]:
+def fused(*rankings: Sequence[int]) -> list[int]:
     """Keys by reciprocal rank fusion: the sum over rankings of 1 / (60 + rank). Equals in the order of their first ranking.
 
     Cormack, Clarke and Büttcher, "Reciprocal rank fusion outperforms Condorcet and individual rank learning methods",
@@ -202,5 +202,5 @@ def fused(*rankings: Sequence[int], constant: int = 60) -> list[int]:
     scores: dict[int, float] = {}
     for ranking in rankings:
         for rank, key in enumerate(ranking, 1):
-            scores[key] = scores.get(key, 0.0) + 1 / (constant + rank)
+            scores[key] = scores.get(key, 0.0) + 1 / (60 + rank)
     return sorted(scores, key=lambda key: -scores[key])

@@ -36,6 +36,7 @@ FUSED = 100
 """Best of each ranking that are fused [passages]."""
 MAX_WORD_CHARS = 40
 """Longer ones are not indexed."""
+SEARCH_THREADS = 2
 WRITER_BYTES = 256 << 20
 """Memory of building [bytes]."""
 
@@ -135,7 +136,7 @@ class Corpus:
     Where the folder has vectors, `search` needs what `open_corpus` opens besides.
     """
 
-    def __init__(self, folder: Path, *, threads: int = 2):
+    def __init__(self, folder: Path):
         """Raises UsageError for a folder that is none."""
         tantivy = _tantivy()
         try:
@@ -159,7 +160,7 @@ class Corpus:
             ) from e
         self._tantivy, self._schema, self._searcher = tantivy, self._index.schema, self._index.searcher()
         self._analyzer = _analyzer(tantivy)
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="corpus")
+        self._threads = ThreadPoolExecutor(SEARCH_THREADS, thread_name_prefix="corpus")
         self.embedder: Embedder | None = None
 
     def close(self) -> None:

@@ -31,6 +31,8 @@ _RATIO, _RATIO_MIN, _RATIO_STEPS = 0.7, 0.7 * 0.14, 600
 """SGLang's new_token_ratio: at the start, at the least, steps from one to the other."""
 _CLIP_NEW_TOKENS = 4096
 """Nobody is expected to sample more than this [tokens]."""
+_PREFILL_BATCH_TOKENS = 8192
+"""A batch of prompts takes no further request from here on [tokens]."""
 _RETRACT_STEPS = 20
 """Steps that shall fit after a retraction."""
 
@@ -83,14 +85,11 @@ class Request:
 
 
 class Replica:
-    def __init__(
-        self, speed: Speed, *, slots: int, kv_tokens: int, prefill_batch_tokens: int = 8192, forgets: bool = True
-    ):
+    def __init__(self, speed: Speed, *, slots: int, kv_tokens: int, forgets: bool = True):
         """
         Args:
             slots: requests that run at once.
             kv_tokens: KV entries there are.
-            prefill_batch_tokens: a batch of prompts takes no further request from here on [tokens].
             forgets: a conversation's entries go when it is over; else they wait to be evicted like all others, as SGLang's.
         """
         self.speed, self.slots, self.kv_tokens = speed, slots, kv_tokens
@@ -101,7 +100,6 @@ class Replica:
         """When something happens by itself; `advance` to it."""
         self.num_retracted = 0
         self._forgets = forgets
-        self._prefill_batch_tokens = prefill_batch_tokens
         self._now_s = 0.0
         self._waiting: deque[Request] = deque()
         self._prefilling: list[Request] = []
@@ -258,9 +256,7 @@ class Replica:
 
     def _admit(self) -> None:
         batch, new_tokens = self._prefilling, 0
-        while (
-            self._waiting and len(self._running) + len(batch) < self.slots and new_tokens < self._prefill_batch_tokens
-        ):
+        while self._waiting and len(self._running) + len(batch) < self.slots and new_tokens < _PREFILL_BATCH_TOKENS:
             request = self._waiting[0]
             total = request.prompt_tokens + request.decoded_tokens
             expects = _expects(request)

@@ -114,9 +114,9 @@ def predict(
     return _predict(recording, changed_config(recording.config, changes or {}), kv_tokens)
 
 
-def advise(run_dir: Path, *, last_steps: int = LAST_STEPS) -> str | None:
+def advise(run_dir: Path) -> str | None:
     """One line about the setting that would shorten a run's steps most, or None. Takes some seconds of CPU."""
-    recording = read_recording(run_dir, last_steps=last_steps)
+    recording = read_recording(run_dir, last_steps=LAST_STEPS)
     timing, error = _calibrate(recording)
     steps = len(recording.steps)
     base = simulate(recording, recording.config, timing, steps=steps)
