@@ -18,7 +18,6 @@ Nothing is trained while the caller generates, unless it sends groups as they fi
 
 import asyncio
 import importlib.metadata
-import json
 import os
 import socket
 import time
@@ -244,25 +243,15 @@ class LearnerClient:
                 "save_checkpoint", path=str(path), driver_state=driver_state, policy_version=self._policy_version
             )
 
-    async def load_checkpoint(self, path: Path) -> dict[str, Any]:
+    async def load_checkpoint(self, path: Path) -> None:
         """Go back to a checkpoint, saved by any number of ranks, and publish its weights under the version they had.
 
-        Returns:
-            The `driver_state` it was saved with.
-
         Raises:
-            UsageError: no checkpoint.
-            LearnerError: a rank failed, or it is of another model.
+            LearnerError: a rank failed, or it is no checkpoint of this model.
         """
-        file = path / "driver.json"
-        try:
-            driver_state = json.loads(await asyncio.to_thread(file.read_bytes))
-        except (OSError, ValueError) as e:
-            raise UsageError(f"{file} can't be read ({e}); name the folder of a complete checkpoint") from e
         async with self._lock:
             answers = await self._ask("load_checkpoint", path=str(path))
             self._policy_version, self._batch = answers[0]["policy_version"], _Batch()
-        return driver_state
 
     async def close(self) -> None:
         """Wait until the last checkpoint is written. Nothing to do where a rank has failed. Raises LearnerError."""
