@@ -61,7 +61,7 @@ def export(checkpoint: Path, out: Path, *, dtype: str = "float32", model: Path |
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from l0fast.learner.policy_model import FOLDER_PATTERNS
+    from l0fast.learner.policy_model import unchanged_files
 
     check_out(out)
     state = read_driver_state(checkpoint)
@@ -82,7 +82,7 @@ def export(checkpoint: Path, out: Path, *, dtype: str = "float32", model: Path |
         partial.mkdir(parents=True)
         try:
             shell.save_pretrained(partial, state_dict=weights)
-            for file in {file for pattern in FOLDER_PATTERNS for file in model.glob(pattern) if file.is_file()}:
+            for file in unchanged_files(model):
                 shutil.copyfile(file, partial / file.name)
             partial.rename(out)
         except BaseException:

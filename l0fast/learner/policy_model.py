@@ -41,7 +41,7 @@ from l0fast.learner.progress import Progress
 from l0fast.learner.tally import Tally
 from l0fast_kernels.policy_head import HeadStats, policy_head, token_logprobs
 
-FOLDER_PATTERNS = (
+_UNCHANGED = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -50,7 +50,6 @@ FOLDER_PATTERNS = (
     "chat_template*",
     "generation_config.json",
 )
-"""Files of a model folder that training does not change."""
 
 
 def learning_rate(step: int, num_steps: int, config: LearnerConfig) -> float:
@@ -399,7 +398,7 @@ class PolicyModel:
             with torch.device("meta"):
                 shell = AutoModelForCausalLM.from_config(self.model.config, dtype=torch.float32)
             shell.save_pretrained(path, state_dict=weights)
-            for file in _matching(self.model_path, FOLDER_PATTERNS):
+            for file in unchanged_files(self.model_path):
                 shutil.copyfile(file, path / file.name)
 
 
@@ -419,5 +418,6 @@ def _copy(pack: Pack) -> Pack:
     return Pack(**{name: getattr(pack, name).copy() for name in Pack.__slots__})
 
 
-def _matching(folder: Path, patterns: Iterable[str]) -> set[Path]:
-    return {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+def unchanged_files(folder: Path) -> set[Path]:
+    """Files of a model folder that training does not change."""
+    return {file for pattern in _UNCHANGED for file in folder.glob(pattern) if file.is_file()}

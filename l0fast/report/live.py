@@ -129,9 +129,7 @@ class Live:
     def close(self, summary: Metrics) -> None:
         """The run is over: say what came of it."""
         self._stop()
-        line = last_line(summary, self._run_dir)
-        self._log(line)
-        self._print(line)
+        self._say(last_line(summary, self._run_dir))
 
     def _say(self, line: str) -> None:
         self._log(line)
