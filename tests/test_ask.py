@@ -291,6 +291,17 @@ def test_a_wrong_key_is_said_without_it(endpoint: Endpoint, tmp_path: Path, caps
     assert not list(tmp_path.iterdir())
 
 
+def test_a_key_that_is_refused_later_leaves_the_turns_before(
+    endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    endpoint.answers = [say("6 * 7"), 401]
+    assert main(["Who?", "--endpoint", endpoint.url, "--model", "m", "--notebook", "out.ipynb"]) == 2
+    error = capsys.readouterr().err
+    assert "OPENAI_API_KEY holds another key" in error
+    assert "interrupted in turn 2: what there is was written to out.ipynb" in error
+    assert "6 * 7" in (tmp_path / "out.ipynb").read_text()
+
+
 def test_an_endpoints_flags_need_an_endpoint(capsys: pytest.CaptureFixture[str]):
     assert main(["Who?", "--body", "top_p=0.5"]) == 2
     assert "give --endpoint" in capsys.readouterr().err

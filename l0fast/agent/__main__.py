@@ -7,7 +7,7 @@ After the question every other setting of AskConfig may follow, as --web.search-
 answer as it is, for one that is a report.
 
 What it thinks, runs and sees comes to the terminal as it comes; the whole is saved as a notebook that runs again, and what
-there is when Ctrl-C ends it, too. The key of an endpoint is read from OPENAI_API_KEY, or the variable that --api-key-env names.
+there is when Ctrl-C or an endpoint ends it, too. The key of an endpoint is read from OPENAI_API_KEY, or the variable that --api-key-env names.
 
 Exit codes: 0 answered, 1 not answered, 2 something to set right, 130 interrupted.
 """
@@ -55,6 +55,11 @@ def main(argv: Sequence[str]) -> int:
             trajectory = asyncio.run(_ask(args, settings, console, errors, seen))
         except KeyboardInterrupt:
             return _interrupted(seen.trajectory(task_of(args.question, args.file)), notebook, errors)
+        except L0fastError:
+            # a key that is refused from some turn on, say: what there is took its time
+            if seen.turns:
+                _interrupted(seen.trajectory(task_of(args.question, args.file)), notebook, errors)
+            raise
         save_notebook(notebook, trajectory)
         if args.answer is not None and trajectory.answer is not None:
             try:
