@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -331,10 +330,3 @@ def test_every_setting_is_explained_where_it_stands():
                 continue
             explained = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             assert explained, f"{node.name}.{ast.unparse(field.target)} has no string under it"
-
-
-def test_recipes_use_only_toml_that_parses():
-    import l0fast.cli
-
-    for path in l0fast.cli.RECIPES.iterdir():
-        tomllib.loads(path.read_text())
