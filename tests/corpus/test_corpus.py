@@ -158,7 +158,7 @@ def test_a_source_without_a_passage_leaves_nothing(tmp_path):
 
 def test_a_build_that_breaks_off_leaves_nothing(tmp_path):
     def interrupted():
-        yield from numbered(f"text {i}" for i in range(5))
+        yield from (Passage(id=str(n), title="", text=f"text {n}") for n in range(5))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
