@@ -16,6 +16,7 @@ The engine's speed is fitted on the first half of the steps and held against the
 error stands beside every prediction.
 """
 
+import argparse
 import sys
 import time
 import tomllib
@@ -422,8 +423,13 @@ def _idle(base: Simulated) -> str:
 
 
 def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m l0fast.rollout.whatif",
+        description="The setting that would shorten a run's steps most, if there is one; python -m bench.simulate tells more.",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     try:
-        advice = advise(Path(argv[0]))
+        advice = advise(parser.parse_args(argv).run_dir)
     except UsageError as e:
         sys.stderr.write(f"{e}\n")
         return 2

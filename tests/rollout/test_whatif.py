@@ -15,6 +15,7 @@ from l0fast.engine.base import Sampling
 from l0fast.engine.simulated import SimulatedClock, SimulatedEngine, Speed
 from l0fast.errors import UsageError
 from l0fast.ids import Ids
+from l0fast.rollout import whatif
 from l0fast.rollout.recorded import Timing, fit_timing, read_recording
 from l0fast.rollout.whatif import (
     AdviceError,
@@ -262,6 +263,12 @@ def test_one_step_is_too_few(runs):
 def test_no_steps_are_not_all_of_them(runs, last_steps: int):
     with pytest.raises(UsageError, match=f"the last {last_steps} steps are none: give a number above 0"):
         predict(runs["engine"], last_steps=last_steps)
+
+
+def test_the_command_says_what_it_wants(capsys):
+    with pytest.raises(SystemExit):
+        whatif.main([])
+    assert "RUN_DIR" in capsys.readouterr().err
 
 
 def test_bench_simulate_prints_a_table_and_json(runs, capsys):
