@@ -57,7 +57,8 @@ class Scheduler:
         self.weights = weights
         self.shared = None if weights is None else weights.tensors()
         self.policy_version = 0
-        self.waiting: deque[Request] = deque()
+        self.waiting: dict[int, Request] = {}
+        """By their ids, in the order in which they will be admitted."""
         self.updates: deque[Message] = deque()
         self.sums: dict[str, Any] = dict.fromkeys(
             ("prefill_tokens", "cached_tokens", "recomputed_tokens", "decoded_tokens", "prefill_s", "decode_s"), 0
@@ -87,17 +88,15 @@ class Scheduler:
         header = message.header
         match header["op"]:
             case "generate":
-                self.waiting.append(
-                    Request(
-                        reply_to=header["id"],
-                        id=header["request"],
-                        conversation=header["conversation"],
-                        prompt=np.frombuffer(message.payload, np.int32),
-                        max_new_tokens=header["max_new_tokens"],
-                        stop_token_ids=tuple(header["stop_token_ids"]),
-                        temperature=header["temperature"],
-                        seed=header["seed"],
-                    )
+                self.waiting[header["request"]] = Request(
+                    reply_to=header["id"],
+                    id=header["request"],
+                    conversation=header["conversation"],
+                    prompt=np.frombuffer(message.payload, np.int32),
+                    max_new_tokens=header["max_new_tokens"],
+                    stop_token_ids=tuple(header["stop_token_ids"]),
+                    temperature=header["temperature"],
+                    seed=header["seed"],
                 )
             case "abort":
                 self._abort(header["request"])
@@ -174,7 +173,9 @@ class Scheduler:
         self.book.release(slot)
 
     def _abort(self, request_id: int) -> None:
-        self.waiting = deque(r for r in self.waiting if r.id != request_id)
+        # thousands may give up at once
+        if self.waiting.pop(request_id, None) is not None:
+            return
         for slot, request in enumerate(self.requests):
             if request is not None and request.id == request_id:
                 self._leave(slot)
@@ -182,14 +183,14 @@ class Scheduler:
     def _admit(self) -> None:
         # those whose prefix lies in a slot of their own come first, before a newcomer takes that slot
         held, others = [], []
-        for request in self.waiting:
+        for request in self.waiting.values():
             (held if self.book.holds(request.conversation) else others).append(request)
         queue = deque([*held, *others])
         placed: list[Placement] = []
         while queue and (placement := self.book.place(queue[0].prompt, queue[0].conversation)) is not None:
             self._enter(queue.popleft(), placement)
             placed.append(placement)
-        self.waiting = queue
+        self.waiting = {request.id: request for request in queue}
         self.book.close_round()
         with self._timed("prefill_s"):
             logits_of = self._prefill(placed)

@@ -1,5 +1,6 @@
 """The scheduler without its process: what one round of arrivals computes."""
 
+import time
 from functools import cache
 
 import numpy as np
@@ -42,7 +43,7 @@ def play(folder, prompts, num_slots):
         SlotModel(folder, num_slots=num_slots, max_len=MAX_TOKENS), answers, None, num_slots=num_slots
     )  # type: ignore[arg-type]
     for i, prompt in enumerate(prompts):
-        scheduler.waiting.append(Request(i, i, str(i), np.array(prompt, np.int32), 10 + i, (), 1.0, i))
+        scheduler.waiting[i] = Request(i, i, str(i), np.array(prompt, np.int32), 10 + i, (), 1.0, i)
     while not scheduler.idle:
         scheduler.step()
     return scheduler, answers.of
@@ -83,6 +84,22 @@ def test_more_requests_than_slots_are_all_served(folder, model, num_slots):
     scheduler, answers = play(folder, prompts, num_slots)
     check(model, prompts, answers)
     assert scheduler.sums["decoded_tokens"] == sum(10 + i for i in range(9))
+
+
+def test_thousands_that_give_up_at_once_hold_nobody_up(folder):
+    """As all that wait do when they miss the same deadline."""
+    scheduler, _, answers = start(folder, 1)
+    many = 20_000
+    ids = np.array([1, 2, 3], np.int32)
+    for i in range(many + 1):
+        scheduler.waiting[i] = Request(i, i, str(i), ids, 2, (), 1.0, i)
+    began_s = time.process_time()
+    for i in reversed(range(many)):
+        scheduler.handle(Message({"op": "abort", "id": None, "request": i}, b""))
+    assert time.process_time() - began_s < 1.0
+    while not scheduler.idle:
+        scheduler.step()
+    assert list(answers.of) == [many]
 
 
 @given(st.integers(1, 500), st.integers(0, 500), st.integers(0, 100))
@@ -163,7 +180,7 @@ def test_no_response_mixes_versions_without_saying_so(folder, model, events):
             kind, length, new_tokens, conversation = event
             prompts.append([(kind + i * i) % VOCAB for i in range(length)])
             ids, i = np.array(prompts[-1], np.int32), len(prompts) - 1
-            scheduler.waiting.append(Request(i, i, str(conversation), ids, new_tokens, (), 1.0, i))
+            scheduler.waiting[i] = Request(i, i, str(conversation), ids, new_tokens, (), 1.0, i)
     while not scheduler.idle:
         scheduler.step()
     assert sorted(answers.of) == list(range(len(prompts)))
@@ -179,7 +196,7 @@ def test_what_runs_goes_on_under_new_weights_as_if_it_were_sent_again(folder):
     scheduler, published, answers = start(folder, num_slots=16)
     prompt = [i * 7 % VOCAB for i in range(50)]
     for i in range(16):
-        scheduler.waiting.append(Request(i, i, str(i), np.array(prompt, np.int32), 40, (), 1.0, i))
+        scheduler.waiting[i] = Request(i, i, str(i), np.array(prompt, np.int32), 40, (), 1.0, i)
     for _ in range(11):
         scheduler.step()
     assert scheduler.sums["recomputed_tokens"] == 0
@@ -196,7 +213,7 @@ def test_what_runs_goes_on_under_new_weights_as_if_it_were_sent_again(folder):
         ids, _, fields = answers.of[i]
         assert fields["version_spans"] == [(0, 0, 12), (1, 12, 40)]
         sent = np.array([*prompt, *ids[:12]], np.int32)
-        fresh.waiting.append(Request(i, i, str(i), sent, 28, (), 1.0, i))
+        fresh.waiting[i] = Request(i, i, str(i), sent, 28, (), 1.0, i)
     while not fresh.idle:
         fresh.step()
     for i in range(16):
@@ -207,14 +224,14 @@ def test_what_runs_goes_on_under_new_weights_as_if_it_were_sent_again(folder):
 def test_an_update_while_nothing_runs_costs_no_prefill_and_leaves_no_span(folder):
     scheduler, published, answers = start(folder, num_slots=2)
     ask = Request(0, 0, "a", np.arange(9, dtype=np.int32), 5, (), 1.0, 0)
-    scheduler.waiting.append(ask)
+    scheduler.waiting[ask.id] = ask
     while not scheduler.idle:
         scheduler.step()
     before = dict(scheduler.sums)
     scheduler.handle(published.publish(1))
     scheduler.step()
     assert scheduler.sums == before
-    scheduler.waiting.append(ask)
+    scheduler.waiting[ask.id] = ask
     while not scheduler.idle:
         scheduler.step()
     _, _, fields = answers.of[0]
