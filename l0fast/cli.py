@@ -73,6 +73,7 @@ MAY_CHANGE = (
     "tools.per_minute",
     "tools.timeout_s",
     "metrics.",
+    "plan.",
     "trace.",
     "watchdog.",
     "web.reader_url",

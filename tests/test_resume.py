@@ -188,9 +188,9 @@ def test_how_long_and_how_fast_may_change_and_is_told(stopped: Path):
     "--judge.cache-file=judged", "--tools.cache-file=answers", "--tools.timeout-s=9", "--tools.attempts=9",
     "--tools.max-concurrent=9", "--tools.per-minute=9", "--web.timeout-s=9", "--web.search-url=http://other/search",
     "--web.reader-url=http://other/", "--web.vision-endpoint=http://other/v1", "--web.vision-api-key-env=OTHER_KEY",
-    "--reward.timeout-s=9",
+    "--reward.timeout-s=9", "--plan.gpus=4",
 ])  # fmt: skip
-def test_services_that_moved_or_became_slow_are_asked_where_they_are_now(stopped: Path, flag: str):
+def test_what_is_about_other_machines_may_change(stopped: Path, flag: str):
     assert len(parse(["--resume", str(stopped), flag]).changes) == 1
 
 
