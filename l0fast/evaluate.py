@@ -58,6 +58,7 @@ from l0fast.tasks.scoring import Scorer, open_scorer
 from l0fast.tools.broker import Broker, open_broker
 from l0fast.tools.local_search import LocalSearch, search_tool
 from l0fast.tools.toolbox import Toolbox, open_toolbox
+from l0fast.trajectory import spell_out
 from l0fast.types import Task, Trajectory
 from l0fast.warm_start.demonstrations import Demonstrator
 
@@ -388,6 +389,7 @@ def plan_of(argv: Sequence[str]) -> tuple[Plan | None, tuple[Path, Path] | None]
 
 
 def main(argv: Sequence[str]) -> int:
+    spell_out()
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
         plan, pair = plan_of(argv)

@@ -8,6 +8,7 @@ of the text is the model's own, so nothing in it reaches the terminal as a contr
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -144,6 +145,12 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
+def spell_out() -> None:
+    """From now on a letter that the terminal's encoding lacks is spelled out, and no reason to end."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m l0fast.trajectory", description="Read a run's trajectories.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
@@ -163,6 +170,7 @@ def main(argv: list[str]) -> int:
     output.add_argument("--list", action="store_true", help="all of them, a line each")
     output.add_argument("--notebook", type=Path, metavar="OUT", help="write it as a Jupyter notebook that runs")
     args = parser.parse_args(argv)
+    spell_out()
     console = Console(highlight=False)
     try:
         file = trajectory_file(args.run_dir, step=args.step, evaluation=args.eval)

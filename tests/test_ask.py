@@ -1,6 +1,7 @@
 """NB-Agent on its own, from Python and from a terminal, with a real endpoint on loopback and a real sandbox."""
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -169,6 +170,17 @@ def test_the_terminal_shows_it_and_the_notebook_keeps_it(
     assert KEY not in json.dumps(book)
     assert main([*words]) == 2
     assert "never overwrites" in capsys.readouterr().err
+
+
+def test_a_terminal_that_lacks_a_letter_loses_no_episode(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    endpoint.answers = [say("submit_final_answer('1 → 2')")]
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, encoding="latin-1", write_through=True))
+    words = ["What?", "--endpoint", endpoint.url, "--model", "m", "--notebook", str(tmp_path / "out.ipynb")]
+    assert main([*words, *FURTHER]) == 0
+    assert b"answer: 1 \\u2192 2" in said.getvalue()
 
 
 def test_without_an_answer_it_says_why_and_keeps_what_there_is(

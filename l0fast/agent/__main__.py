@@ -33,12 +33,13 @@ from l0fast.ids import Ids
 from l0fast.report.notebook import INTERRUPTED, save_notebook
 from l0fast.tools.registry import known_tools
 from l0fast.tools.toolbox import OWN as OWN_TOOLS
-from l0fast.trajectory import plain
+from l0fast.trajectory import plain, spell_out
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
 
 def main(argv: Sequence[str]) -> int:
     args, further = _parser().parse_known_args(argv)
+    spell_out()
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     notebook = args.notebook or Path(f"agent-{time.strftime('%Y%m%d-%H%M%S')}.ipynb")
     seen = _Seen()

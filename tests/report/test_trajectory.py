@@ -1,6 +1,8 @@
 """Reading one trajectory in the terminal."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,16 @@ def test_what_is_not_there_is_one_sentence(
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(tmp_path)]) == 2
     assert "holds no trajectories" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_letter_that_the_terminal_lacks_is_spelled_out(run_dir: Path, monkeypatch: pytest.MonkeyPatch, encoding: str):
+    monkeypatch.setenv("COLUMNS", "60")
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, encoding=encoding, write_through=True))
+    # long lines are cut with an ellipsis
+    assert main([str(run_dir), "--list"]) == 0
+    assert b"\\u2026" in said.getvalue()
 
 
 def test_a_list_is_one_line_a_trajectory_of_those_chosen(read):
