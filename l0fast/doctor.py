@@ -137,7 +137,9 @@ def _shm() -> Finding:
 
 def _cuda() -> Finding:
     if _version("torch") is None:
-        return Finding("CUDA", "missing", "torch is not installed, and tells", "pip install -e '.[cpu]', or '.[gpu]'")
+        return Finding(
+            "CUDA", "missing", "torch is not installed, and tells", "pip install 'l0fast[cpu]', or 'l0fast[gpu]'"
+        )
     if not os.path.exists("/dev/nvidiactl"):
         return Finding("CUDA", "missing", "no NVIDIA driver here; the default recipe needs none")
     code = "import torch; print(*[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())], sep=', ')"
@@ -148,7 +150,7 @@ def _cuda() -> Finding:
         "CUDA",
         "can't",
         f"a driver, but torch {_version('torch')} sees no device",
-        "nvidia-smi; pip install -e '.[gpu]'",
+        "nvidia-smi; pip install 'l0fast[gpu]'",
     )
 
 
@@ -295,13 +297,13 @@ _PROBES: list[tuple[str, Probe, float]] = [
     ("memory", _memory, PROBE_TIMEOUT_S),
     ("disk", _disk, PROBE_TIMEOUT_S),
     ("/dev/shm", _shm, PROBE_TIMEOUT_S),
-    ("torch", _package("torch", "pip install -e '.[cpu]'", needed=True), PROBE_TIMEOUT_S),
-    ("transformers", _package("transformers", "pip install -e .", needed=True), PROBE_TIMEOUT_S),
+    ("torch", _package("torch", "pip install 'l0fast[cpu]'", needed=True), PROBE_TIMEOUT_S),
+    ("transformers", _package("transformers", "pip install l0fast", needed=True), PROBE_TIMEOUT_S),
     ("policies", _policies, PROBE_TIMEOUT_S),
     ("CUDA", _cuda, _SLOW_TIMEOUT_S),
-    ("sglang", _package("sglang", "pip install -e '.[gpu]'"), PROBE_TIMEOUT_S),
-    ("flash-attn", _package("flash-attn", "pip install --no-build-isolation -e '.[flash]'"), PROBE_TIMEOUT_S),
-    ("liger-kernel", _package("liger-kernel", "pip install -e '.[gpu]'"), PROBE_TIMEOUT_S),
+    ("sglang", _package("sglang", "pip install 'l0fast[gpu]'"), PROBE_TIMEOUT_S),
+    ("flash-attn", _package("flash-attn", "pip install --no-build-isolation 'l0fast[flash]'"), PROBE_TIMEOUT_S),
+    ("liger-kernel", _package("liger-kernel", "pip install 'l0fast[gpu]'"), PROBE_TIMEOUT_S),
     ("bubblewrap", _bwrap, PROBE_TIMEOUT_S),
     ("seccomp", _seccomp, PROBE_TIMEOUT_S),
     ("Landlock", _landlock, PROBE_TIMEOUT_S),

@@ -3,7 +3,7 @@
     python -m l0fast.serve MODEL [--host HOST] [--port N] [--name NAME] [--server auto|sglang|transformers] [-- ARGUMENTS]
 
 MODEL is a policy that ships, a model folder, a run or one of its checkpoints. Where there is a GPU and sglang, its server
-is started, else `transformers serve` (pip install -e '.[serve]'), which answers one request after the other. ARGUMENTS go to
+is started, else `transformers serve` (pip install 'l0fast[serve]'), which answers one request after the other. ARGUMENTS go to
 it as they are. It serves until Ctrl-C or SIGTERM; then nothing is left: no process, no folder.
 
 What it says is what the policy sampled. A request that says nothing of it gets temperature 1 and all tokens, as in training;
@@ -117,11 +117,11 @@ def _which(server: str) -> str:
     if server == "auto":
         server = "sglang" if has_sglang else "transformers"
     if server == "sglang" and importlib.util.find_spec("sglang") is None:
-        raise UsageError("--server sglang: sglang is not installed: pip install -e '.[gpu]', or leave --server out")
+        raise UsageError("--server sglang: sglang is not installed: pip install 'l0fast[gpu]', or leave --server out")
     if server == "transformers":
         needed = ("fastapi", "uvicorn", "openai", "accelerate", "requests")
         if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
-            raise UsageError(f"`transformers serve` lacks {', '.join(missing)} here: pip install -e '.[serve]'")
+            raise UsageError(f"`transformers serve` lacks {', '.join(missing)} here: pip install 'l0fast[serve]'")
     return server
 
 

@@ -115,6 +115,15 @@ def test_a_probe_that_hangs_has_a_deadline_and_does_not_hold_up_the_exit():
         release.set()
 
 
+def test_what_mends_a_package_does_so_without_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    packages = [
+        probe() for name, probe, _ in doctor._PROBES if name in NAMES & {"torch", "transformers", "CUDA", "sglang"}
+    ]
+    assert len(packages) == 4
+    assert all(found.fix.startswith("pip install ") and " -e " not in found.fix for found in packages)
+
+
 def test_a_folder_that_may_not_be_written_is_a_line_and_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     # root may write anywhere
