@@ -34,6 +34,7 @@ from torch import Tensor
 from bench.at_least import at_least
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
+from bench.results_folder import results_file
 from l0fast.ids import Ids
 from l0fast.learner.cost import SHAPES, ModelShape
 from l0fast_kernels.policy_head import k3, policy_head, policy_loss_tokens, token_stats
@@ -259,11 +260,12 @@ def bench_head(device: str, rounds: int) -> dict[str, Any]:
             runs = {name: forward_backward(head, p) for name, head in timed.items()}
             row |= {f"{n}_peak_gb": round(peak_gb(run, (p["hidden"], p["weight"])), 3) for n, run in runs.items()}
             row |= {f"{name}_ms": round(ms, 3) for name, ms in clock(runs, rounds).items()}
-            # dW is kept in fp32 until it is handed on in the dtype of W
-            row["policy_head_peak_above_dw_gb"] = round(row["policy_head_peak_gb"] - 4 * V * D / 1e9, 3)
             row["matmul_floor_ms"] = round(6 * T * V * D / 750e12 * 1e3, 2)
-            peers = [row[f"{name}_ms"] for name in runs if name != "policy_head"]
-            row["ratio_to_best_peer"] = round(min(peers) / row["policy_head_ms"], 2) if peers else None
+            if "policy_head" in runs:
+                # dW is kept in fp32 until it is handed on in the dtype of W
+                row["policy_head_peak_above_dw_gb"] = round(row["policy_head_peak_gb"] - 4 * V * D / 1e9, 3)
+                peers = [row[f"{name}_ms"] for name in runs if name != "policy_head"]
+                row["ratio_to_best_peer"] = round(min(peers) / row["policy_head_ms"], 2) if peers else None
             rows.append(row)
             say(row)
             del p, runs
@@ -621,7 +623,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--rounds", type=at_least(1), default=5)
-    parser.add_argument("--out", type=Path, help="write the JSON here too, after every section")
+    parser.add_argument("--out", type=results_file, metavar="FILE", help="write the JSON here too, after every section")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch finds no GPU here: leave the flag out for a small run on the CPU")

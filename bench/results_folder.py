@@ -15,3 +15,12 @@ def results_folder(value: str) -> Path:
     if not os.access(path, os.W_OK):
         raise argparse.ArgumentTypeError(f"{value} can't be written to: name another folder")
     return path
+
+
+def results_file(value: str) -> Path:
+    """The same of a file's folder."""
+    path = Path(value)
+    results_folder(str(path.parent))
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{value} is a folder: name a file in it")
+    return path
