@@ -10,7 +10,7 @@ makes a client each time and with it a TLS context that reads all of certifi's a
 Where ours of theirs is cheaper than theirs: task server and engine share one process and one loop, aiohttp stands for
 FastAPI, a kernel talks over sockets in files, a worker sends what is new and not the whole conversation, and it writes no
 pickle. Both start first: L0's workers and kernels are up, our zygotes too; our sessions are forked on the way. CPU is that of
-this process and all that it has started, from the first turn to the last.
+this process and all that it has started, in containers too, from the first turn to the last.
 """
 
 import asyncio
@@ -39,6 +39,7 @@ from l0fast.engine.clock import CompressedClock
 from l0fast.engine.simulated import SimulatedEngine, Speed
 from l0fast.ids import Ids
 from l0fast.sandbox import open_sandbox
+from l0fast.sandbox.pool import SandboxPool
 from l0fast.tools.broker import ToolPolicy, open_broker
 from l0fast.types import Task
 
@@ -324,11 +325,14 @@ async def ours(
                 raise RuntimeError(f"episode {task.id} {trajectory.status}: {trajectory.cause}")
             took.append(time.perf_counter() - began)
 
-        cpu_s = tree_cpu_s(os.getpid())
+        assert isinstance(sandbox, SandboxPool)
+        # a container's zygote is a child of the daemon's
+        zygotes = [shard.launched.pid for shard in sandbox.shards]
+        cpu_s = tree_cpu_s(os.getpid(), *zygotes)
         async with asyncio.timeout(PLAY_TIMEOUT_S), asyncio.TaskGroup() as tg:
             for task in tasks:
                 tg.create_task(play(task))
-        cpu_s = tree_cpu_s(os.getpid()) - cpu_s
+        cpu_s = tree_cpu_s(os.getpid(), *zygotes) - cpu_s
     return _side(took, workload.turns, cpu_s)
 
 

@@ -20,8 +20,8 @@ from l0fast.loop_lag import LoopLag
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
-def tree_cpu_s(root: int) -> float:
-    """CPU of a process, its living descendants, and all that these have waited for [s].
+def tree_cpu_s(*roots: int) -> float:
+    """CPU of processes, their living descendants, and all that these have waited for, each once [s].
 
     Of two calls the difference is what was spent between them, as long as nobody died that nobody waited for.
     """
@@ -38,9 +38,9 @@ def tree_cpu_s(root: int) -> float:
     total = 0.0
     for pid, cpu_s in spent.items():
         above: int | None = pid
-        while above is not None and above != root:
+        while above is not None and above not in roots:
             above = parents.get(above)
-        total += cpu_s if above == root else 0.0
+        total += cpu_s if above is not None else 0.0
     return total
 
 

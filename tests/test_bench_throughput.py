@@ -105,6 +105,22 @@ def test_a_tree_of_processes_has_its_own_cpu_and_that_of_those_it_waited_for():
     assert tree_cpu_s(os.getpid()) - before >= 0.55, "now that it was waited for, too"
 
 
+def test_a_process_of_somebody_else_counts_where_it_is_named():
+    """As a container's does, which is a child of the daemon's."""
+    burn = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+    script = 'exec 3<&0; "$0" -c "$1" <&3 & echo $!'
+    with subprocess.Popen(
+        ["sh", "-c", script, sys.executable, burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        process.stdout.readline()
+        process.wait()
+        ours, with_it = tree_cpu_s(os.getpid()), tree_cpu_s(os.getpid(), pid)
+        process.communicate(b"\n")
+    assert with_it - ours >= 0.25
+
+
 def test_an_idle_loop_tells_its_lag():
     with idle_loop() as lag:
         time.sleep(0.1)  # another process's loop has to turn for a while
