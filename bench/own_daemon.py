@@ -197,6 +197,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
         parser.error("name the command to run")
+    if options.packages and not options.image:
+        parser.error(f"--packages {options.packages[0]} goes with --image: add it")
+    if options.image and options.image_tar is not None:
+        parser.error("--image builds an image and --image-tar loads one: keep one of them")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with own_daemon(options.log_file) as own:

@@ -54,3 +54,19 @@ def test_kill_9_leaves_no_process():
 def test_a_command_that_is_not_there_is_one_sentence(capsys):
     assert main(["no-such-program"]) == 2
     assert capsys.readouterr().err == "own_daemon: no-such-program can't be run: name a program that exists\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--packages", "numpy", "true"], "--packages numpy goes with --image: add it"),
+        (
+            ["--image", "--image-tar", "a.tar", "true"],
+            "--image builds an image and --image-tar loads one: keep one of them",
+        ),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(capsys, argv, sentence):
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {sentence}")
