@@ -22,14 +22,7 @@ from l0fast.learner.client import num_gpus
 from l0fast.run_dir import read_metrics, read_summary
 
 FEW = ("--eval.questions", "32", "--eval.every", "0", "--eval.transfer-questions", "8", "--checkpoint.every", "0")
-"""Flags of a run that is only measured, unless they are given."""
-
-
-def few_questions(words: Sequence[str]) -> list[str]:
-    """`FEW`, without what `words` give: a flag given twice is refused."""
-    given = {word.partition("=")[0] for word in words}
-    pairs = zip(FEW[::2], FEW[1::2], strict=True)
-    return [word for flag, value in pairs if flag not in given for word in (flag, value)]
+"""Flags of a run that is only measured. They stand first: of a flag that is given twice the last counts."""
 
 
 def measure_node(engine: str, device: str | None, steps: int, words: Sequence[str]) -> dict[str, Any]:
@@ -45,7 +38,7 @@ def measure_node(engine: str, device: str | None, steps: int, words: Sequence[st
     with tempfile.TemporaryDirectory(prefix="l0fast-bench-") as folder:
         run_dir = Path(folder) / "run"
         flags = ["--engine.kind", engine, "--num-steps", str(steps + 1), "--run-dir", str(run_dir)]
-        invocation = parse([*words, *few_questions(words), *flags])
+        invocation = parse([*FEW, *words, *flags])
 
         from l0fast.training import run
 

@@ -28,7 +28,7 @@ import uvloop
 
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
-from bench.node_throughput import few_questions
+from bench.node_throughput import FEW
 from l0fast.cli import Invocation, parse
 from l0fast.errors import L0fastError, UsageError
 from l0fast.learner.client import num_gpus
@@ -84,21 +84,11 @@ def main() -> int:
 
 
 def _invocation(options: argparse.Namespace, words: Sequence[str]) -> Invocation:
-    recipe = next((word for word in words if not word.startswith("-")), "geography")
-    out = options.out or Path("profiles") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     torch = ["--trace.torch-step", str(min(TORCH_STEP, options.steps))] if num_gpus() else []
-    return parse(
-        [
-            *words,
-            *few_questions(words),
-            *torch,
-            "--trace",
-            "--num-steps",
-            str(options.steps),
-            "--run-dir",
-            str(out / "run"),
-        ]
-    )
+    # whatever the words say of these counts
+    words = [*FEW, *torch, "--trace", "--num-steps", str(options.steps), *words]
+    out = options.out or Path("profiles") / f"{parse(words).recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return parse([*words, "--run-dir", str(out / "run")])
 
 
 def _profiled(invocation: Invocation) -> tuple[int, Any]:

@@ -1,5 +1,6 @@
 """The page of a profiled run: functions are blamed for their own time, and what a run said can't break the page."""
 
+import argparse
 import time
 from pathlib import Path
 
@@ -66,3 +67,13 @@ def test_flags_that_were_given_are_not_given_twice(monkeypatch: pytest.MonkeyPat
     assert invocation.config.eval.every == 1
     assert invocation.config.checkpoint.every == 0
     assert invocation.run_dir == tmp_path / "out" / "run"
+
+
+def test_what_the_words_say_counts(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(profile_run, "num_gpus", lambda: 8)
+    words = "--rollout.group-size 4 --eval.transfer_questions 5 --trace.torch-step 3 --num-steps 7".split()
+    invocation = profile_run._invocation(argparse.Namespace(steps=3, out=None), words)
+    assert invocation.run_dir.parent.name.startswith("geography-")
+    config = invocation.config
+    assert (config.eval.transfer_questions, config.trace.torch_step, config.num_steps) == (5, 3, 7)
+    assert config.eval.questions == 32, "unless they say something"
