@@ -90,7 +90,7 @@ def test_the_learning_curve_shows_accuracy_reward_and_what_went_wrong(run_dir: P
 
 def test_wrong_answers_to_questions_of_ones_own_are_among_what_went_wrong():
     shares = {"outcome/right": 0.3, "outcome/wrong": 0.6, "outcome/no_answer": 0.1, "outcome/failed": 0.0}
-    fig = learning_curve([{"step": step, "rollout/correct": 0.3, **shares} for step in (1, 2)], {})
+    fig = learning_curve([{"step": s, "time/since_start_s": s, "rollout/correct": 0.3, **shares} for s in (1, 2)], {})
     _, wrong = fig.axes
     assert [text.get_text() for text in wrong.get_legend().get_texts()] == ["no answer", "wrong"]
     top = max(path.vertices[:, 1].max() for bands in wrong.collections for path in bands.get_paths())
@@ -109,7 +109,7 @@ def test_the_learning_curve_of_one_step_is_seen(row):
 
 @pytest.mark.parametrize(("reward", "limits"), [(1.5, (0, 1.5)), (-0.5, (-0.5, 1)), (0.5, (0, 1))])
 def test_the_learning_curve_has_room_for_any_reward(reward: float, limits: tuple[float, float]):
-    fig = learning_curve([{"step": step, "rollout/reward": reward} for step in (1, 2)], {})
+    fig = learning_curve([{"step": s, "time/since_start_s": s, "rollout/reward": reward} for s in (1, 2)], {})
     assert fig.axes[0].get_ylim() == limits
     matplotlib.pyplot.close(fig)
 

@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 
 from l0fast.config import ToolsConfig, WebConfig
-from l0fast.corpus.index import build, numbered
+from l0fast.corpus.index import Passage, build
 from l0fast.errors import ToolError, UsageError
 from l0fast.sandbox.base import ToolSpec
 from l0fast.tools.broker import open_broker
@@ -105,7 +105,7 @@ def test_what_is_searched_and_has_changed_since_an_earlier_run_is_searched_again
     for text in ("Oslo is rainy.", "Oslo is sunny."):
         notes.write_text(text)
         shutil.rmtree(index, ignore_errors=True)
-        build(numbered([text]), index)
+        build([Passage(id="1", title="", text=text)], index)
         for name in (f"search={notes}", f"corpus={index}"):
             assert said(name) == ([text], [text])
 
