@@ -54,6 +54,8 @@ _TAIL_BYTES = 2000
 _STACKS_S = 0.3
 """Time a silent child gets to write down where it is [s]."""
 _STACK_CHARACTERS = 3000
+_LINGER_S = 5.0
+"""Time to end of one that has hung up: an interpreter that has loaded much takes a while on a full machine [s]."""
 _LAST_LOOK_S = 0.3
 """Time that one who is late gets nevertheless: this process may have been held up itself, by Ctrl-Z for one [s]."""
 _HELD = {
@@ -101,6 +103,8 @@ class Worker:
         self._pending: dict[int, asyncio.Future[Message]] = {0: asyncio.get_running_loop().create_future()}
         self._failure: WorldError | None = None
         self._closing = False
+        self._lingered = False
+        """Whether it was we who ended it, after it had hung up or been asked to end."""
 
     async def call(
         self, op: str, payload: bytes | memoryview = b"", *, timeout_s: float, **fields: Any
@@ -208,7 +212,7 @@ class Worker:
                     future.set_result(Message(header, payload))
         except (asyncio.IncompleteReadError, ConnectionError):
             if not self._closing:
-                await self._end(timeout_s=0.5)
+                await self._end(timeout_s=_LINGER_S)
         finally:
             self._fail(self._post_mortem())
 
@@ -223,7 +227,7 @@ class Worker:
             async with asyncio.timeout(timeout_s):
                 await self._process.wait()
         except TimeoutError:
-            pass
+            self._lingered = True
         finally:
             self.kill()
             await self._process.wait()
@@ -232,7 +236,12 @@ class Worker:
         status = self._process.returncode
         if self._closing or status is None:
             return self._error(f"{self.name} (pid {self.pid}) was closed")
-        how = f"ended with exit status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
+        if status >= 0:
+            how = f"ended with exit status {status}"
+        elif self._lingered:
+            how = f"hung up, and was ended as it had not ended {_LINGER_S:g} s later"
+        else:
+            how = f"was killed by {signal.Signals(-status).name}"
         return self._error(self._with_last_words(how + _at(self.sign)))
 
     def _with_last_words(self, how: str) -> str:

@@ -66,6 +66,9 @@ CHILD = """
                 channel.reply(message)
                 while True:
                     time.sleep(600)
+            elif op == "hang up":
+                channel._sock.close()
+                time.sleep(600)
             elif op == "die":
                 print("x" * 5000, "out of luck", file=sys.stderr)
                 os._exit(3)
@@ -171,6 +174,17 @@ def test_a_killed_child_is_noticed_within_a_second(spawn):
             async with asyncio.timeout(1):
                 with pytest.raises(EngineError, match="killed by SIGKILL"):
                     await call
+
+    asyncio.run(main())
+
+
+def test_a_child_that_hangs_up_and_does_not_end_is_not_said_to_have_been_killed(spawn, monkeypatch):
+    monkeypatch.setattr("l0fast.ipc._LINGER_S", 0.05)
+
+    async def main():
+        async with spawn() as worker:
+            with pytest.raises(EngineError, match=r"hung up, and was ended as it had not ended 0.05 s later"):
+                await worker.call("hang up", timeout_s=60)
 
     asyncio.run(main())
 
