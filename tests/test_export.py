@@ -150,6 +150,14 @@ def test_nothing_is_overwritten(run, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_link_to_an_empty_folder_is_that_folder(run, tmp_path: Path):
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "volume")
+    export(find_checkpoint(run[0]), tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "volume" / "model.safetensors").exists()
+
+
 def test_a_model_that_has_moved_may_be_named(run, policy_folder: Path, tmp_path: Path):
     run_dir, policy = run
     checkpoint = tmp_path / "copy"
