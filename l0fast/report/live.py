@@ -129,7 +129,9 @@ class Live:
     def close(self, summary: Metrics) -> None:
         """The run is over: say what came of it."""
         self._stop()
-        self._say(last_line(summary, self._run_dir))
+        # one that is stopped as it starts has none
+        has_some = self._run_dir and any((self._run_dir / "trajectories").glob("*.jsonl"))
+        self._say(last_line(summary, self._run_dir if has_some else None))
 
     def _say(self, line: str) -> None:
         self._log(line)

@@ -61,7 +61,7 @@ def test_what_is_missing_is_left_out():
     assert out.getvalue() == "step 1/4  ETA 0s\n"
 
 
-def test_the_last_line_says_before_and_after_and_how_to_read_a_trajectory():
+def test_the_last_line_says_before_and_after_and_how_to_read_a_trajectory_where_there_is_one(tmp_path: Path):
     summary = {
         "eval_accuracy_before": 0.23,
         "eval_accuracy_after": 0.71,
@@ -69,12 +69,18 @@ def test_the_last_line_says_before_and_after_and_how_to_read_a_trajectory():
         "eval_greedy_after": 0.85,
         "eval_questions": 600,
     }
-    live, out = plain(run_dir=Path("runs/a folder with a rather long name"))
+    run_dir = tmp_path / "a folder with a rather long name"
+    live, out = plain(run_dir=run_dir)
+    live.close({})
+    assert out.getvalue() == "stopped before held-out accuracy was measured a second time\n"
+    (run_dir / "trajectories").mkdir(parents=True)
+    (run_dir / "trajectories" / "eval_before.jsonl").touch()
+    live, out = plain(run_dir=run_dir)
     live.close(summary)
     line = out.getvalue()
     assert line.count("\n") == 1
     assert "0.230 -> 0.710 sampled (greedy 0.600 -> 0.850; 600 questions)" in line
-    assert "-m l0fast.trajectory 'runs/a folder with a rather long name'" in line
+    assert f"-m l0fast.trajectory '{run_dir}'" in line
     assert "stopped before" in last_line({"eval_accuracy_before": 0.23}, None)
 
 
