@@ -24,7 +24,7 @@ from l0fast.hub import cached_model, is_hub_name
 from l0fast.layout import engine_kind, gpu_memories, memory_complaint, sglang_layout
 from l0fast.learner import cost
 from l0fast.learner.client import num_gpus
-from l0fast.rooms import check, check_settings, model_folder
+from l0fast.rooms import absent_packages, check_questions, check_settings, model_folder
 from l0fast.tasks.catalog import DATASETS
 from l0fast.tasks.curriculum import load_curriculum
 from l0fast.tasks.sources import SUFFIXES, load_source, parse_source, source_name
@@ -62,17 +62,19 @@ def dry_run(invocation: Invocation) -> DryRun:
 def _questions(config: RunConfig, result: DryRun) -> Task:
     task = Task(id="example", question="(the first question)", answers=("",))
     if config.task.kind != "questions":
+        # all of it is here
+        result.absent += absent_packages(config, check_questions(config))
         return next(load_curriculum(config).questions(config.seed))
-    judged = bool(config.reward.judge)
+    checks = {"judge"} if config.reward.judge else set[str]()
     for split, texts in (("train", config.task.train), ("eval", config.task.eval)):
         for text in texts:
             source = parse_source(text)
             data_set = DATASETS.get(source.map or source.data)
-            judged |= (source.check or (data_set.check if data_set else "")) == "judge"
+            checks.add(source.check or (data_set.check if data_set else ""))
             if Path(source.data).suffix in SUFFIXES:
                 loaded = load_source(source, split)
                 result.lines.append(f"  {split:<12}{loaded.report()}")
-                judged |= any(task.check == "judge" for task in loaded.tasks)
+                checks |= {task.check for task in loaded.tasks}
                 task = loaded.tasks[0] if split == "train" else task
                 continue
             hub, _, subset = (data_set.hub if data_set and "/" not in source.data else source.data).partition(":")
@@ -87,12 +89,12 @@ def _questions(config: RunConfig, result: DryRun) -> Task:
             )
             if importlib.util.find_spec("datasets") is None:
                 result.absent.append("datasets, which reads the hub: pip install 'l0fast[data]'")
-    if judged and not config.judge.endpoint:
+    if "judge" in checks and not config.judge.endpoint:
         result.absent.append(
             "a model as judge, for the questions that are judged by one: --judge.endpoint and --judge.model, or leave "
             "those questions out of task.eval"
         )
-    result.absent[:] = dict.fromkeys(result.absent)
+    result.absent[:] = dict.fromkeys([*result.absent, *absent_packages(config, checks)])
     return task
 
 
@@ -102,9 +104,6 @@ def _model(config: RunConfig, result: DryRun) -> Path | None:
     folder = cached_model(name) if is_hub_name(name) else model_folder(name)
     if folder is None:
         result.absent.append(f"{name}: the run downloads it from the Hugging Face hub when it starts")
-    elif not is_hub_name(name) and config.task.kind != "questions":
-        # all of it is here
-        check(config)
     else:
         Chat(folder).continuation("", closed=True)
         check_model_folder(folder, config.agent.context_tokens)

@@ -9,9 +9,10 @@
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from l0fast import __version__
@@ -37,10 +38,10 @@ from l0fast.policies import MODELS
 from l0fast.rollout.admission import Admission
 from l0fast.sandbox import open_sandbox
 from l0fast.sandbox.base import Sandbox, ToolSpec
-from l0fast.sinks import check_sinks
+from l0fast.sinks import absent_sinks
 from l0fast.tasks.curriculum import NAMED_TOOLS, Curriculum, load_curriculum
 from l0fast.tasks.judge import open_judge
-from l0fast.tasks.scoring import Scorer, open_scorer
+from l0fast.tasks.scoring import Scorer, load_custom, open_scorer
 from l0fast.tasks.world import World
 from l0fast.tools.broker import Broker, ToolPolicy, open_broker
 from l0fast.tools.local_search import LocalSearch, search_tool
@@ -71,6 +72,12 @@ def check(config: RunConfig) -> None:
     check_model_folder(folder, config.agent.context_tokens)
     if engine_kind(config) == "sglang":
         check_layout(config, folder, gpus=num_gpus())
+    for what in absent_packages(config, check_questions(config)):
+        raise UsageError(f"{what}, or leave that out")
+
+
+def check_questions(config: RunConfig) -> set[str]:
+    """Read what is asked, and return by which checks it is judged. Raises UsageError."""
     try:
         curriculum = load_curriculum(config)
         heldout = curriculum.heldout(config.eval.questions)
@@ -84,18 +91,28 @@ def check(config: RunConfig) -> None:
         judged = {
             "reward.judge asks a model": bool(config.reward.judge),
             "some of task.eval is judged by a model": any(task.check == "judge" for task in heldout),
-            "some of task.train is judged by a model": curriculum.judged,
+            "some of task.train is judged by a model": "judge" in curriculum.checks,
         }
         for what in (what for what, is_so in judged.items() if is_so):
             raise UsageError(
                 f"{what}, but judge.endpoint is empty: set --judge.endpoint and --judge.model, or leave that out"
             )
-    check_sinks(config.metrics.sinks)
+    return {*curriculum.checks, *(task.check for task in heldout)}
+
+
+def absent_packages(config: RunConfig, checks: Collection[str]) -> list[str]:
+    """What a run asks for that is not installed, each with the way to get it."""
+    absent = absent_sinks(config.metrics.sinks)
+    if (config.reward.math or "math" in checks) and find_spec("math_verify") is None:
+        absent.append("expressions are compared by math-verify, which is not installed: pip install 'l0fast[math]'")
+    return absent
 
 
 def check_settings(config: RunConfig) -> None:
     """What contradicts itself, wherever it is to run. Raises UsageError."""
     task, learner = config.task, config.learner
+    for reward in config.reward.custom:
+        load_custom(reward)
     if task.kind == "questions":
         if config.engine.kind == "simulated":
             raise UsageError(

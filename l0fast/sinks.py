@@ -39,14 +39,14 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def check_sinks(names: Sequence[str]) -> None:
-    """Raise UsageError where a sink's package is not installed."""
-    for name in names:
-        if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise UsageError(
-                f"metrics.sinks names {name!r}, whose package {_PACKAGES[name].replace('_', '-')} is not installed: "
-                f"pip install 'l0fast[{name}]', or leave it out"
-            )
+def absent_sinks(names: Sequence[str]) -> list[str]:
+    """Those whose package is not installed, each with the way to get it."""
+    return [
+        f"metrics.sinks names {name!r}, whose package {_PACKAGES[name].replace('_', '-')} is not installed: "
+        f"pip install 'l0fast[{name}]'"
+        for name in names
+        if importlib.util.find_spec(_PACKAGES[name]) is None
+    ]
 
 
 @contextmanager
@@ -56,10 +56,8 @@ def open_sinks(config: RunConfig, run_dir: Path, warn: Callable[[str], None]) ->
     Args:
         warn: told where they are, and in the sink's thread of one that fails.
 
-    Raises UsageError as `check_sinks`, and for a port that is taken.
+    Raises UsageError for a port that is taken.
     """
-    names = config.metrics.sinks
-    check_sinks(names)
     makers: dict[str, Callable[[], Sink]] = {
         "wandb": lambda: _Wandb(config, run_dir),
         "tensorboard": lambda: _TensorBoard(run_dir),
@@ -67,7 +65,7 @@ def open_sinks(config: RunConfig, run_dir: Path, warn: Callable[[str], None]) ->
     }
     feeds: list[_Feed] = []
     try:
-        for name in dict.fromkeys(names):
+        for name in dict.fromkeys(config.metrics.sinks):
             make = makers[name]
             # what can be set right is said now
             ready = make() if name == "prometheus" else None

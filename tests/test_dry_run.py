@@ -121,6 +121,24 @@ def own_questions(tmp_path):
     return ["--task.kind", "questions", *sources]
 
 
+@pytest.mark.parametrize("kind", ["geography", "questions"])
+def test_packages_that_are_not_installed_are_absent_and_a_reward_that_is_nowhere_is_wrong(
+    own_questions, monkeypatch, kind: str
+):
+    monkeypatch.setattr("l0fast.rooms.find_spec", lambda name: None)
+    monkeypatch.setattr("l0fast.sinks.importlib.util.find_spec", lambda name: None)
+    flags = ["--judge.endpoint", "http://x/v1", "--judge.model", "x", *(own_questions if kind == "questions" else ())]
+    lacks = [*flags, "--metrics.sinks", "wandb", "--reward.math", "0.5"]
+    absent = "\n".join(dry_run(parse(["--dry-run", *lacks])).absent)
+    assert "pip install 'l0fast[wandb]'" in absent
+    assert "pip install 'l0fast[math]'" in absent
+    with pytest.raises(UsageError, match=r"not installed: pip install 'l0fast\[wandb\]', or leave that out"):
+        check(parse(lacks).config)
+    for look in (dry_run, lambda invocation: check(invocation.config)):
+        with pytest.raises(UsageError, match="reward.custom has 'nowhere:polite', but No module named 'nowhere'"):
+            look(parse(["--dry-run", *flags, "--reward.custom", "nowhere:polite"]))
+
+
 def test_a_judge_that_training_needs_is_wanted_before_anything_starts(own_questions):
     for flags, what in (
         (own_questions, "some of task.train is judged"),

@@ -6,7 +6,7 @@ sources            files and data sets (sources.py); one scope, with the tools t
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Protocol
 
 from l0fast.config import RunConfig, TaskConfig
@@ -33,8 +33,8 @@ class Curriculum(Protocol):
     """The scope of held-out questions."""
     reports: Sequence[str]
     """Lines for people about what was read."""
-    judged: bool
-    """Whether a model judges some answers in training."""
+    checks: Set[str]
+    """By which answers in training are judged."""
 
     def questions(self, seed: int) -> Iterator[Task]:
         """Endless, and always the same. A task may come up again: groups are told apart by number, trajectories by seeds."""
@@ -78,7 +78,7 @@ class Worlds:
             self._elsewhere: self._other.full_corpus,
         }
         self.reports: Sequence[str] = ()
-        self.judged = False
+        self.checks: Set[str] = {"exact_match"}
 
     def questions(self, seed: int) -> Iterator[Task]:
         config, rng = self._config, random.Random(derive_seed(seed, "questions"))
@@ -125,7 +125,7 @@ class Questions:
         self.worlds: Sequence[World] = ()
         self.corpora: Mapping[str, Sequence[str]] = {}
         self.evaluation = NAMED_TOOLS
-        self.judged = any(task.check == "judge" for source in self._train for task in source.tasks)
+        self.checks: Set[str] = {task.check for source in self._train for task in source.tasks}
         self.reports: Sequence[str] = (*(source.report() for source in (*self._train, *self._eval)), *self._shared())
 
     def _shared(self) -> Iterator[str]:
