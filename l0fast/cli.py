@@ -403,7 +403,8 @@ def _find_recipe(word: str) -> Path:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        # some editors begin UTF-8 with a byte order mark
+        settings = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise UsageError(
             f"recipe {path} can't be read ({e.strerror}): give a file that exists, or a name ({', '.join(shipped_recipes())})"

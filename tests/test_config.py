@@ -238,6 +238,9 @@ def test_a_bad_recipe_gets_one_sentence(toml: str, parts: list[str]):
 def test_a_recipe_that_is_not_text_is_refused():
     Path("mine.toml").write_bytes(b"seed = 1 # \xff")
     assert "mine.toml is not UTF-8" in sentence(["mine.toml"])
+    # as some editors begin UTF-8
+    Path("mine.toml").write_bytes(b"\xef\xbb\xbfseed = 7\n")
+    assert parse(["mine.toml"]).config.seed == 7
 
 
 def test_a_folder_as_recipe_is_refused():
