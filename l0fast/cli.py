@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 from l0fast import __version__
 from l0fast.config import Config, RunConfig
 from l0fast.errors import UsageError
-from l0fast.run_dir import check_free, checkpoints, read_config, read_driver_state, read_summary
+from l0fast.run_dir import check_free, checkpoints, new_run_hint, read_config, read_driver_state, read_summary
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -166,7 +166,7 @@ def _resumed(
         if not path.startswith(MAY_CHANGE):
             raise UsageError(
                 f"{_flag(path)} {new} would make another run of {run_dir}, which has {old}: leave it out to go on, or "
-                f"start a new run with --model.path {run_dir / 'model'}"
+                f"{new_run_hint(run_dir)}"
             )
     return Invocation(
         recipe=f"as in {run_dir / 'config.toml'}",

@@ -289,6 +289,15 @@ def resume_hint(run_dir: Path) -> str:
     return f"resume with: {command('l0fast.run', '--resume', str(run_dir))}"
 
 
+def new_run_hint(run_dir: Path) -> str:
+    """How to begin another run with what one has learned. One that was killed has no model, but perhaps a checkpoint."""
+    if (model := run_dir / "model").is_dir():
+        return f"start a new run with --model.path {shlex.quote(str(model))}"
+    if checkpoints(run_dir):
+        return f"start a new run with --model.path OUT after: {command('l0fast.export', str(run_dir), 'OUT')}"
+    return "start a new run"
+
+
 def command(module: str, *words: str) -> str:
     """A line to copy into a shell: `python -m module words`, with the path of this Python where a shell takes another."""
     python = Path(sys.executable)

@@ -50,7 +50,7 @@ from l0fast.rollout.rollouts import Groups, rollouts
 from l0fast.rollout.sampling import DynamicSampling
 from l0fast.rollout.whatif import AdviceError, advise_in_subprocess
 from l0fast.rooms import Rooms, check, model_folder, open_rooms
-from l0fast.run_dir import GroupRow, RunDir, read_driver_state, resume_hint, step_name
+from l0fast.run_dir import GroupRow, RunDir, new_run_hint, read_driver_state, resume_hint, step_name
 from l0fast.seeding import derive_seed
 from l0fast.tasks.scoring import Scorer
 from l0fast.types import Group, Task, Trajectory, Turn
@@ -214,7 +214,7 @@ class Training:
         except KeyError as e:
             raise UsageError(
                 f"{checkpoint} was written by l0fast {state.get('version')} and has no {e.args[0]}, so {__version__} can't go "
-                f"on from it: use that one, or start a new run with --model.path {self.run_dir.model_path}"
+                f"on from it: use that one, or {new_run_hint(self.run_dir.path)}"
             ) from e
 
     def _state(self, heldout: HeldOut) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from l0fast.run_dir import (
     RunDir,
     checkpoints,
     command,
+    new_run_hint,
     read_config,
     read_driver_state,
     read_groups,
@@ -237,6 +238,18 @@ def test_a_folder_without_checkpoint_or_run_is_one_sentence(stopped: Path, tmp_p
 def test_the_hint_is_a_line_to_copy(stopped: Path):
     moved = stopped.rename(stopped.with_name("a run"))
     assert resume_hint(moved) == f"resume with: {command('l0fast.run', '--resume', str(moved))}"
+
+
+def test_another_run_is_told_to_begin_with_what_there_is_to_begin_with(stopped: Path):
+    moved = stopped.rename(stopped.with_name("a run"))
+    with pytest.raises(UsageError) as caught:
+        parse(["--resume", str(moved), "--seed", "1"])
+    assert str(caught.value).endswith(f"--model.path OUT after: {command('l0fast.export', str(moved), 'OUT')}")
+    (moved / "model").mkdir()
+    assert new_run_hint(moved) == f"start a new run with --model.path '{moved}/model'"
+    shutil.rmtree(moved / "model")
+    shutil.rmtree(moved / "checkpoints")
+    assert new_run_hint(moved) == "start a new run"
 
 
 def test_a_checkpoint_of_another_version_that_lacks_something_is_one_sentence(stopped: Path, capsys):
