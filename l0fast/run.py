@@ -5,17 +5,20 @@ The command itself: words in, exit code out. What a run does is in training.py, 
 Exit codes: 0 done, 1 the run failed, 2 something to set right, 130 interrupted.
 """
 
-import asyncio
 import sys
 from collections.abc import Sequence
 
-from l0fast.cli import parse
 from l0fast.errors import L0fastError, UsageError, known
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
+        # what takes time to load is loaded here, where Ctrl-C is heard
+        from l0fast.cli import parse
+
         invocation = parse(sys.argv[1:] if argv is None else argv)
+
+        import asyncio
 
         import uvloop
 

@@ -298,6 +298,13 @@ def test_help_names_every_setting_and_loads_nothing_heavy():
     assert wall_s < 5
 
 
+def test_the_command_loads_next_to_nothing_before_it_hears_ctrl_c():
+    code = "import sys, l0fast.run; sys.exit(str({'asyncio', 'pydantic', 'l0fast.cli'} & set(sys.modules) or 0))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
+    assert done.stderr.strip() == "0"
+
+
 def test_the_command_answers_bad_input_with_one_line_and_exit_code_2():
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     words = [sys.executable, "-m", "l0fast.run", "--rollout.group-sise", "3"]
