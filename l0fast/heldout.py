@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from l0fast.agent.nb_agent import NBAgent
 from l0fast.config import RunConfig
+from l0fast.errors import WorldError
 from l0fast.report.live import Live
 from l0fast.rollout.rollouts import play_all
 from l0fast.run_dir import RunDir
@@ -90,11 +91,11 @@ class HeldOut:
         """Ask held-out questions, sampled at T = 1 and, where wanted, greedily."""
         # a tenth of a second for the real world
         tasks, scope = await asyncio.to_thread(self.curriculum.heldout, num_questions), self.curriculum.evaluation
-        played = await self._ask(scope, tasks, temperature=1.0, max_open=max_open)
+        played = await self._ask(scope, tasks, temperature=1.0, max_open=max_open, needed=greedy)
         metrics = {"eval/sampled": accuracy(played)} | _versions(played)
         await self.run_dir.trajectories(f"eval_{name.replace(' ', '_')}", played)
         if greedy:
-            greedily = await self._ask(scope, tasks, temperature=0.0)
+            greedily = await self._ask(scope, tasks, temperature=0.0, needed=True)
             metrics["eval/greedy"] = accuracy(greedily)
             await self.run_dir.trajectories(f"eval_{name.replace(' ', '_')}_greedy", greedily)
             self.results |= {
@@ -106,13 +107,27 @@ class HeldOut:
         return metrics
 
     async def _ask(
-        self, scope: str, tasks: Sequence[Task], *, temperature: float, max_open: int | None = None
+        self,
+        scope: str,
+        tasks: Sequence[Task],
+        *,
+        temperature: float,
+        max_open: int | None = None,
+        needed: bool = False,
     ) -> list[Trajectory]:
+        """Episodes of the tasks, those that were lost said. Where all were, and one is `needed`, raises WorldError."""
+
         async def play(task: Task) -> Trajectory:
             seed = derive_seed(self.config.seed, "evaluation", task.id)
             return await self.play(self.agents[scope], task, index=0, temperature=temperature, seed=seed)
 
-        return await play_all(play, tasks, max_open=max_open or self.config.engine.slots)
+        played = await play_all(play, tasks, max_open=max_open or self.config.engine.slots)
+        if lost := [t for t in played if t.status.failed]:
+            how = f"of {len(played)} held-out questions {len(lost)} were lost, the last as {lost[-1].status}: {lost[-1].cause}"
+            if needed and len(lost) == len(played):
+                raise WorldError(how)
+            self.live.phase(f"{how}; they don't count")
+        return played
 
 
 def accuracy(trajectories: Sequence[Trajectory]) -> float:

@@ -23,7 +23,7 @@ from rich.console import Console
 from l0fast.cli import parse, render_plan
 from l0fast.config import RunConfig
 from l0fast.engine.simulated import SimulatedEngine
-from l0fast.errors import EngineError, LearnerError, UsageError
+from l0fast.errors import EngineError, LearnerError, UsageError, WorldError
 from l0fast.garbage import OldObjects
 from l0fast.ids import Ids
 from l0fast.report.live import Live
@@ -514,6 +514,26 @@ def test_a_run_that_ended_in_its_last_evaluation_has_only_that_to_do(tmp_path: P
     assert later.ledger.told == [("load_checkpoint", "step_000004"), ("save", "model")]
     assert later.rooms.engine.policy_version == 4  # pyright: ignore[reportAttributeAccessIssue]
     assert "eval_accuracy_after" in later.training.results
+
+
+def test_held_out_questions_that_are_lost_are_said_and_where_all_are_there_is_no_accuracy(tmp_path: Path):
+    run = Run(tmp_path / "run", Ledger())
+    whole = run.evaluator.run_episode
+
+    async def lost(task: Task, *, index: int, temperature: float, seed: int) -> Trajectory:
+        trajectory = await whole(task, index=index, temperature=temperature, seed=seed)
+        # asked before and sampled, one of two is lost; greedily, both
+        if temperature == 0.0 or seed == run.evaluator.seeds[0]:
+            trajectory = replace(trajectory, status=TrajectoryStatus.FAILED_ENGINE, cause="it is gone")
+        return trajectory
+
+    run.evaluator.run_episode = lost
+    with pytest.raises(WorldError, match="of 2 held-out questions 2 were lost, the last as failed_engine: it is gone"):
+        asyncio.run(run())
+    assert "of 2 held-out questions 1 were lost, the last as failed_engine: it is gone; they don't count" in (
+        run.console.getvalue().replace("\n", " ")
+    )
+    assert "eval_greedy_before" not in run.training.results
 
 
 def test_the_running_mean_goes_on(tmp_path: Path):
