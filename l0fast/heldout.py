@@ -102,6 +102,8 @@ class HeldOut:
                 f"eval_accuracy_{name}": metrics["eval/sampled"],
                 f"eval_greedy_{name}": metrics["eval/greedy"],
                 f"eval_outcomes_{name}": self.curriculum.outcomes(played),
+                # of a source there may be fewer than are wanted
+                "eval_questions": len(played),
             }
         self.live.evaluation(name, metrics)
         return metrics

@@ -511,7 +511,6 @@ class Training:
         """What a run comes down to; after an interruption, as far as it got."""
         return {
             **self.results,
-            "eval_questions": self.config.eval.questions,
             "wall_s": time.monotonic() - self.started,
             "first_episode_s": self.first_episode_s,
             "peak_pss_mb": self.meters.memory.peak_mb,

@@ -536,6 +536,13 @@ def test_held_out_questions_that_are_lost_are_said_and_where_all_are_there_is_no
     assert "eval_greedy_before" not in run.training.results
 
 
+def test_the_number_of_held_out_questions_is_that_of_those_there_are(tmp_path: Path, monkeypatch):
+    run = Run(tmp_path / "run", Ledger())
+    monkeypatch.setattr(run.rooms.curriculum, "heldout", lambda n, all=run.rooms.curriculum.heldout: all(n)[:1])
+    asyncio.run(run())
+    assert run.training.summary()["eval_questions"] == 1
+
+
 def test_the_running_mean_goes_on(tmp_path: Path):
     settings = {"learner": {"advantage": "running_mean"}}
     first = Run(tmp_path / "run", Ledger(), **settings, num_steps=2)
