@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 _OF_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 """Settings of models whose logits are not the head's product alone (Granite, Cohere, Gemma 2)."""
+_ATTENTIONS = {"full_attention", "sliding_attention"}
+"""Types of layers that `attention` stands in for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ def load_model(model_path: Path, config: LearnerConfig, place: Place, *, frozen:
             apply_liger(model_config.model_type)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention.NAME)
-    _check_head(model)
+    _check_architecture(model)
     if frozen:
         model.requires_grad_(False)
     elif config.lora_rank:
@@ -134,14 +136,19 @@ def load_model(model_path: Path, config: LearnerConfig, place: Place, *, frozen:
     return root
 
 
-def _check_head(model: PreTrainedModel) -> None:
-    """Raise UsageError where log-probs come of anything but the last hidden states and one matrix."""
+def _check_architecture(model: PreTrainedModel) -> None:
+    """Raise UsageError where tokens meet by other means than attention, or log-probs come of anything but the last hidden
+    states and one matrix.
+    """
     head = getattr(model, "lm_head", None)
     odd = [f"{name} = {value}" for name in _OF_LOGITS if (value := getattr(model.config, name, None)) not in (None, 1)]
     if not hasattr(model, "model") or not isinstance(head, nn.Linear):
         odd.append("no lm_head on a model")
     elif head.bias is not None:
         odd.append("a bias in lm_head")
+    # what runs along a pack would go on from one row to the next
+    if others := {*(getattr(model.config, "layer_types", None) or ())} - _ATTENTIONS:
+        odd.append(f"layers of {', '.join(sorted(others))}")
     if odd:
         raise UsageError(
             f"a {type(model).__name__} has {' and '.join(odd)}, which the learner does not know: take a model of another "

@@ -5,7 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, GPT2Config, GraniteConfig, PhiConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconH1Config,
+    GPT2Config,
+    GraniteConfig,
+    PhiConfig,
+    Qwen3_5TextConfig,
+)
 
 from l0fast.config import LearnerConfig
 from l0fast.errors import UsageError
@@ -498,10 +506,12 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         (CohereConfig(logit_scale=0.25, **TINY), "logit_scale = 0.25"),
         (PhiConfig(**TINY), "a bias in lm_head"),
         (GPT2Config(vocab_size=61, n_embd=32, n_head=4, n_layer=1), "no lm_head on a model"),
+        (Qwen3_5TextConfig(layer_types=["linear_attention"], **TINY), "layers of linear_attention"),
+        (FalconH1Config(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, **TINY), "layers of hybrid"),
     ],
-    ids=["granite", "cohere", "phi", "gpt2"],
+    ids=["granite", "cohere", "phi", "gpt2", "qwen3.5", "falcon-h1"],
 )
-def test_a_model_whose_logits_are_more_than_its_heads_product_is_refused(config, odd, tmp_path):
+def test_a_model_whose_logits_are_more_than_attention_and_its_heads_product_is_refused(config, odd, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=f"^a .* has {odd}, which the learner does not know"):
         policy_of(tmp_path)
