@@ -1,7 +1,7 @@
 """Files a task brings along: opened by the host, passed as descriptors, copied by the session into its own folder.
 
-A session never sees a path of this machine, and what it does to its copy (it may remove it, or change its mode) nobody
-else sees.
+A session never sees a path of this machine, and what it does to its copy (it may remove it, or put another in its place)
+nobody else sees.
 """
 
 import errno

@@ -49,9 +49,9 @@ class Jail:
             limits["NPROC"] = _processes_of(os.getuid()) + config["shared_nproc"]
         self._limits = [_lowered(getattr(resource, f"RLIMIT_{name}"), value) for name, value in limits.items()]
         self.seccomp = _has_seccomp()
-        # the zygote removes folders, for which it changes modes
-        calls = seccomp.ZYGOTE_NEEDS.union(seccomp.QUIET if self.uid_base is None else ())
-        self._filter = seccomp.Filter(calls) if self.seccomp else None
+        quiet = seccomp.QUIET_IN_NAMESPACE if config["own_pids"] else seccomp.QUIET
+        quiet = quiet if self.uid_base is None else frozenset()
+        self._filter = seccomp.Filter(seccomp.ZYGOTE_NEEDS, quiet) if self.seccomp else None
         self.landlock = landlock.Landlock(config["read"], DEVICES)
         self._zygote = os.getpid()
 

@@ -5,6 +5,7 @@
     a call in `DENIED`         EPERM
     a call in `CHECKED`        EPERM for the arguments named there
     a call in `QUIET`          0, and nothing is done: where sessions share their uid with files that are not theirs
+    one in `CLOSING`           the same for a mode that leaves the owner not all of his rights
     anything else              allowed
 
 A list of what is denied, not of what is allowed: agents' programs are not known beforehand, and Landlock, limits and
@@ -39,12 +40,17 @@ DENIED = (
     "setpriority ioprio_set mbind set_mempolicy set_mempolicy_home_node migrate_pages move_pages "
     "lookup_dcookie nfsservctl vhangup iopl ioperm modify_ldt uselib ustat sysfs _sysctl"
 ).split()
-QUIET = (
-    "chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat utime utimes futimesat utimensat file_setattr "
-    "setxattr lsetxattr fsetxattr setxattrat removexattr lremovexattr fremovexattr removexattrat"
-).split()
+QUIET = frozenset(
+    (
+        "chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat utime utimes futimesat utimensat file_setattr "
+        "setxattr lsetxattr fsetxattr setxattrat removexattr lremovexattr fremovexattr removexattrat"
+    ).split()
+)
 """What an owner may do to any of his files. Landlock leaves it to him, and no filter sees which file it is; a program that
 copies one with its mode goes on without."""
+QUIET_IN_NAMESPACE = frozenset(name for name in QUIET if "xattr" in name)
+"""Where nothing is the owner's that can be written, but the folders of sessions, one in the other: an ACL could close that
+one to all of them, as a mode could (`CLOSING`). What a session has compiled it may run."""
 
 _X86_64 = {
     "setsid": 112, "setpgid": 109, "socket": 41, "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311,
@@ -123,6 +129,14 @@ CHECKED = (
     ("personality", 0, _ALL, _ALL, False),
 )
 
+CLOSING = (
+    # as in CHECKED
+    ("chmod", 1, 0o700, 0o700, False),
+    ("fchmod", 1, 0o700, 0o700, False),
+    ("fchmodat", 2, 0o700, 0o700, False),
+    ("fchmodat2", 2, 0o700, 0o700, False),
+)
+
 _LD, _JEQ, _JGE, _AND, _RET = 0x20, 0x15, 0x35, 0x54, 0x06
 _ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _X32_BIT = 0x40000000
@@ -134,27 +148,34 @@ ZYGOTE_NEEDS = frozenset({"setpgid", "setpriority", "kill"})
 """To make a session a group of its own that stands back, and to end everybody of a uid."""
 
 
-def build_filter(machine: str, calls: Set[str] = ALL) -> bytes:
-    """The BPF program for `machine` ("x86_64" or "aarch64"), of some of the calls. Raises ValueError for any other."""
+def build_filter(machine: str, calls: Set[str] = ALL, quiet: Set[str] = frozenset()) -> bytes:
+    """The BPF program for `machine` ("x86_64" or "aarch64"), of some of the calls. Raises ValueError for any other.
+
+    Args:
+        quiet: of QUIET; where there are any, CLOSING holds for the rest.
+    """
     if machine not in TABLES:
         raise ValueError(f"no system call table for {machine!r}: the sandbox runs on {' and '.join(TABLES)}")
     arch, numbers = TABLES[machine]
     deny = (_RET, 0, 0, _ERRNO | errno.EPERM)
     missing = (_RET, 0, 0, _ERRNO | errno.ENOSYS)
+    done = (_RET, 0, 0, _ERRNO)
     program = [(_LD, 0, 0, 4), (_JEQ, 1, 0, arch), (_RET, 0, 0, _KILL_PROCESS), (_LD, 0, 0, 0)]
     if machine == "x86_64":
         program += [(_JGE, 0, 1, _X32_BIT), missing]
     program += [(_JEQ, 0, 1, numbers["clone3"]), missing]
-    for names, answer in ((DENIED, deny), (QUIET, (_RET, 0, 0, _ERRNO))):
-        for name in names:
-            if name in calls and name in numbers:
-                program += [(_JEQ, 0, 1, numbers[name]), answer]
-    for name in dict.fromkeys(check[0] for check in CHECKED if check[0] in calls):
+    answers = {name: deny for name in DENIED if name in calls} | dict.fromkeys(sorted(quiet), done)
+    for name, answer in answers.items():
+        if name in numbers:
+            program += [(_JEQ, 0, 1, numbers[name]), answer]
+    checks = [(check, deny) for check in CHECKED if check[0] in calls]
+    checks += [(check, done) for check in CLOSING if quiet and check[0] in numbers.keys() - quiet]
+    for name in dict.fromkeys(check[0] for check, _ in checks):
         body = []
-        for _, argument, mask, value, when_equal in (check for check in CHECKED if check[0] == name):
+        for (_, argument, mask, value, when_equal), answer in (row for row in checks if row[0][0] == name):
             # arguments start at offset 16, 8 bytes each; both machines are little-endian, so the low word comes first
             body += [(_LD, 0, 0, 16 + 8 * argument), (_AND, 0, 0, mask)]
-            body += [(_JEQ, 0, 1, value) if when_equal else (_JEQ, 1, 0, value), deny]
+            body += [(_JEQ, 0, 1, value) if when_equal else (_JEQ, 1, 0, value), answer]
         body.append((_RET, 0, 0, _ALLOW))
         program += [(_JEQ, 0, len(body), numbers[name]), *body]
     program.append((_RET, 0, 0, _ALLOW))
@@ -168,8 +189,8 @@ class _Program(ctypes.Structure):
 class Filter:
     """Built once, before the forks. `install` needs no_new_privs and can't be undone."""
 
-    def __init__(self, calls: Set[str]) -> None:
-        self._code = build_filter(os.uname().machine, calls)
+    def __init__(self, calls: Set[str], quiet: Set[str] = frozenset()) -> None:
+        self._code = build_filter(os.uname().machine, calls, quiet)
         self._program = _Program(len(self._code) // 8, self._code)
         self._prctl = ctypes.CDLL(None, use_errno=True).prctl
 
