@@ -155,7 +155,8 @@ ATTACKS = {
 """,
         "held",
     ),
-    "becoming root": ("import os\nos.setuid(0) if os.getuid() else 1 / 0", "PermissionError"),
+    # where a user has a namespace, root is no number in it
+    "becoming root": ("import os\nos.setuid(0) if os.getuid() else 1 / 0", "PermissionError|OSError"),
     "signals to everybody": ("import os\nos.kill(-1, 9)", "PermissionError"),
     "signals to the zygote": ("import os\nos.kill(os.getppid(), 9)", "PermissionError"),
     "signals to any process": (
