@@ -177,6 +177,34 @@ def test_whatever_a_cell_raises_is_its_result_and_the_session_goes_on(pool, run,
     assert second.output == "'on'\n"
 
 
+def test_frames_of_the_library_are_named_beside_a_path_that_is_no_string(cells):
+    output = cells("import json, pathlib, sys\nsys.path.insert(0, pathlib.Path('.'))\njson.loads('{')").output
+    assert 'File "json/__init__.py"' in output
+
+
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [
+        ("exec((lambda: 1 / 0).__code__.replace(co_linetable=b''))", "ZeroDivisionError: division by zero\n"),
+        ("import sys\nsys.path = None\nimport json.decoder\njson.loads('{')", "JSONDecodeError: Expecting.*"),
+        ("class E(Exception):\n    @property\n    def __notes__(self): exit('mine')\nraise E(3)", "E: 3\n"),
+        ("class A:\n    def __dir__(self): exit('mine')\nA().x", "(Traceback.*)?AttributeError: 'A' object.*'x'\n"),
+        (
+            "class M(type): __name__ = property(lambda c: 1 / 0)\nclass E(Exception, metaclass=M): pass\nraise E(3)",
+            "BaseException: 3\n",
+        ),
+    ],
+)
+def test_an_error_whose_traceback_can_not_be_made_is_a_result_without_one(pool, run, code, shown):
+    async def main():
+        async with pool.session({}, seed=1) as session:
+            return await session.execute(code), await session.execute("'on'")
+
+    first, second = run(main())
+    assert re.fullmatch(shown, first.output, re.DOTALL)
+    assert second.output == "'on'\n"
+
+
 @pytest.mark.parametrize("swallowed", [False, True], ids=["", "swallowed"])
 @pytest.mark.parametrize("kept", ["str(len(kept)) * 3", "(1, len(kept))"])
 def test_a_cell_that_fills_the_memory_is_a_result_each_time_and_another_can_empty_it(pool, run, kept, swallowed):

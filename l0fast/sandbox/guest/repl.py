@@ -93,15 +93,22 @@ class Repl:
         return told
 
     def _tell(self, error: BaseException) -> dict:
+        name, value = "BaseException", ""
         try:
-            value = _safe_str(error)[:4096]
-            told = {"name": type(error).__name__[:256], "value": value, "traceback": format_error(error)}
-            self._output.write(told["traceback"])
+            try:
+                value = _safe_str(error)[:4096]
+                name = type(error).__name__[:256]
+                shown = format_error(error)
+            except MemoryError:
+                raise
+            except BaseException:  # noqa: BLE001 - what is asked is the cell's to change: the error, sys.path, imports
+                shown = f"{name}: {value}\n"
+            self._output.write(shown)
         except MemoryError:
             # not even with the reserve: what needs none is said, and not shown
             self._reserve.release()
             return _NO_MEMORY
-        return told
+        return {"name": name, "value": value, "traceback": shown}
 
     def _run(self, filename: str, code: str) -> None:
         # as Python counts them: `splitlines` knows more ends of a line
@@ -201,8 +208,9 @@ def _format_one(error: BaseException) -> str:
 
 def _short(filename: str) -> str:
     """A library's file by its name below sys.path."""
-    for folder in sys.path:
-        if folder and filename.startswith(folder + os.sep):
+    # a cell may have put a Path there, over which imports pass
+    for folder in filter(None, map(str, sys.path)):
+        if filename.startswith(folder + os.sep):
             return filename[len(folder) + 1 :]
     return filename if filename.startswith("<") else os.path.basename(filename)
 
