@@ -69,12 +69,7 @@ class Repl:
         self._calls.begin()
         error: BaseException | None = None
         try:
-            try:
-                self._armed = True
-                signal.setitimer(signal.ITIMER_REAL, timeout, TIMER_REPEAT_S)
-                self._run(f"<cell {n}>", code)
-            finally:
-                self._armed = False
+            self._run_in_time(f"<cell {n}>", code)
         except BaseException as e:  # noqa: BLE001 - whatever a cell raises is its result, SystemExit too
             self._armed = False
             error = e
@@ -91,6 +86,16 @@ class Repl:
         # frames hold the cell's locals, and the traceback would keep them alive
         error.__traceback__ = None
         return told
+
+    def _run_in_time(self, filename: str, code: str) -> None:
+        # Short, so a function of its own: to raise anew, CPython until 3.13 makes an int of how many instructions down it
+        # is. Those above 256 take memory, and where there is none it tries for ever, deaf to signals.
+        try:
+            self._armed = True
+            signal.setitimer(signal.ITIMER_REAL, self._timeout, TIMER_REPEAT_S)
+            self._run(filename, code)
+        finally:
+            self._armed = False
 
     def _tell(self, error: BaseException) -> dict:
         name, value = "BaseException", ""
