@@ -1,6 +1,6 @@
 """A stand-in for a Docker daemon: a real server on a Unix socket, which answers as a test wants it to."""
 
-import asyncio
+import inspect
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -50,7 +50,7 @@ async def serving(path: Path, answers: Mapping[str, Answer] | None = None) -> As
         if asked[-1] not in known:
             return failure(404, f"no such thing: {path}")
         what = known[asked[-1]]
-        return await what(request) if asyncio.iscoroutinefunction(what) else web.json_response(what)
+        return await what(request) if inspect.iscoroutinefunction(what) else web.json_response(what)
 
     app = web.Application(client_max_size=0)
     app.router.add_route("*", "/{path:.*}", answer)
