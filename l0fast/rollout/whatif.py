@@ -4,7 +4,7 @@
 
     recorded lengths, latencies -> rollouts() and its modes -> SimulatedEngine, as fast as the run's was (recorded.py)
                                                             -> a learner that sleeps as long as a token took it
-    every wait is on one clock that costs no time; StepShares watches it as it watches a run
+    every wait is on one clock that costs no time; StepShares watches it as it watches a run (replay.py)
 
 What is predicted is what the settings do to waiting: who waits for whom, how full the engine is. What they do to the model
 isn't: with other settings it would have learned, and said, something else. An episode lasts as many turns and tokens as it
@@ -20,7 +20,7 @@ import argparse
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,19 +31,13 @@ from pydantic import ValidationError
 
 from l0fast.children import output_of
 from l0fast.config import RunConfig
-from l0fast.engine.base import Engine, Sampling
-from l0fast.engine.gate import gated
-from l0fast.engine.simulated import SimulatedClock, SimulatedEngine
 from l0fast.errors import L0fastError, UsageError
-from l0fast.ids import Ids
-from l0fast.rollout.admission import Admission
-from l0fast.rollout.lengths import Lengths
 from l0fast.rollout.modes import Schedule
-from l0fast.rollout.recorded import RecordedGroup, Recording, Timing, fit_timing, read_recording
-from l0fast.rollout.rollouts import rollouts
-from l0fast.rollout.sampling import DynamicSampling
-from l0fast.step_shares import CAUSES, StepShares
-from l0fast.types import Group, Task, Trajectory, Turn
+from l0fast.rollout.recorded import Recording, Timing, fit_timing, read_recording
+from l0fast.rollout.replay import AsRecorded, Playlist, World
+from l0fast.rollout.rollouts import Groups, rollouts
+from l0fast.step_shares import CAUSES
+from l0fast.types import Group
 
 ADVISES_FROM = 0.05
 """Advice must promise a step shorter by this share at least, and by more than the simulator errs."""
@@ -193,9 +187,82 @@ def simulate(
 ) -> Simulated:
     """Play `steps` steps of a recording from its step `first` on, with these settings and this timing."""
     began = time.perf_counter()
-    replay = _Replay(recording, config, timing, first, kv_tokens)
-    simulated = replay.clock.run(replay.run(steps))
+    world = World(Playlist(recording, first), config, timing, kv_tokens)
+    simulated = world.clock.run(_replay(world, config, steps))
     return replace(simulated, wall_s=time.perf_counter() - began)
+
+
+async def _replay(world: World, config: RunConfig, steps: int) -> Simulated:
+    """Go round a run's loop so many times."""
+    rollout, tally = config.rollout, _Tally()
+    await world.open()
+    async with rollouts(
+        world.play,
+        world.playlist.tasks(),
+        schedule=Schedule(
+            rollout.mode,
+            groups_per_step=rollout.groups_per_step,
+            max_open_groups=max(rollout.max_open_groups, rollout.groups_per_step),
+            max_staleness=rollout.max_staleness,
+        ),
+        sync=world.sync,
+        group_size=rollout.group_size,
+        max_refills=10**6,
+        sampling=AsRecorded(drop_rate=rollout.drop_rate, max_drops=0, seed=0, is_dropped=world.playlist.is_dropped),
+        begin=world.lengths.long_first,
+    ) as groups:
+        for step in range(1, steps + 1):
+            began_s = world.clock.now_s
+            batch = await _step(world, groups, step, stream=config.learner.stream == "on")
+            tally.add(batch, world.clock.now_s - began_s, world.shares.take_step(await world.engine.load()))
+        # before leaving ends what is being played
+        total_s, (engine_busy, slots_busy, learner_busy) = world.clock.now_s, await world.busy()
+    return Simulated(
+        step_s=total_s / steps,
+        step_times_s=tuple(tally.times_s),
+        episodes_per_s=tally.episodes / total_s,
+        tokens_per_s=tally.tokens / total_s,
+        engine_busy=engine_busy,
+        slots_busy=slots_busy,
+        learner_busy=learner_busy,
+        shares={cause: charged_s / total_s for cause, charged_s in tally.charged_s.items()},
+    )
+
+
+async def _step(world: World, groups: Groups, version: int, *, stream: bool) -> list[Group]:
+    """Learn from a step's worth of groups: from each as it finishes, or from all at once."""
+    batch: list[Group] = []
+    with world.shares.span("take"):
+        async with aclosing(groups.stream()) as finished:
+            async for some in finished:
+                batch += some
+                if stream:
+                    await world.learn(some)
+    if not stream:
+        await world.learn(batch)
+    await groups.learned(version)
+    groups.done()
+    return batch
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What the steps of a replay add up to."""
+
+    times_s: list[float] = field(default_factory=list)
+    charged_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
+    """By cause."""
+    episodes: int = 0
+    tokens: int = 0
+    """Sampled, by those that did not fail."""
+
+    def add(self, batch: Sequence[Group], took_s: float, figures: Mapping[str, float]) -> None:
+        """A step on these groups; `figures` are what StepShares took of it."""
+        self.times_s.append(took_s)
+        for cause in CAUSES:
+            self.charged_s[cause] += figures[f"share/{cause}"] * took_s
+        self.episodes += sum(len(group.trajectories) + len(group.failures) for group in batch)
+        self.tokens += sum(len(t.response_ids) for g in batch for e in g.trajectories for t in e.turns)
 
 
 def _predict(recording: Recording, changed: RunConfig, kv_tokens: int | None) -> Prediction:
@@ -234,162 +301,6 @@ def _calibrate(recording: Recording, kv_tokens: int | None = None) -> tuple[Timi
             timing = timing.slower(min(3.0, max(1 / 3, measured_s / played_s)))
     there = simulate(recording, recording.config, timing, steps=len(unseen), first=half, kv_tokens=kv_tokens)
     return timing, sum(there.step_times_s) / sum(s.step_s for s in unseen) - 1
-
-
-class _Replay:
-    """One simulation. Groups are those recorded, in their order, from a step on and round again."""
-
-    def __init__(self, recording: Recording, config: RunConfig, timing: Timing, first: int, kv_tokens: int | None):
-        self.config, self.timing, self.kv_tokens = config, timing, kv_tokens
-        self.groups: list[tuple[RecordedGroup, bool]] = []
-        """With whether it is dropped: what was dropped is not recorded, and stood for by what was played with it."""
-        for step in (*recording.steps[first:], *recording.steps[:first]):
-            kept, dropped = len(step.groups), step.dropped_groups
-            for i, group in enumerate(step.groups):
-                # spread among the others
-                self.groups += [(group, True)] * ((i + 1) * dropped // kept - i * dropped // kept)
-                self.groups.append((group, False))
-        self.clock = SimulatedClock()
-        self.shares = StepShares(now=lambda: int(self.clock.now_s * 1e9))
-        self.saying: dict[str, Ids] = {}
-        """By conversation, what it says next."""
-        self.replicas = max(1, config.engine.count)
-        turns = [t for group, _ in self.groups for e in (*group.trajectories, *group.failures) for t in e.turns]
-        max_tokens = max((len(t.prompt_ids) + len(t.response_ids) for t in turns), default=1) + 1
-        self.engine = SimulatedEngine(
-            vocab_size=1
-            + max((max(max(t.prompt_ids), max(t.response_ids, default=0)) for t in turns if t.prompt_ids), default=1),
-            max_tokens=max_tokens,
-            slots=config.engine.slots,
-            kv_tokens=None if kv_tokens is None else max(kv_tokens, max_tokens),
-            replicas=self.replicas,
-            speed=timing.speed,
-            update_s=timing.sync_s,
-            script=lambda prompt, sampling, conversation: self.saying[conversation],
-            clock=self.clock,
-        )
-        self.front: Engine = self.engine
-        self.learn_s = 0.0
-
-    async def run(self, steps: int) -> Simulated:
-        rollout, clock = self.config.rollout, self.clock
-        kv = rollout.admission == "kv" or (rollout.admission == "auto" and self.config.engine.kind == "sglang")
-        if kv and self.kv_tokens is not None:
-            # who would wait too long is to be seen in the step time, not cut off
-            self.front = await gated(self.engine, Admission(), timeout_s=86_400.0, clock=clock)
-        lengths = Lengths()
-        schedule = Schedule(
-            rollout.mode,
-            groups_per_step=rollout.groups_per_step,
-            max_open_groups=max(rollout.max_open_groups, rollout.groups_per_step),
-            max_staleness=rollout.max_staleness,
-        )
-        episodes = tokens = 0
-        times: list[float] = []
-        shares: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
-
-        async def play(task: Task, number: int, index: int, attempt: int) -> Trajectory:
-            trajectory = await self._play(number, index, attempt)
-            lengths.observe(trajectory)
-            return trajectory
-
-        async def sync(version: int) -> None:
-            with self.shares.span("sync"):
-                await self.front.update_weights(version)
-
-        tasks = (self._group(number)[0].trajectories[0].task for number in range(10**9))
-        async with rollouts(
-            play,
-            tasks,
-            schedule=schedule,
-            sync=sync,
-            group_size=rollout.group_size,
-            max_refills=10**6,
-            sampling=_AsRecorded(rollout.drop_rate, 0, 0, lambda number: self._group(number)[1]),
-            begin=lengths.long_first,
-        ) as groups:
-
-            async def one_step(version: int) -> list[Group]:
-                batch: list[Group] = []
-                with self.shares.span("take"):
-                    async with aclosing(groups.stream()) as finished:
-                        async for some in finished:
-                            batch += some
-                            if self.config.learner.stream == "on":
-                                await self._learn(some)
-                if self.config.learner.stream != "on":
-                    await self._learn(batch)
-                await groups.learned(version)
-                groups.done()
-                return batch
-
-            for step in range(1, steps + 1):
-                began_s = clock.now_s
-                batch = await one_step(step)
-                times.append(clock.now_s - began_s)
-                for cause, share in self.shares.take_step(await self.engine.load()).items():
-                    if cause.startswith("share/"):
-                        shares[cause.removeprefix("share/")] += share * times[-1]
-                episodes += sum(len(group.trajectories) + len(group.failures) for group in batch)
-                tokens += sum(len(t.response_ids) for g in batch for e in g.trajectories for t in e.turns)
-            load, slot_s, total_s, learn_s = await self.engine.load(), self.engine.slot_s(), clock.now_s, self.learn_s
-        return Simulated(
-            step_s=total_s / steps,
-            step_times_s=tuple(times),
-            episodes_per_s=episodes / total_s,
-            tokens_per_s=tokens / total_s,
-            engine_busy=(load.prefill_s + load.decode_s) / (total_s * self.replicas),
-            slots_busy=slot_s / (total_s * self.replicas * self.config.engine.slots),
-            learner_busy=learn_s / total_s,
-            shares={cause: s / total_s for cause, s in shares.items()},
-        )
-
-    def _group(self, number: int) -> tuple[RecordedGroup, bool]:
-        return self.groups[number % len(self.groups)]
-
-    async def _play(self, number: int, index: int, attempt: int) -> Trajectory:
-        group, _ = self._group(number)
-        # a place that failed is played again; in which place it was makes no difference
-        lost = group.failures[index :: len(group.trajectories)]
-        recorded = lost[attempt] if attempt < len(lost) else group.trajectories[index % len(group.trajectories)]
-        conversation = f"{number}/{index}/{attempt}"
-        episode = self.shares.episode(conversation)
-        turns: list[Turn] = []
-        try:
-            for turn in recorded.turns:
-                self.saying[conversation] = turn.response_ids
-                sampling = Sampling(max_new_tokens=max(1, len(turn.response_ids)), stop_token_ids=())
-                with episode.span("generate"):
-                    sampled = await self.front.generate(turn.prompt_ids, sampling, conversation=conversation)
-                    await self.clock.sleep(self.timing.latency_s)
-                with episode.span("execute"):
-                    await self.clock.sleep(turn.execute_s)
-                spans = tuple((s.policy_version, s.start, s.end) for s in sampled.version_spans)
-                turns.append(replace(turn, policy_version=sampled.policy_version, version_spans=spans))
-        finally:
-            self.front.forget(conversation)
-            self.saying.pop(conversation, None)
-            episode.end()
-        return replace(recorded, turns=tuple(turns))
-
-    async def _learn(self, groups: Sequence[Group]) -> None:
-        duration_s = self.timing.learn_s_per_token * sum(self._group(group.number)[0].laid_out for group in groups)
-        if self.config.engine.layout != "split":
-            # one of the two computes at a time; taking turns more finely would come to the same
-            self.engine.stall(duration_s)
-        with self.shares.span("learn"):
-            await self.clock.sleep(duration_s)
-        self.learn_s += duration_s
-
-
-@dataclass(frozen=True, slots=True)
-class _AsRecorded(DynamicSampling):
-    """Drops the groups that stand for dropped ones; none where dropping was switched off."""
-
-    is_dropped: Callable[[int], bool]
-
-    def keep(self, group: Group, first: int) -> bool:
-        return not (self.drop_rate and self.is_dropped(group.number))
 
 
 def _candidates(config: RunConfig) -> list[dict[str, Any]]:
