@@ -144,7 +144,7 @@ def _gpus(config: RunConfig, folder: Path | None, result: DryRun) -> None:
     learner = {name: size for name, size in parts.items() if not name.startswith("engine") and size}
     seconds = cost.seconds(shape, work, setup, cost.Rates())
     engine = config.engine
-    room = (engine.memory_share * memory * engine.tensor_parallel - 2 * shape.parameters) / shape.kv_bytes
+    room = cost.kv_tokens(shape, setup)
     host = cost.host_bytes(shape, setup) / 1e9
     rows = {
         "model": f"{shape.parameters / 1e9:.2f} G parameters",

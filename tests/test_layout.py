@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from l0fast.cli import parse
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
 from l0fast.layout import Layout, check_layout, engine_kind, memory_complaint, sglang_layout
+from l0fast.learner import cost
 from l0fast.learner.cost import GIB, SHAPES
 
 MODEL = Path(__file__).parents[1] / "l0fast/models/geography"
@@ -116,6 +118,22 @@ def test_an_engine_that_can_not_hold_its_model_is_told_which_share_would_do(layo
     assert "--engine.memory-share 0.2" in said
     sections |= {"engine": {"memory_share": 0.1, "layout": layout, "tensor_parallel": 4}}
     assert "one context" not in str(complaint(sections))
+
+
+def test_an_engine_on_several_gpus_holds_a_part_of_its_model_on_each():
+    recipe = parse(["l0_qwen2.5_32b"]).config
+    layout = sglang_layout(recipe, 8)
+    fits = {
+        memory: memory_complaint(recipe, SHAPES["Qwen2.5-32B"], layout, gpu_memory_bytes=memory)
+        for memory in (80e9, 60e9)
+    }
+    assert fits[80e9] is None
+    # a quarter of 61 GiB fits into the share, so the share is not what is complained of
+    assert "GiB a GPU is more than" in str(fits[60e9])
+    setup = cost.setup_of(recipe, gpus=8, gpu_memory_bytes=80e9, sampled_share=0.5)
+    parts = cost.memory_parts(SHAPES["Qwen2.5-32B"], setup)
+    assert parts["engine weights"] == 2 * SHAPES["Qwen2.5-32B"].parameters / 4
+    assert parts["engine weights"] + parts["engine KV"] == pytest.approx(0.4 * 80e9)
 
 
 def test_a_share_that_leaves_a_sleeping_learner_no_room_is_told_how_much_would():

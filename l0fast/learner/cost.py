@@ -11,7 +11,8 @@ Memory of one of n ranks (FSDP2, P parameters of which P_layer in a decoder laye
     backward         2 P_root + 8 P_layer          bf16 gradients of the root; of two layers, one of which is being reduced in fp32
     activations      T (layers A), or checkpointed T (2 D layers + A), A bytes a token and layer (`activation_bytes`)
     policy head      chunk V (4 + 2) + 4 V D       fp32 logits and bf16 dlogits of a chunk, fp32 dW
-    engine           its share of the GPU          2 P of weights in bf16, the rest for KV: 4 layers kv_heads head_dim a token
+    engine           its share of the GPU          2 P of weights in bf16, the rest for KV: 4 layers kv_heads head_dim a token;
+                                                   both over the GPUs of a tensor-parallel one
     other            CUDA context, libraries, what the allocator can't use
 
 With LoRA the master weights are frozen: gradients, moments, the reduced gradients and the root's are the additions' alone, a
@@ -221,6 +222,8 @@ class Setup:
     gpu_memory_bytes: float = 80e9
     engine_share: float = 0.0
     """Of a GPU's memory, what an engine on it takes for weights and keys and values; 0 where engines have GPUs of their own."""
+    tensor_parallel: int = 1
+    """GPUs an engine lies on, a part of the weights and of each key and value on each."""
     context_tokens: int = 0
     """Longest conversation: an engine needs room for one at least."""
     other_bytes: float = 2.5 * GIB
@@ -298,8 +301,8 @@ def memory_parts(shape: ModelShape, setup: Setup) -> dict[str, float]:
         # the root keeps its output, its norm and the predictors' states with their gradient
         "activations": t * (layers * shape.layers + one_layer + 8 * shape.hidden) + 4 * sampled * shape.hidden,
         "policy head": min(setup.head_chunk, sampled) * shape.vocab * 6 + head_gradient,
-        "engine weights": 2.0 * shape.parameters if setup.engine_share else 0.0,
-        "engine KV": kv_tokens(shape, setup) * shape.kv_bytes,
+        "engine weights": 2.0 * shape.parameters / setup.tensor_parallel if setup.engine_share else 0.0,
+        "engine KV": kv_tokens(shape, setup) * shape.kv_bytes / setup.tensor_parallel,
         "other": setup.other_bytes,
     }
 
@@ -308,7 +311,8 @@ def kv_tokens(shape: ModelShape, setup: Setup) -> float:
     """Tokens whose keys and values an engine has room for; negative where not even the weights fit."""
     if not setup.engine_share:
         return 0.0
-    return (setup.engine_share * setup.gpu_memory_bytes - 2 * shape.parameters) / shape.kv_bytes
+    room = setup.engine_share * setup.gpu_memory_bytes * setup.tensor_parallel
+    return (room - 2 * shape.parameters) / shape.kv_bytes
 
 
 def host_bytes(shape: ModelShape, setup: Setup) -> float:
@@ -378,11 +382,11 @@ def seconds(shape: ModelShape, work: Workload, setup: Setup, rates: Rates) -> di
 def why_not(shape: ModelShape, setup: Setup) -> str | None:
     """None where it fits; else one sentence that says what is missing and the settings that would do."""
     memory = setup.gpu_memory_bytes
-    least_share = (2 * shape.parameters + setup.context_tokens * shape.kv_bytes) / memory
+    least_share = (2 * shape.parameters + setup.context_tokens * shape.kv_bytes) / setup.tensor_parallel / memory
     if setup.engine_share and setup.engine_share < least_share:
         return (
             f"engine.memory_share = {setup.engine_share:g} of {memory / GIB:.1f} GiB is less than the "
-            f"{least_share * memory / GIB:.1f} GiB of the model and one context of {setup.context_tokens:,} tokens: "
+            f"{least_share * memory / GIB:.1f} GiB of an engine's weights and one context of {setup.context_tokens:,} tokens: "
             + (f"set --engine.memory-share {_up(least_share):g}" if _up(least_share) < 1 else "take a smaller model")
         )
     need = sum(memory_parts(shape, setup).values())
@@ -452,6 +456,7 @@ def setup_of(
         offload=learner.offload == "cpu",
         liger=liger,
         engine_share=config.engine.memory_share,
+        tensor_parallel=config.engine.tensor_parallel,
         context_tokens=config.agent.context_tokens,
     )
 
