@@ -57,7 +57,7 @@ def sglang_layout(config: RunConfig, gpus: int) -> Layout:
     """How a run with sglang lies on so many GPUs, 0 for the CPU. Raises UsageError, saying which setting to change."""
     engine, tp = config.engine, config.engine.tensor_parallel
     if engine.layout == "sleep":
-        _check_sleep(config, gpus)
+        _check_sleep(config)
     if not gpus:
         if engine.layout == "split" or engine.weights == "ipc":
             name = "layout" if engine.layout == "split" else "weights"
@@ -102,7 +102,7 @@ def sglang_layout(config: RunConfig, gpus: int) -> Layout:
     return Layout(engines=count, first_gpu=first, ranks=ranks, weights=weights)
 
 
-def _check_sleep(config: RunConfig, gpus: int) -> None:
+def _check_sleep(config: RunConfig) -> None:
     if config.rollout.mode != "on_policy":
         raise UsageError(
             f"engine.layout = 'sleep' means that nothing is sampled while the learner works, but rollout.mode = "
@@ -118,60 +118,53 @@ def _check_sleep(config: RunConfig, gpus: int) -> None:
 def memory_complaint(
     config: RunConfig, shape: cost.ModelShape, layout: Layout, *, gpu_memory_bytes: float, liger: bool = True
 ) -> str | None:
-    """None where it fits; else one sentence with the settings that would do."""
-    engine, memory = config.engine, gpu_memory_bytes
+    """None where it fits; else one sentence with the settings that would do. The columns of the table above."""
     work = cost.workload_of(config)
     setup = cost.setup_of(
         config,
         gpus=layout.ranks,
-        gpu_memory_bytes=memory,
+        gpu_memory_bytes=gpu_memory_bytes,
         sampled_share=work.sampled / work.tokens,
         liger=liger,
     )
-    room = engine.memory_share * memory
-    least = (2 * shape.parameters + config.agent.context_tokens * shape.kv_bytes) / engine.tensor_parallel
-    if room < least:
-        share = -(-100 * least // memory) / 100
-        return (
-            f"engine.memory_share = {engine.memory_share:g} of {memory / cost.GIB:.1f} GiB is less than the {least / cost.GIB:.1f} "
-            f"GiB of an engine's weights and one context of {config.agent.context_tokens:,} tokens: "
-            + (f"set --engine.memory-share {share:g}" if share < 1 else "raise --engine.tensor-parallel")
-        )
-    alone = replace(setup, engine_share=0.0)
-    parts = cost.memory_parts(shape, alone)
-    learning, state = sum(parts.values()), sum(parts[name] for name in STATE)
+    if (said := cost.share_complaint(shape, setup)) is not None:
+        return said
     exported = 2.0 * shape.parameters if layout.weights == "ipc" else 0.0
-    if engine.layout == "split":
-        return cost.why_not(shape, alone)
-    if engine.layout == "sleep":
-        if learning + ASLEEP_BYTES > memory:
-            return cost.why_not(shape, replace(alone, other_bytes=alone.other_bytes + ASLEEP_BYTES))
-        if state + exported + room > memory:
-            return _too_much(state + exported, room, memory, least, "what the learner keeps between steps")
-        return None
-    if learning + exported + room <= memory:
-        return None
-    sleeping = learning + ASLEEP_BYTES <= memory and state + exported + room <= memory
-    if sleeping and layout.weights == "ipc" and config.rollout.mode == "on_policy":
-        return (
-            f"engine and learner together want {(learning + exported + room) / cost.GIB:.1f} GiB of a GPU that has "
-            f"{memory / cost.GIB:.1f}: set --engine.layout sleep, which gives them the memory in turn, or lower "
-            "--engine.memory-share or --learner.pack-tokens"
-        )
-    return cost.why_not(shape, replace(setup, other_bytes=setup.other_bytes + exported)) or _too_much(
-        learning + exported, room, memory, least, "the learner"
-    )
+    match config.engine.layout:
+        case "split":
+            return cost.why_not(shape, replace(setup, engine_share=0.0))
+        case "sleep":
+            return _complaint_in_turn(shape, setup, exported)
+        case "resident":
+            together = replace(setup, other_bytes=setup.other_bytes + exported)
+            said = cost.why_not(shape, together)
+            may_sleep = layout.weights == "ipc" and config.rollout.mode == "on_policy"
+            if said is None or not may_sleep or _complaint_in_turn(shape, setup, exported) is not None:
+                return said
+            # before any remedy of the learner's: taking turns changes nothing that is computed
+            return (
+                f"engine and learner together want {cost.bytes_needed(shape, together) / cost.GIB:.1f} GiB of a GPU that has "
+                f"{gpu_memory_bytes / cost.GIB:.1f}: set --engine.layout sleep, which gives them the memory in turn, or lower "
+                "--engine.memory-share or --learner.pack-tokens"
+            )
 
 
-def _too_much(other: float, room: float, memory: float, least: float, what: str) -> str:
-    left = memory - other
-    said = (
-        f"engine.memory_share takes {room / cost.GIB:.1f} GiB of a GPU and {what} {other / cost.GIB:.1f}, but it has "
-        f"{memory / cost.GIB:.1f}: "
+def _complaint_in_turn(shape: cost.ModelShape, setup: cost.Setup, exported: float) -> str | None:
+    """Of a GPU that the learner has while it learns, and the engine while it samples."""
+    learning = replace(setup, engine_share=0.0, other_bytes=setup.other_bytes + ASLEEP_BYTES)
+    if (said := cost.why_not(shape, learning)) is not None:
+        return said
+    parts, memory = cost.memory_parts(shape, setup), setup.gpu_memory_bytes
+    kept, room = sum(parts[name] for name in STATE) + exported, setup.engine_share * memory
+    if kept + room <= memory:
+        return None
+    left = 1 - kept / memory
+    smaller = f"set --engine.memory-share {int(100 * left) / 100:g}"
+    return (
+        f"engine.memory_share takes {room / cost.GIB:.1f} GiB of a GPU and what the learner keeps between steps "
+        f"{kept / cost.GIB:.1f}, but it has {memory / cost.GIB:.1f}: "
+        + (smaller if left >= cost.least_share(shape, setup) else "set --learner.offload cpu, or take a smaller model")
     )
-    if left >= least:
-        return said + f"set --engine.memory-share {int(100 * left / memory) / 100:g}"
-    return said + "set --learner.offload cpu, or take a smaller model"
 
 
 def check_layout(config: RunConfig, model_path: Path, *, gpus: int, memories: Sequence[float] | None = None) -> Layout:

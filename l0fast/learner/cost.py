@@ -381,24 +381,18 @@ def seconds(shape: ModelShape, work: Workload, setup: Setup, rates: Rates) -> di
 
 def why_not(shape: ModelShape, setup: Setup) -> str | None:
     """None where it fits; else one sentence that says what is missing and the settings that would do."""
-    memory = setup.gpu_memory_bytes
-    least_share = (2 * shape.parameters + setup.context_tokens * shape.kv_bytes) / setup.tensor_parallel / memory
-    if setup.engine_share and setup.engine_share < least_share:
-        return (
-            f"engine.memory_share = {setup.engine_share:g} of {memory / GIB:.1f} GiB is less than the "
-            f"{least_share * memory / GIB:.1f} GiB of an engine's weights and one context of {setup.context_tokens:,} tokens: "
-            + (f"set --engine.memory-share {_up(least_share):g}" if _up(least_share) < 1 else "take a smaller model")
-        )
-    need = sum(memory_parts(shape, setup).values())
+    if (said := share_complaint(shape, setup)) is not None:
+        return said
+    memory, need = setup.gpu_memory_bytes, bytes_needed(shape, setup)
     if need <= memory:
         return None
     head = f"{need / GIB:.1f} GiB a GPU is more than the {memory / GIB:.1f} GiB there are: "
     changed, names = setup, {}
-    for name, value, remedy in _remedies(shape, setup, least_share):
+    for name, value, remedy in _remedies(shape, setup):
         alone, together = remedy(setup), remedy(changed)
         if _fits(shape, alone):
             return head + f"set {name} {value}"
-        if sum(memory_parts(shape, together).values()) < sum(memory_parts(shape, changed).values()):
+        if bytes_needed(shape, together) < bytes_needed(shape, changed):
             changed = together
             names[name] = value
         if _fits(shape, changed):
@@ -409,8 +403,32 @@ def why_not(shape: ModelShape, setup: Setup) -> str | None:
     return head + "no setting is enough, take a smaller model (--model.path)"
 
 
+def share_complaint(shape: ModelShape, setup: Setup) -> str | None:
+    """None where there is no engine, or its share of a GPU has room for the least it needs; else one sentence alike."""
+    memory, share, least = setup.gpu_memory_bytes, setup.engine_share, least_share(shape, setup)
+    if not share or share >= least:
+        return None
+    larger = f"set --engine.memory-share {_up(least):g}"
+    return (
+        f"engine.memory_share = {share:g} of {memory / GIB:.1f} GiB is less than the {least * memory / GIB:.1f} GiB of an "
+        f"engine's weights and one context of {setup.context_tokens:,} tokens: "
+        + (larger if _up(least) < 1 else "raise --engine.tensor-parallel, or take a smaller model")
+    )
+
+
+def least_share(shape: ModelShape, setup: Setup) -> float:
+    """Of a GPU's memory, for an engine's weights and one context."""
+    least = (2 * shape.parameters + setup.context_tokens * shape.kv_bytes) / setup.tensor_parallel
+    return least / setup.gpu_memory_bytes
+
+
+def bytes_needed(shape: ModelShape, setup: Setup) -> float:
+    """Of one GPU, of all parts together."""
+    return sum(memory_parts(shape, setup).values())
+
+
 def _fits(shape: ModelShape, setup: Setup) -> bool:
-    return sum(memory_parts(shape, setup).values()) <= setup.gpu_memory_bytes
+    return bytes_needed(shape, setup) <= setup.gpu_memory_bytes
 
 
 def _up(share: float) -> float:
@@ -418,16 +436,14 @@ def _up(share: float) -> float:
     return math.ceil(share * 100) / 100
 
 
-def _remedies(
-    shape: ModelShape, setup: Setup, least_share: float
-) -> Iterator[tuple[str, object, Callable[[Setup], Setup]]]:
+def _remedies(shape: ModelShape, setup: Setup) -> Iterator[tuple[str, object, Callable[[Setup], Setup]]]:
     """(setting, value, what that makes of a setup), cheapest first."""
     if not setup.checkpointing:
         yield "--learner.activation-checkpointing", "on", lambda s: replace(s, checkpointing=True)
     for tokens in (setup.pack_tokens // 2, setup.pack_tokens // 4):
         if tokens >= max(1024, setup.context_tokens):
             yield "--learner.pack-tokens", tokens, lambda s, t=tokens: replace(s, pack_tokens=t)
-    if setup.engine_share > (share := _up(least_share)):
+    if setup.engine_share > (share := _up(least_share(shape, setup))):
         yield "--engine.memory-share", f"{share:g}", lambda s: replace(s, engine_share=share)
     if setup.second_model:
         yield "--learner.kl-coef", 0, lambda s: replace(s, reference=False)

@@ -357,6 +357,17 @@ def test_whoever_follows_the_advice_gets_a_setup_that_fits(name, setup):
         assert len(seen) <= 1 + seen[0].startswith("engine.memory_share")
 
 
+def test_an_engine_needs_room_for_its_weights_and_one_context():
+    shape, here = SHAPES["Qwen2.5-32B"], setup(context_tokens=8192, engine_share=0.4)
+    assert cost.share_complaint(shape, replace(here, engine_share=0.0)) is None
+    assert str(cost.share_complaint(shape, here)).endswith("set --engine.memory-share 0.79")
+    assert cost.share_complaint(shape, replace(here, engine_share=0.79)) is None
+    assert cost.share_complaint(shape, replace(here, tensor_parallel=2)) is None
+    # no share of this GPU is enough, and there may be no second one
+    small = replace(here, gpu_memory_bytes=24 * GIB)
+    assert str(cost.share_complaint(shape, small)).endswith("raise --engine.tensor-parallel, or take a smaller model")
+
+
 @given(shapes, setups)
 def test_less_of_anything_takes_no_more_memory(name, setup):
     shape = SHAPES[name]
