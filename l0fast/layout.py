@@ -158,12 +158,14 @@ def _complaint_in_turn(shape: cost.ModelShape, setup: cost.Setup, exported: floa
     kept, room = sum(parts[name] for name in STATE) + exported, setup.engine_share * memory
     if kept + room <= memory:
         return None
-    left = 1 - kept / memory
-    smaller = f"set --engine.memory-share {int(100 * left) / 100:g}"
+    share = int(100 * (1 - kept / memory)) / 100
+    if share >= cost.least_share(shape, setup):
+        way_out = f"set --engine.memory-share {share:g}"
+    else:
+        way_out = ("" if setup.offload else "set --learner.offload cpu, or ") + "take a smaller model"
     return (
         f"engine.memory_share takes {room / cost.GIB:.1f} GiB of a GPU and what the learner keeps between steps "
-        f"{kept / cost.GIB:.1f}, but it has {memory / cost.GIB:.1f}: "
-        + (smaller if left >= cost.least_share(shape, setup) else "set --learner.offload cpu, or take a smaller model")
+        f"{kept / cost.GIB:.1f}, but it has {memory / cost.GIB:.1f}: {way_out}"
     )
 
 

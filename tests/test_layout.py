@@ -146,6 +146,21 @@ def test_a_share_that_leaves_a_sleeping_learner_no_room_is_told_how_much_would()
     assert complaint(sections | {"engine": {"layout": "sleep", "memory_share": share + 0.02}}) is not None
 
 
+def test_a_share_that_the_learner_leaves_and_an_engine_can_not_use_is_no_way_out():
+    asleep = {"layout": "sleep", "memory_share": 0.3, "tensor_parallel": 2}
+    sections = {"engine": asleep, "agent": {"context_tokens": 1024, "max_new_tokens": 512}}
+    # it leaves 0.178 of a GPU, and 0.171 are needed: no hundredth is between them
+    said = complaint(sections | {"learner": {"kl_coef": 0.001}}, memory=24e9, model="Qwen3-4B")
+    assert str(said).endswith("set --learner.offload cpu, or take a smaller model")
+    offloaded = {"learner": {"kl_coef": 0.001, "offload": "cpu"}}
+    assert complaint(sections | offloaded, memory=24e9, model="Qwen3-4B") is None
+    # what is set already is none either
+    sections["engine"] = {"layout": "sleep", "memory_share": 0.9}
+    said = complaint(sections | offloaded, memory=24e9)
+    assert "between steps" in str(said)
+    assert str(said).endswith(": take a smaller model")
+
+
 def test_no_layout_helps_a_learner_that_is_too_large_alone():
     for layout in ({}, {"layout": "sleep"}, {"layout": "split"}):
         said = complaint(
