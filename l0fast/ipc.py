@@ -177,6 +177,8 @@ class Worker:
             # at least so often: a later sign may promise less time than the one just seen
             await asyncio.wait([future], timeout=_LAST_LOOK_S if is_late else min(left, timeout_s))
         answer = future.result()
+        if (refused := answer.header.get("refused")) is not None:
+            raise UsageError(refused)
         if (error := answer.header.get("error")) is not None:
             raise self._error(f"{self.name} failed at {op!r}: {error}\n{answer.header.get('traceback', '')}".rstrip())
         return answer
@@ -292,6 +294,7 @@ async def spawn_worker(
         Worker, ready.
 
     Raises:
+        UsageError: the child refused its `args`.
         WorldError: of class `error`, where it does not start.
     """
     ours, theirs = socket.socketpair()
@@ -364,6 +367,10 @@ class Channel:
         """Tell the driver that calls may come, with what it should know."""
         self._signs.clear()
         self._sock.sendall(_encode({**fields, "id": 0}, b""))
+
+    def refuse(self, error: UsageError) -> None:
+        """Instead of `ready`: the driver raises it, and has no use for us any more."""
+        self.reply(0, refused=str(error))
 
     def recv(self, *, block: bool = True) -> Message | None:
         """The next request; None if there is none yet and `block` is False. Raises EOFError when the driver closed."""

@@ -24,6 +24,7 @@ from l0fast.signs import Sign
 
 CHILD = """
     import os, sys, time
+    from l0fast.errors import UsageError
     from l0fast.ipc import Channel, SharedWeights
 
     channel, args = Channel.open()
@@ -33,6 +34,9 @@ CHILD = """
     if args.get("crash"):
         print("no such model", file=sys.stderr)
         sys.exit(7)
+    if args.get("refuses"):
+        channel.refuse(UsageError("model = 'x' is none: give another"))
+        sys.exit(0)
     channel.ready(greeting="hello", pid=os.getpid())
     held = []
     try:
@@ -195,6 +199,15 @@ def test_a_child_that_does_not_start_says_why(spawn):
             raise AssertionError("it started")
 
     with pytest.raises(EngineError, match=r"exit status 7; its last words:\nno such model"):
+        asyncio.run(main())
+
+
+def test_what_a_child_refuses_is_the_users_to_set_right(spawn):
+    async def main():
+        async with spawn(refuses=True):
+            raise AssertionError("it started")
+
+    with pytest.raises(UsageError, match="^model = 'x' is none: give another$"):
         asyncio.run(main())
 
 

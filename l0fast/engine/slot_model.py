@@ -31,17 +31,21 @@ from transformers.utils.logging import disable_progress_bar
 
 from l0fast.engine.fused_decoder import FusedDecoder, can_be_fused
 from l0fast.engine.sampling import uniforms
+from l0fast.errors import UsageError
 
 _PREFILL_COLUMNS = 1024
 """Longest piece of a prompt computed in one pass; bounds the mask [tokens]."""
 _DENSE_SHARE = 0.6
 """Decode attends over the slab in place where at least this share of the slots from first to last is running."""
 
+_SETTINGS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+"""What a model's settings must have to be served."""
+
 Ints = NDArray[np.int64]
 
 
 class SlotModel:
-    """One causal language model and its KV slab, on one device."""
+    """One causal language model and its KV slab, on one device. Raises UsageError for one that can't be served so."""
 
     def __init__(self, model_path: Path, *, num_slots: int, max_len: int, device: str = "cpu"):
         disable_progress_bar()
@@ -52,20 +56,26 @@ class SlotModel:
         )
         torch.nn.Module.to(self.model.eval().requires_grad_(False), self.device)
         config = self.model.config
+        if missing := [name for name in _SETTINGS if not hasattr(config, name)]:
+            raise self._not_served(f"its settings have no {missing[0]}")
         window = getattr(config, "sliding_window", None) or max_len
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or window < max_len:
-            raise ValueError(f"{model_path} has sliding-window layers, which this engine does not have")
+            raise UsageError(
+                f"{model_path} has sliding-window layers, which this engine does not have: take another model, or "
+                "--engine.kind sglang"
+            )
         rope = getattr(config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope" and max_len > (short := rope["original_max_position_embeddings"]):
             # its angles are others once a row of the batch is longer: what was kept, and who is beside it, would count
-            raise ValueError(
+            raise UsageError(
                 f"{model_path} has other angles in contexts of more than {short} tokens (longrope), which this engine does not "
                 f"have: set --agent.context-tokens to {short} or less"
             )
         self.vocab_size: int = config.vocab_size
         self.max_len = max_len
         head = self.model.get_output_embeddings()
-        assert isinstance(head, torch.nn.Linear)
+        if not isinstance(head, torch.nn.Linear):
+            raise self._not_served(f"its head is a {type(head).__name__}")
         self._head = head
         self._head_weight_VE = head.weight.float()
         base = self.model.base_model
@@ -129,19 +139,30 @@ class SlotModel:
 
     @torch.inference_mode()
     def check(self) -> None:
-        """Compare a few tokens with transformers' own forward. Raises ValueError for an architecture that differs."""
+        """Compare a few tokens with transformers' own forward. Raises UsageError for an architecture that differs."""
         ids = (np.arange(1, min(12, self.max_len) + 1) % self.vocab_size).astype(np.int32)
         split = len(ids) // 2
         row = np.zeros(1, np.int64)
-        logits = [self.prefill(row, row, [ids[:split]])]
-        logits += [self.decode(row, ids[i : i + 1], row + i) for i in range(split, len(ids))]
+        try:
+            logits = [self.prefill(row, row, [ids[:split]])]
+            logits += [self.decode(row, ids[i : i + 1], row + i) for i in range(split, len(ids))]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:
+            # layers with an attention of their own call ours with other words or shapes, or not at all
+            raise self._not_served(f"{type(e).__name__}: {e}") from e
         self.model.set_attn_implementation("eager")
         expected = self.model(input_ids=self._put(ids.astype(np.int64))[None], use_cache=False).logits[0].float()
         self.model.set_attn_implementation(_ATTENTION)
         error = (torch.cat(logits) - expected[split - 1 :]).abs().max() / expected.abs().max().clamp(min=1)
         if not error < (1e-3 if self.model.dtype == torch.float32 else 5e-2):
-            name = type(self.model).__name__
-            raise ValueError(f"{name} gives other logits here than in transformers (by {error:.2g}): not supported")
+            raise self._not_served(f"it gives other logits here than in transformers, by {error:.2g}")
+
+    def _not_served(self, why: str) -> UsageError:
+        return UsageError(
+            f"engine.kind transformers can't serve a {type(self.model).__name__} ({why}): take a model of another "
+            "architecture, such as Qwen's or Llama's, or --engine.kind sglang"
+        )
 
     @torch.inference_mode()
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -260,7 +281,7 @@ def _causal(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
 
 def _check_memory(slab_bytes: int, device: torch.device, shape_SKMD: tuple[int, ...]) -> None:
     if device.type == "cuda" and slab_bytes > (free := torch.cuda.mem_get_info(device)[0]):
-        raise ValueError(
+        raise UsageError(
             f"keys and values of {shape_SKMD[0]} slots of {shape_SKMD[2] - 1} tokens take {slab_bytes / 1e9:.1f} GB, but the "
             f"GPU has {free / 1e9:.1f} GB left: lower --engine.slots or --agent.context-tokens, or take engine.kind sglang"
         )

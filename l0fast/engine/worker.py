@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from l0fast.engine.slot_model import SlotModel, sample
 from l0fast.engine.slots import Placement, SlotBook
+from l0fast.errors import UsageError
 from l0fast.ipc import Channel, Message, SharedWeights, stand_back
 
 _MAX_HELD_BACK = 8
@@ -294,7 +295,7 @@ def _batch_well(shortest: int, longest: int, rows: int) -> bool:
 def pick_device(wanted: str) -> str:
     """ "cpu" or "cuda" for what engine.device says."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
+        raise UsageError(
             "engine.device = 'cuda', but torch finds no GPU that it can use: set --engine.device cpu or auto"
         )
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
@@ -309,12 +310,16 @@ def _build(channel: Channel, args: dict[str, Any]) -> Scheduler:
     model.check()
     weights = None if args["weights"] is None else SharedWeights.attach(args["weights"])
     if weights is not None and (odd := {s.name for s in weights.specs} ^ set(model.parameters())):
-        raise ValueError(f"the model folder and the loaded model name their tensors differently: {sorted(odd)[:4]}")
+        raise UsageError(f"the model folder and the loaded model name their tensors differently: {sorted(odd)[:4]}")
     return Scheduler(model, channel, weights, num_slots=args["slots"])
 
 
 def main(channel: Channel, args: dict[str, Any]) -> None:
-    scheduler = _build(channel, args)
+    try:
+        scheduler = _build(channel, args)
+    except UsageError as e:
+        channel.refuse(e)
+        return
     channel.ready(vocab_size=scheduler.model.vocab_size)
     try:
         while True:

@@ -30,6 +30,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from l0fast.errors import UsageError
 from l0fast.ipc import Channel, Message, SharedBytes, SharedWeights, stand_back
 
 if TYPE_CHECKING:
@@ -46,6 +47,14 @@ BUCKET_BYTES = 512 << 20
 
 def main() -> None:
     channel, args = Channel.open()
+    try:
+        run(channel, args)
+    except UsageError as e:
+        channel.refuse(e)
+
+
+def run(channel: Channel, args: dict[str, Any]) -> None:
+    """Load the model, say so, and answer until the driver closes the channel. Raises UsageError before it has said so."""
     channel.progress("importing torch")
     # idle OpenMP threads sleep: by default they spin, which starves engine and sandboxes on a small box.
     # libgomp reads this once, when torch loads it

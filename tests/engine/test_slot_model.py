@@ -6,6 +6,8 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -14,11 +16,14 @@ from transformers import (
     Olmo2ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 from l0fast.engine import slot_model
 from l0fast.engine.sampling import uniforms
 from l0fast.engine.slot_model import SlotModel, sample
+from l0fast.errors import UsageError
 from tests.engine.tiny import VOCAB, full_logprobs, tiny_model
 
 SIZES = {
@@ -86,7 +91,25 @@ def test_new_weights_reach_the_joined_ones(tmp_path):
 def test_an_architecture_that_does_more_to_its_logits_is_refused(tmp_path):
     config = Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=1.0, layer_types=["full_attention"] * 2)
     Gemma2ForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Gemma2ForCausalLM gives other logits here"):
+    with pytest.raises(UsageError, match=r"can't serve a Gemma2ForCausalLM \(it gives other logits here"):
+        SlotModel(tmp_path, num_slots=2, max_len=32).check()
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (
+            lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCAB)),
+            "no num_key_value_heads",
+        ),
+        (lambda: StableLmForCausalLM(StableLmConfig(**SIZES)), "'slab_pass'"),
+    ],
+)
+def test_an_architecture_whose_attention_is_not_ours_to_replace_is_refused_in_a_sentence(make, why, tmp_path):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(
+        UsageError, match=rf"^[^\n]*{why}[^\n]*: take a model of another[^\n]* or --engine.kind sglang$"
+    ):
         SlotModel(tmp_path, num_slots=2, max_len=32).check()
 
 

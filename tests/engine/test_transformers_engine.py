@@ -223,6 +223,18 @@ def test_a_device_that_is_not_there_is_one_sentence(folder):
     assert pick_device("auto") == pick_device("cpu") == "cpu"
 
 
+def test_what_the_child_finds_wrong_with_a_model_is_one_sentence(tmp_path):
+    tiny_model(0, sliding_window=8, use_sliding_window=True, max_window_layers=1).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+
+    async def main():
+        async with transformers_engine(EngineConfig(slots=2, threads=1), tmp_path, max_tokens=32):
+            raise AssertionError("it started")
+
+    with pytest.raises(UsageError, match=r"^[^\n]* has sliding-window layers[^\n]*$"):
+        asyncio.run(main())
+
+
 def test_an_update_to_a_version_nobody_published_fails(running):
     version = running.weights.policy_version
     with pytest.raises(EngineError, match=f"asked for version {version + 5}, but the learner has published {version}"):
