@@ -54,7 +54,7 @@ class AskConfig(Config):
     web: WebConfig = WebConfig()
     sandbox: SandboxConfig = SandboxConfig()
     engine: EngineConfig = EngineConfig(slots=1)
-    """Of a model that runs here."""
+    """Of a model that runs here, by transformers."""
 
 
 async def ask(
@@ -96,6 +96,11 @@ async def ask(
         else:
             policy = await stack.enter_async_context(open_policy(model))
             config = _changed(config_of(policy.trained_with), settings)
+            if config.engine.kind not in ("auto", "transformers"):
+                raise UsageError(
+                    f"engine.kind = {config.engine.kind!r}, but transformers answers for a model that runs here: leave it "
+                    "out, or have it served (python -m l0fast.serve) and give --endpoint"
+                )
             chat = Chat(policy.folder)
             engine = await stack.enter_async_context(
                 transformers_engine(config.engine, policy.folder, max_tokens=config.agent.context_tokens)
@@ -135,7 +140,7 @@ def config_of(trained_with: RunConfig | None) -> AskConfig:
         # what was recorded while it trained answers no other question
         tools=trained_with.tools.model_copy(update={"cache_file": "", "cache_mode": "use"}),
         web=trained_with.web,
-        engine=trained_with.engine.model_copy(update={"slots": 1}),
+        engine=trained_with.engine.model_copy(update={"slots": 1, "kind": "auto"}),
     )
 
 

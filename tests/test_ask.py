@@ -18,7 +18,7 @@ from aiohttp import web
 
 from l0fast.agent.__main__ import main
 from l0fast.ask import AskConfig, ask, config_of
-from l0fast.config import AgentConfig, RolloutConfig, RunConfig, ToolsConfig
+from l0fast.config import AgentConfig, EngineConfig, RolloutConfig, RunConfig, ToolsConfig
 from l0fast.errors import UsageError
 from l0fast.types import TrajectoryStatus
 
@@ -330,10 +330,18 @@ def test_no_question_and_no_model_are_one_sentence():
         asyncio.run(ask("Who?", endpoint="http://127.0.0.1:1", settings={"agnet": {}}))
 
 
+@pytest.mark.parametrize("kind", ["simulated", "sglang"])
+def test_an_engine_that_would_not_answer_is_refused_in_a_sentence(kind: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["Who?", "--engine.kind", kind]) == 2
+    assert f"l0fast: engine.kind = '{kind}', but transformers answers" in capsys.readouterr().err
+
+
 def test_a_policy_is_asked_as_it_was_trained():
     run = RunConfig(agent=AgentConfig(max_new_tokens=50), rollout=RolloutConfig(max_turns=3))
     config = config_of(run)
     assert (config.agent, config.max_turns, config.engine.slots) == (run.agent, 3, 1)
+    # which is no engine to ask one question
+    assert config_of(RunConfig(engine=EngineConfig(kind="simulated"))).engine.kind == "auto"
     assert config_of(None) == AskConfig()
     recorded = RunConfig(tools=ToolsConfig(use=("web_search",), cache_file="kept.sqlite", cache_mode="replay"))
     assert config_of(recorded).tools == ToolsConfig(use=("web_search",))
