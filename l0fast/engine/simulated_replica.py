@@ -111,7 +111,7 @@ class Replica:
         self._next_steps, self._next_steps_s = 0, 0.0
         """Until the next event, while requests run."""
         self._base_s = 0.0
-        """When `_steps` were done, while requests run."""
+        """When `_steps` were done, while requests run; while a prompt is computed, up to when that is counted."""
         self._locked = 0
         self._expected = 0
         """Tokens that the admitted may still sample, by their limits [tokens]."""
@@ -143,10 +143,9 @@ class Replica:
             self._leave(request)
             self._keep_prefix(request.conversation, request.prompt_tokens + request.decoded_tokens - 1)
         elif request in self._prefilling:
+            self._settle()
             self._prefilling.remove(request)
             self._unlock(request, request.prompt_tokens + request.decoded_tokens)
-            if not self._prefilling:
-                self._base_s = self._now_s
         elif request in self._waiting:
             self._waiting.remove(request)
         self._plan()
@@ -228,8 +227,7 @@ class Replica:
     def slot_s(self) -> float:
         """Slots in use, summed over time [slots x s]."""
         self._settle()
-        ahead_s = max(0.0, self._prefill_end_s - self._now_s) if self._prefilling else 0.0
-        return self._slot_s - ahead_s * (len(self._running) + len(self._prefilling))
+        return self._slot_s
 
     # events
 
@@ -283,14 +281,12 @@ class Replica:
         if self._waiting and len(self._running) + len(batch) >= self.slots:
             self._full = True
         if batch:
-            duration_s = self._prefill_duration_s(new_tokens)
-            self._prefill_end_s = self._now_s + duration_s
-            self._prefill_s += duration_s
-            self._slot_s += duration_s * (len(self._running) + len(batch))
+            self._base_s = self._now_s
+            self._prefill_end_s = self._now_s + self._prefill_duration_s(new_tokens)
 
     def _prefilled(self) -> None:
+        self._settle()
         batch, self._prefilling = self._prefilling, []
-        self._base_s = self._prefill_end_s
         self._decoded_tokens += len(batch)
         self._expected -= len(batch)
         for request in batch:
@@ -327,8 +323,14 @@ class Replica:
     # bookkeeping
 
     def _settle(self) -> None:
-        """Count the steps done by now."""
-        if self._running and not self._prefilling:
+        """Count what is done by now."""
+        if self._prefilling:
+            # nothing of what stands still
+            done_s = max(0.0, self._now_s - self._base_s)
+            self._base_s = max(self._base_s, self._now_s)
+            self._prefill_s += done_s
+            self._slot_s += done_s * (len(self._running) + len(self._prefilling))
+        elif self._running:
             first_s, growth_s = self._step_times(len(self._running), self._locked)
             steps = _steps_in(self._now_s - self._base_s, first_s, growth_s)
             self._decode(steps, _time_of(steps, first_s, growth_s))

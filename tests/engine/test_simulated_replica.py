@@ -192,6 +192,23 @@ def test_a_stall_delays_what_is_under_way_and_what_comes():
     assert finish_times({29.0: 5.0}) == pytest.approx([9.1, 43.1])
 
 
+def test_of_a_prompt_only_what_was_computed_counts_while_it_stands_still_or_when_it_is_dropped():
+    def spent_s(replica: Replica, at_s: float) -> tuple[float, float]:
+        replica.advance(at_s)
+        return replica.load().prefill_s, replica.slot_s
+
+    replica = Replica(Speed(prefill_tokens_per_s=1000, step_s=1.0), slots=4, kv_tokens=1000)
+    replica.submit(request("a", prompt=100, response=1), 0.0)
+    assert spent_s(replica, 0.02) == pytest.approx((0.02, 0.02))
+    replica.stall(5.0, 0.05)
+    for at_s in (0.05, 1.0, 5.0):
+        assert spent_s(replica, at_s) == pytest.approx((0.05, 0.05))
+    replica.update_weights(1, 5.06)
+    assert spent_s(replica, 5.06) == pytest.approx((0.06, 0.06))
+    run_out(replica)
+    assert spent_s(replica, 6.0) == pytest.approx((0.16, 0.16))
+
+
 def test_sglangs_admission_keeps_room_for_what_the_running_may_still_sample():
     replica = Replica(SPEED, slots=4, kv_tokens=200)
     first, second = request("a", prompt=20, response=100, limit=150), request("b", prompt=90, response=1, limit=50)
