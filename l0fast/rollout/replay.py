@@ -13,6 +13,7 @@ from l0fast.config import RunConfig
 from l0fast.engine.base import Engine, Sampling
 from l0fast.engine.gate import gated
 from l0fast.engine.simulated import SimulatedClock, SimulatedEngine
+from l0fast.errors import UsageError
 from l0fast.ids import Ids
 from l0fast.rollout.admission import Admission
 from l0fast.rollout.lengths import Lengths
@@ -95,12 +96,16 @@ class World:
         self._replicas = max(1, config.engine.count)
         turns = list(playlist.turns())
         max_tokens = max((len(t.prompt_ids) + len(t.response_ids) for t in turns), default=1) + 1
+        if kv_tokens is not None and kv_tokens < max_tokens:
+            raise UsageError(
+                f"--kv-tokens {kv_tokens} has no room for the longest turn of the run: give {max_tokens} or more"
+            )
         max_id = max((max(ids) for t in turns for ids in (t.prompt_ids, t.response_ids) if ids), default=1)
         self.engine = SimulatedEngine(
             vocab_size=max_id + 1,
             max_tokens=max_tokens,
             slots=config.engine.slots,
-            kv_tokens=None if kv_tokens is None else max(kv_tokens, max_tokens),
+            kv_tokens=kv_tokens,
             replicas=self._replicas,
             speed=timing.speed,
             update_s=timing.sync_s,

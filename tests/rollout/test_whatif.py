@@ -279,3 +279,9 @@ def test_bench_simulate_prints_a_table_and_json(runs, capsys):
     assert result["changed"]["step_s"] < result["as_it_was"]["step_s"]
     assert "engine.count = 2: -" in out
     assert bench_simulate.main([str(runs["engine"]), "--set", "nothing"]) == 2
+
+
+@pytest.mark.parametrize("kv_tokens", ["-1", "0", "20"])
+def test_memory_that_holds_no_turn_of_the_run_is_refused_in_a_sentence(runs, capsys, kv_tokens):
+    assert bench_simulate.main([str(runs["engine"]), "--kv-tokens", kv_tokens]) == 2
+    assert f"--kv-tokens {kv_tokens} has no room for the longest turn" in capsys.readouterr().err
