@@ -23,6 +23,7 @@ from bench.at_least import at_least
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.results_folder import results_folder
+from l0fast.cli import model_and_flags
 from l0fast.config import RunConfig
 from l0fast.engine.openai import EndpointConfig
 from l0fast.errors import UsageError
@@ -87,12 +88,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--open", type=at_least(1), default=8, metavar="N", help="episodes at once")
     parser.add_argument("--results", type=results_folder, help="folder for endpoint_accuracy.json")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
-    options, flags = parser.parse_known_args(argv)
-    # not one of argparse's: without MODEL it would take the first setting's value for it
-    model = flags.pop(0) if flags and not flags[0].startswith("-") else "geography"
+    options, rest = parser.parse_known_args(argv)
+    try:
+        model, flags = model_and_flags(rest)
+    except UsageError as e:
+        parser.error(str(e))
     with tempfile.TemporaryDirectory(prefix="l0fast-bench-") as folder:
         plan = Plan(
-            model=model,
+            model=model or "geography",
             endpoint=None,
             flags=(),
             benchmarks=(BENCHMARK,),

@@ -12,6 +12,7 @@ TOML or on the command line gets the same answer, one sentence with what, the va
 """
 
 import difflib
+import itertools
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -204,6 +205,26 @@ def changed(config: RunConfig, flags: Sequence[str]) -> RunConfig:
     if positionals:
         raise UsageError(f"{positionals[0]!r} is neither a flag nor the value of one: --help lists all")
     return _validate([config.model_dump(mode="json"), settings], Path("these flags"))
+
+
+def model_and_flags(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """MODEL, wherever among --section.key VALUE flags it stands, and those flags. Raises UsageError.
+
+    Of what argparse leaves over. With a MODEL of its own it would take the first flag's value for it.
+    """
+    fields = dict(_leaves(RunConfig))
+    model, flags, rest = None, [], iter(words)
+    for word in rest:
+        if word.startswith("-"):
+            values = 0 if "=" in word else _num_values(fields[_flag_path(word, fields)[0]])
+            flags += [word, *itertools.islice(rest, values)]
+        elif model is None:
+            model = word
+        else:
+            raise UsageError(
+                f"{word!r} is neither a flag nor the value of one, and {model!r} is the model: --help lists all"
+            )
+    return model, flags
 
 
 def smoke(config: RunConfig) -> RunConfig:

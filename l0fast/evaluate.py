@@ -33,7 +33,7 @@ from rich.console import Console
 
 from l0fast.agent.chat import Chat
 from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
-from l0fast.cli import changed
+from l0fast.cli import changed, model_and_flags
 from l0fast.config import RolloutConfig, RunConfig
 from l0fast.engine.base import Engine, TextEngine
 from l0fast.engine.clock import CompressedClock
@@ -325,10 +325,9 @@ GENERAL = RunConfig(
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m l0fast.evaluate",
-        description="Evaluate a policy or an endpoint on benchmarks. Every setting of l0fast.run may follow as --section.key VALUE.",
-    )
-    p.add_argument(
-        "model", nargs="?", help="policy that ships, model folder, run or checkpoint; with --endpoint a name there"
+        usage="%(prog)s MODEL --on BENCHMARK [options] [--section.key VALUE ...]",
+        description="Evaluate a policy or an endpoint on benchmarks. MODEL is a policy that ships, a model folder, a run or a "
+        "checkpoint; with --endpoint a name there. Every setting of l0fast.run may be given as --section.key VALUE.",
     )
     p.add_argument(
         "--on", action="append", default=[], metavar="BENCHMARK", help="geography, invented, a file, a data set; repeat"
@@ -351,7 +350,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def plan_of(argv: Sequence[str]) -> tuple[Plan | None, tuple[Path, Path] | None]:
     """What the words ask for: a plan, or two folders to compare. Raises UsageError."""
-    options, flags = _parser().parse_known_args(argv)
+    options, rest = _parser().parse_known_args(argv)
+    model, flags = model_and_flags(rest)
     if options.compare:
         return None, tuple(options.compare)
     for name, value in (("--samples", options.samples), ("--max-open", options.max_open)):
@@ -359,7 +359,7 @@ def plan_of(argv: Sequence[str]) -> tuple[Plan | None, tuple[Path, Path] | None]
             raise UsageError(f"{name} {value}: give at least 1")
     if options.temperature < 0 or options.questions < 0:
         raise UsageError(f"--temperature {options.temperature:g} --questions {options.questions}: give 0 or more")
-    if not options.model:
+    if not model:
         raise UsageError("there is no model: name a policy, a folder, a run, or with --endpoint a model there")
     if not options.on:
         raise UsageError(
@@ -367,11 +367,11 @@ def plan_of(argv: Sequence[str]) -> tuple[Plan | None, tuple[Path, Path] | None]
         )
     endpoint = None
     if options.endpoint:
-        endpoint = EndpointConfig(url=options.endpoint, model=options.model, api_key_env=options.api_key_env)
-    out = options.out or Path("evaluations") / Path(options.model).name
+        endpoint = EndpointConfig(url=options.endpoint, model=model, api_key_env=options.api_key_env)
+    out = options.out or Path("evaluations") / Path(model).name
     return (
         Plan(
-            model=options.model,
+            model=model,
             endpoint=endpoint,
             flags=tuple(flags),
             benchmarks=tuple(options.on),

@@ -220,6 +220,13 @@ def test_settings_follow_as_for_a_run():
     assert plan is not None
     assert plan.flags == ("--engine.kind", "simulated", "--sandbox.kind", "process", "--agent.trim", "hard")
     assert str(plan.out) == "evaluations/geography"
+    # and stand wherever they like
+    settings, rest = ["--agent.trim", "hard", "--no-trace", "--trace.torch-step=5"], COMMAND[1:]
+    for words in ([*settings, COMMAND[0], *rest], [*settings[:2], *rest, *settings[2:], COMMAND[0]]):
+        elsewhere, _ = plan_of(words)
+        assert elsewhere is not None
+        assert elsewhere.model == plan.model
+        assert set(elsewhere.flags) == {*plan.flags, *settings[2:]}
 
 
 def test_a_cached_search_answers_with_as_many_sentences_as_are_wanted_now(tmp_path):
