@@ -18,7 +18,7 @@ import stamina
 from pydantic import BaseModel, PositiveFloat, PositiveInt, ValidationError
 
 from l0fast.config import Config
-from l0fast.engine.openai import chat_url
+from l0fast.engine.openai import endpoint_url
 from l0fast.errors import ToolError
 from l0fast.tools.broker import Passing
 from l0fast.tools.http import Http, open_http
@@ -104,7 +104,7 @@ def embeddings_url(url: str) -> str:
     >>> embeddings_url("https://api.example.com/v1/embeddings")
     'https://api.example.com/v1/embeddings'
     """
-    return chat_url(url.strip().rstrip("/").removesuffix("/embeddings")).replace("/chat/completions", "/embeddings")
+    return endpoint_url(url, "/embeddings")
 
 
 class _Row(BaseModel):

@@ -30,7 +30,7 @@ from l0fast.data.contamination import Contamination
 from l0fast.data.quality import judge_quality
 from l0fast.data.store import BATCH, Row, Store
 from l0fast.engine.base import TextEngine
-from l0fast.engine.openai import EndpointConfig, chat_url, openai_engine
+from l0fast.engine.openai import EndpointConfig, endpoint_url, openai_engine
 from l0fast.errors import EngineError, UsageError
 from l0fast.tasks.sources import Problem, parse_source, read_tasks, source_name
 from l0fast.types import Task
@@ -74,7 +74,7 @@ async def build(options: argparse.Namespace, say: Any = print) -> dict[str, Any]
     if options.judge_concurrency < 1:
         raise UsageError(f"--judge-concurrency {options.judge_concurrency}: give at least 1")
     if options.judge_endpoint:
-        chat_url(options.judge_endpoint)
+        endpoint_url(options.judge_endpoint)
     names = [source_name(parse_source(text)) for text in options.source]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"two sources are called {', '.join(twice)}: tell them apart with ?name=...")

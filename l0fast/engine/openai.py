@@ -112,7 +112,7 @@ class OpenAIEngine:
     ):
         self.usage = Usage()
         self._session, self._config, self._key, self._on_text = session, config, key, on_text
-        self._url = chat_url(config.url)
+        self._url = endpoint_url(config.url)
         self._slots = asyncio.Semaphore(config.max_concurrent)
         self._running = self._waiting = 0
         self._renamed: dict[str, str] = {}
@@ -336,7 +336,7 @@ async def openai_engine(
     Raises:
         UsageError: an address or key that can't be used.
     """
-    url = chat_url(config.url)
+    url = endpoint_url(config.url)
     key = api_key(config, url)
     # with whole answers nothing comes until all is there
     silence_s = config.timeout_s if on_text is None else config.silence_timeout_s
@@ -348,13 +348,15 @@ async def openai_engine(
         yield OpenAIEngine(session, config, key, on_text)
 
 
-def chat_url(url: str) -> str:
-    """The address to post to. Raises UsageError.
+def endpoint_url(url: str, last: str = "/chat/completions") -> str:
+    """The address to post to, which ends in `last` but for a query. Raises UsageError.
 
-    >>> chat_url("http://127.0.0.1:8000")
+    >>> endpoint_url("http://127.0.0.1:8000")
     'http://127.0.0.1:8000/v1/chat/completions'
-    >>> chat_url("https://api.example.com/openai/v2/")
+    >>> endpoint_url("https://api.example.com/openai/v2/")
     'https://api.example.com/openai/v2/chat/completions'
+    >>> endpoint_url("https://api.example.com/embeddings?api-version=1", "/embeddings")
+    'https://api.example.com/v1/embeddings?api-version=1'
     """
     try:
         parts = urlsplit(url.strip())
@@ -369,8 +371,8 @@ def chat_url(url: str) -> str:
             f"the address of {parts.hostname} has a name or password in it, which would be shown: put the key into an "
             "environment variable"
         )
-    path = parts.path.rstrip("/").removesuffix("/chat/completions")
-    return f"{parts.scheme}://{parts.netloc}{path or '/v1'}/chat/completions" + (f"?{parts.query}" * bool(parts.query))
+    path = parts.path.rstrip("/").removesuffix(last)
+    return f"{parts.scheme}://{parts.netloc}{path or '/v1'}{last}" + (f"?{parts.query}" * bool(parts.query))
 
 
 def api_key(config: EndpointConfig, url: str) -> str:

@@ -13,6 +13,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from l0fast.corpus.embeddings import embeddings_url
 from l0fast.engine.base import SampledText, Sampling
 from l0fast.engine.openai import (
     EndpointConfig,
@@ -20,8 +21,8 @@ from l0fast.engine.openai import (
     OpenAIEngine,
     api_key,
     as_written,
-    chat_url,
     ended,
+    endpoint_url,
     openai_engine,
 )
 from l0fast.errors import EngineError, UsageError
@@ -482,12 +483,17 @@ def test_it_refuses_to_train_and_says_why():
         ("http://127.0.0.1:8000/v1/", "http://127.0.0.1:8000/v1/chat/completions"),
         ("https://a.b/c/chat/completions", "https://a.b/c/chat/completions"),
         ("https://a.b/d?api-version=2", "https://a.b/d/chat/completions?api-version=2"),
+        ("https://a.b/d/chat/completions?api-version=2", "https://a.b/d/chat/completions?api-version=2"),
         ("http://[::1]:8000/v1", "http://[::1]:8000/v1/chat/completions"),
         ("https://käse.example./v1", "https://käse.example./v1/chat/completions"),
     ],
 )
 def test_an_address_may_be_given_in_several_ways(url: str, posted: str):
-    assert chat_url(url) == posted
+    assert endpoint_url(url) == posted
+    # so may that of another part of the API
+    assert embeddings_url(url.replace("/chat/completions", "/embeddings")) == posted.replace(
+        "/chat/completions", "/embeddings"
+    )
 
 
 @pytest.mark.parametrize(
@@ -495,12 +501,12 @@ def test_an_address_may_be_given_in_several_ways(url: str, posted: str):
 )
 def test_what_is_no_address_is_one_sentence(url: str):
     with pytest.raises(UsageError, match="write it like"):
-        chat_url(url)
+        endpoint_url(url)
 
 
 def test_a_password_in_an_address_is_refused_without_showing_it():
     with pytest.raises(UsageError, match="environment variable") as caught:
-        chat_url("https://me:geheim@a.b/v1")
+        endpoint_url("https://me:geheim@a.b/v1")
     assert "geheim" not in str(caught.value)
 
 
@@ -517,7 +523,7 @@ def test_a_password_in_an_address_is_refused_without_showing_it():
 )
 def test_a_key_goes_over_plain_http_only_where_it_was_named(url: str, named: bool, sent: str):
     config = EndpointConfig(url=url, model="m", api_key_env="OPENAI_API_KEY" if named else "")
-    assert api_key(config, chat_url(url)) == sent
+    assert api_key(config, endpoint_url(url)) == sent
 
 
 def test_a_named_key_that_is_not_set_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
