@@ -18,6 +18,7 @@ repeat it), not to where a redirect points, and not over plain http to another m
 """
 
 import asyncio
+import codecs
 import ipaddress
 import logging
 import os
@@ -425,6 +426,7 @@ class Events:
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._data: list[bytes] = []
+        self._began = False
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         # before that one there was no end of a line, or it was taken
@@ -435,6 +437,9 @@ class Events:
         end = max(self._buffer.rfind(b"\n", new, whole), self._buffer.rfind(b"\r", new, whole)) + 1
         lines = bytes(self._buffer[:end]).splitlines()
         del self._buffer[:end]
+        if lines and not self._began:
+            # a byte-order mark may begin a stream, and is no part of it
+            self._began, lines[0] = True, lines[0].removeprefix(codecs.BOM_UTF8)
         for line in lines:
             if not line:
                 if self._data:

@@ -1,6 +1,7 @@
 """The engine for endpoints, against a real server on loopback that speaks the documented form, and breaks it."""
 
 import asyncio
+import codecs
 import gzip
 import time
 from collections.abc import Callable, Sequence
@@ -228,6 +229,13 @@ def test_no_place_to_cut_events_changes_them(end: bytes):
         events = Events()
         # a lone \r ends its line only once it is seen that no \n follows
         assert [event for part in (raw[:cut], raw[cut:], b":") for event in events.feed(part)] == [b"a\nb", b"c"]
+
+
+@pytest.mark.parametrize("cut", range(5))
+def test_a_byte_order_mark_costs_no_event(cut: int):
+    raw = codecs.BOM_UTF8 + b"data: a\n\ndata: b\n\n"
+    events = Events()
+    assert [event for part in (raw[:cut], raw[cut:]) for event in events.feed(part)] == [b"a", b"b"]
 
 
 @pytest.mark.parametrize("code", [408, 409, 429, 500, 502, 503])
