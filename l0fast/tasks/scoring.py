@@ -1,6 +1,6 @@
 """From a finished episode to its rewards: what an answer alone decides at once, the rest where it belongs.
 
-    answer --> exact match, F1, number, pattern       here, in microseconds
+    answer --> exact match, F1, number, pattern       here, in microseconds; a long one, and a pattern, in a thread
            --> math-verify                             a child process, killed when sympy goes on for ever
            --> the task's unit tests                   a session of their own, after the answer has run as code
            --> a model that judges                     judge.py, over HTTP
@@ -18,7 +18,7 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from l0fast.child_pool import ChildPool
 from l0fast.config import RewardConfig
@@ -31,8 +31,11 @@ from l0fast.types import CHECKS, Task, Trajectory, TrajectoryStatus
 Judge = Callable[[Task, str], Awaitable[float]]
 """Whether a model calls this answer to this task correct, 0 or 1. Raises WorldError where no judgement was to be had."""
 CustomReward = Callable[[Trajectory], Any]
+T = TypeVar("T")
 
 _RIGHT = 1 - 1e-9
+_LONG_CHARS = 2000
+"""Texts that take longer to compare than to hand to a thread, about half a millisecond [characters]."""
 _LIVES = 3
 """Sessions that an answer may lose."""
 
@@ -94,11 +97,11 @@ class Scorer:
         assert answer is not None
         match name:
             case "exact_match":
-                return float(exact_match(answer, task.answers))
+                return float(await _compared(exact_match, answer, task.answers))
             case "f1":
-                return f1(answer, task.answers)
+                return await _compared(f1, answer, task.answers)
             case "numeric":
-                return float(numeric(answer, task.answers, self.config.numeric_tolerance))
+                return float(await _compared(numeric, answer, task.answers, self.config.numeric_tolerance))
             case "regex":
                 # a pattern may take its time
                 return float(await asyncio.to_thread(matches, answer, task.answers))
@@ -172,6 +175,12 @@ class Scorer:
                 f"the reward {name} gave {given!r} for an episode of {n} turns: return a finite number, or one for each turn"
             )
         return tuple(map(float, scores))
+
+
+async def _compared(by: Callable[..., T], answer: str, answers: Sequence[str], *further: Any) -> T:
+    if len(answer) + sum(map(len, answers)) < _LONG_CHARS:
+        return by(answer, answers, *further)
+    return await asyncio.to_thread(by, answer, answers, *further)
 
 
 @asynccontextmanager

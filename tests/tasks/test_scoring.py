@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from l0fast.config import RewardConfig, SandboxConfig
 from l0fast.errors import UsageError, WorldError
 from l0fast.ids import Ids
 from l0fast.sandbox import open_sandbox
+from l0fast.tasks import rewards
 from l0fast.tasks.scoring import load_custom, open_scorer
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
@@ -58,6 +60,26 @@ def test_what_is_correct_by_its_own_check_need_be_no_exact_match():
     config = RewardConfig(exact_match=1.0)
     [score] = scored(episode("about 12 km", "12", check="numeric"), config=config)
     assert (score.correct, score.answer["correct"], score.answer["exact_match"]) == (True, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("words", "here"), [(1, True), (20_000, False)])
+def test_an_answer_as_long_as_a_book_is_compared_off_the_loop(monkeypatch, words, here):
+    threads = set()
+
+    def watched(function):
+        def watch(*args):
+            threads.add(threading.current_thread() is threading.main_thread())
+            return function(*args)
+
+        return watch
+
+    for name in ("normalize_answer", "last_number"):
+        monkeypatch.setattr(rewards, name, watched(getattr(rewards, name)))
+    for check in ("exact_match", "f1", "numeric"):
+        [score] = scored(episode("Москва 12 " * words, "Москва 12 " * words, check=check))
+        assert score.correct
+        assert threads == {here}
+        threads.clear()
 
 
 @pytest.mark.slow
