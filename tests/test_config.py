@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -286,16 +285,17 @@ def test_help_names_every_setting_and_loads_nothing_heavy():
         "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'aiodocker'} & set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else status)"
     )
-    started = time.monotonic()
+    before = os.times()
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
-    wall_s = time.monotonic() - started
+    after = os.times()
     assert done.returncode == 0, done.stderr
     assert "Optimizer steps to take [steps]" in done.stdout
     for flag in ("--run-dir DIR", "--dry-run", "--smoke", "--resume DIR", "RECIPE", *_flags(RunConfig)):
         assert flag in done.stdout
-    # under a second on quiet cores; this must also hold on busy ones
-    assert wall_s < 5
+    # its own time, under a second on quiet cores, whatever else the machine does
+    own_s = after.children_user + after.children_system - before.children_user - before.children_system
+    assert own_s < 5
 
 
 def test_the_command_loads_next_to_nothing_before_it_hears_ctrl_c():
