@@ -51,7 +51,7 @@ def fingerprint(task: Task | Mapping[str, Any]) -> str:
 
 
 class Episodes:
-    """The file of an evaluation. Use with `async with`; raises UsageError while another process does."""
+    """The file of an evaluation. Use with `async with`; raises UsageError while another process does, or where it can't be locked."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -70,6 +70,8 @@ class Episodes:
                 raise UsageError(
                     f"{self.path.parent} is being written by an evaluation that still goes on: end that first"
                 ) from None
+            if isinstance(e, OSError):
+                raise UsageError(f"{self.path} can't be written ({e.strerror}): give another --out") from e
             raise
         return self
 

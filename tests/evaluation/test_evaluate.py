@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import errno
 import json
 import os
 import shutil
@@ -251,9 +252,19 @@ def test_more_questions_than_a_world_has_are_refused_in_a_sentence(tmp_path, cap
 
 
 def test_who_answers_in_place_of_sglang_is_said(tmp_path, capsys):
-    words = f"geography --on geography --questions 1 --engine.kind sglang --sandbox.kind process --out {tmp_path}/out"
-    assert main(words.split()) == 0
+    # before anything starts; more questions than there are keep it from that
+    words = f"geography --on geography --questions 100000 --engine.kind sglang --out {tmp_path}/out"
+    assert main(words.split()) == 2
     assert "'sglang' is for training: transformers answers here" in capsys.readouterr().err
+
+
+def test_a_folder_whose_file_system_has_no_locks_is_told_in_a_sentence(tmp_path, capsys, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("l0fast.evaluation.episodes.fcntl.flock", refuse)
+    assert main([*COMMAND, "--out", str(tmp_path / "out")]) == 2
+    assert "out/episodes.jsonl can't be written (No locks available): give another --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--smoke", "--dry-run", "--resume"])
