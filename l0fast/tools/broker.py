@@ -212,9 +212,7 @@ class _Tool:
         self._mode: Mode = mode
         self._normalise = normaliser(spec.name, spec.signature)
         self._version = ", ".join(filter(None, (policy.version, spec.version)))
-        self._slots = asyncio.Semaphore(policy.max_concurrent)
-        self._next_turn = 0.0
-        """When the next try may begin, on the loop's clock."""
+        self._slots = _Slots(policy)
         self._flights: dict[str, _Flight] = {}
         self._tasks: set[asyncio.Task[bytes]] = set()
         self._blanked = _spellings(policy.secrets)
@@ -313,79 +311,60 @@ class _Tool:
         raise AssertionError("stamina ended without an outcome")
 
     async def _try(self, args: tuple[Any, ...], kw: dict[str, Any]) -> bytes:
-        policy, name = self._policy, self._spec.name
-        task = asyncio.current_task()
+        """One try, in a slot. Raises ToolError, _Failed for what else is the world's, and bugs."""
+        await self._queue()
+        began, thread = time.perf_counter(), None
+        limit, task = asyncio.timeout(self._policy.timeout_s), asyncio.current_task()
         assert task is not None
         cancels = task.cancelling()
-        began = time.perf_counter()
-        try:
-            if policy.per_minute or self._slots.locked():
-                deadline = asyncio.get_running_loop().time() + policy.queue_timeout_s
-                async with asyncio.timeout_at(deadline):
-                    await self._slots.acquire()
-                    try:
-                        # with the slot in hand: turns that passed while a slot was waited for would be taken all at once
-                        await self._turn(deadline)
-                    except BaseException:
-                        self._slots.release()
-                        raise
-            else:
-                # nothing to wait for, and a deadline would cost more than the slot
-                await self._slots.acquire()
-        except TimeoutError as e:
-            raise _Failed(f"no free slot within {policy.queue_timeout_s:g} s", again=False) from e
-        finally:
-            self._counts.queue_s += time.perf_counter() - began
-        began = time.perf_counter()
-        limit = asyncio.timeout(policy.timeout_s)
-        call, thread = self._spec.call, None
         try:
             async with limit:
-                if isinstance(call, InThread):
-                    thread = call.begin(*args, **kw)
+                if isinstance(self._spec.call, InThread):
+                    thread = self._spec.call.begin(*args, **kw)
                     result = (await asyncio.shield(thread)).result()
                 else:
-                    result = await call(*args, **kw)
+                    result = await self._spec.call(*args, **kw)
             return self._without_secrets(orjson.dumps(result))
-        except ToolError as e:
-            raise ToolError(self._blank(str(e))) from e
-        except TypeError as e:
-            # to its callers a TypeError would be the agent's mistake, and its arguments were right
-            raise RuntimeError(f"tool {name} failed, or its result is not JSON-like: {e}") from e
         except asyncio.CancelledError as e:
-            if not task.cancelling():
-                # it would end whoever waits without a trace
-                raise RuntimeError(f"tool {name} raised CancelledError, though nobody cancelled it") from e
-            raise
-        except Exception as e:
-            timed_out = limit.expired() and isinstance(e, TimeoutError)
-            passing = isinstance(e, policy.retry_on)
-            if not (passing or timed_out):
+            if task.cancelling():
                 raise
-            if task.cancelling() > cancels:
+            # it would end whoever waits without a trace
+            raise RuntimeError(f"tool {self.name} raised CancelledError, though nobody cancelled it") from e
+        except Exception as e:
+            told = self._told(e, timed_out=limit.expired() and isinstance(e, TimeoutError))
+            if isinstance(told, _Failed) and task.cancelling() > cancels:
                 # a tool's last words must not undo the cancelling
                 raise asyncio.CancelledError from e
-            if isinstance(e, Passing):
-                raise _Failed(str(e), again=passing, wait_s=e.retry_after_s) from e
-            how = f"timeout after {policy.timeout_s:g} s" if timed_out else type(e).__name__
-            raise _Failed(how, again=passing) from e
+            if told is e:
+                raise
+            raise told from e
         finally:
-            if thread is None or thread.done():
-                self._slots.release()
-            else:
-                thread.add_done_callback(lambda _: self._slots.release())
+            self._slots.give_back(thread)
             self._counts.run_s += time.perf_counter() - began
 
-    async def _turn(self, deadline: float) -> None:
-        if not self._policy.per_minute:
-            return
-        now = asyncio.get_running_loop().time()
-        begin = max(now, self._next_turn)
-        if begin > deadline:
-            # it would give up before its turn came: somebody else may have it
-            raise TimeoutError
-        self._next_turn = begin + 60 / self._policy.per_minute
-        await asyncio.sleep(begin - now)
+    async def _queue(self) -> None:
+        began = time.perf_counter()
+        try:
+            await self._slots.take()
+        except TimeoutError as e:
+            raise _Failed(f"no free slot within {self._policy.queue_timeout_s:g} s", again=False) from e
+        finally:
+            self._counts.queue_s += time.perf_counter() - began
+
+    def _told(self, e: Exception, *, timed_out: bool) -> Exception:
+        """What is raised instead of a tool's exception; itself where it is a bug."""
+        policy = self._policy
+        if isinstance(e, ToolError):
+            return ToolError(self._blank(str(e)))
+        if isinstance(e, TypeError):
+            # to its callers a TypeError would be the agent's mistake, and its arguments were right
+            return RuntimeError(f"tool {self.name} failed, or its result is not JSON-like: {e}")
+        passing = isinstance(e, policy.retry_on)
+        if not passing and not timed_out:
+            return e
+        if isinstance(e, Passing):
+            return _Failed(str(e), again=passing, wait_s=e.retry_after_s)
+        return _Failed(f"timeout after {policy.timeout_s:g} s" if timed_out else type(e).__name__, again=passing)
 
     def _without_secrets(self, answer: bytes) -> bytes:
         return orjson.dumps(_mapped(orjson.loads(answer), self._blank)) if self._blanked else answer
@@ -394,6 +373,51 @@ class _Tool:
         for spelling in self._blanked:
             text = text.replace(spelling, "***")
         return text
+
+
+class _Slots:
+    """How many tries run at once, and when the next one may begin."""
+
+    def __init__(self, policy: ToolPolicy):
+        self._free = asyncio.Semaphore(policy.max_concurrent)
+        self._timeout_s = policy.queue_timeout_s
+        self._apart_s = 60 / policy.per_minute if policy.per_minute else 0.0
+        self._next_turn = 0.0
+        """On the loop's clock."""
+
+    async def take(self) -> None:
+        """Raises TimeoutError where none is free in time, or its turn comes too late."""
+        if not self._apart_s and not self._free.locked():
+            # nothing to wait for, and a deadline would cost more than the slot
+            await self._free.acquire()
+            return
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        async with asyncio.timeout_at(deadline):
+            await self._free.acquire()
+            try:
+                # with the slot in hand: turns that passed while a slot was waited for would be taken all at once
+                await self._turn(deadline)
+            except BaseException:
+                self._free.release()
+                raise
+
+    def give_back(self, thread: "asyncio.Future[Any] | None") -> None:
+        """At once, or when the thread that has it returns."""
+        if thread is None or thread.done():
+            self._free.release()
+        else:
+            thread.add_done_callback(lambda _: self._free.release())
+
+    async def _turn(self, deadline: float) -> None:
+        if not self._apart_s:
+            return
+        now = asyncio.get_running_loop().time()
+        begin = max(now, self._next_turn)
+        if begin > deadline:
+            # it would give up before its turn came: somebody else may have it
+            raise TimeoutError
+        self._next_turn = begin + self._apart_s
+        await asyncio.sleep(begin - now)
 
 
 class _Flight:
