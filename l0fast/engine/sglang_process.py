@@ -8,12 +8,26 @@
                                             lives while the engine lives: its children ask the kernel to be killed with it
 
 SGLang takes a process for its own: it would answer SIGTERM, kill our whole process tree when a child of it fails, and
-kill every child of ours at exit. In a thread it can't take signals. SIGQUIT, by which a failing child asks for the end of
-us all, does nothing; the watchdog thread that sends it, too, is stopped, and so is the work at exit. What is left is to run
-the reading task (`auto_create_handle_loop` is where SGLang takes the signals, so it is not called), to watch the children
-and to end them and no others.
+kill every child of ours at exit. In a thread it can't take signals. What is left is to run the reading task
+(`auto_create_handle_loop` is where SGLang takes the signals, so it is not called), to watch the children and to end them
+and no others. To that end this is changed, by the engine's thread but for the last two rows; SGLang's modules and classes
+stay as they are.
 
-What SGLang keeps once a process, its settings and the environment, is why only one engine at a time is in that first second.
+    what is changed                         for how long     why
+    `_launching`, a lock: held              the launch       SGLang keeps its settings, and reads the environment, once a process
+    handlers, level of the root logger      the launch       SGLang puts its own in their place, and prints what others log
+    os.environ                              the launch       what SGLang and its children read there
+    of the one `Engine`:
+        _launch_subprocesses                its life         its files' names are known before there are any, to remove them
+        run_scheduler_process_func,
+        run_detokenizer_process_func        its life         `run_child`, in the children: they end with our thread
+        init_tokenizer_manager_func         its life         goes to the loop, which will read the manager's sockets
+    SGLang's watchdog thread: stopped       once ready       sends us SIGQUIT for a child that died
+    the thread's event loop: closed         once ready       SGLang makes it, nobody runs it
+    SIGQUIT: does nothing                   until `end`      a failing child sends it, to end us all
+    work at exit, `shutdown`: taken back    in `end`         kills every child of ours
+
+The launch ends when the children are started, long before they are ready, or when it is known that none will be.
 """
 
 import asyncio
@@ -87,9 +101,14 @@ class _Thread:
         self._loop = asyncio.get_running_loop()
         self._engine: asyncio.Future[Any] = self._loop.create_future()
         self._over = threading.Event()
+        self._launch = ExitStack()
+        """Of what is changed for the launch alone."""
+        self._others: list[Any] = []
+        """Children that there were before the launch."""
+        # what is left to close and to remove
         self._made: Any = None
-        self._managers: list[Any] = []
-        self._ports: list[Any] = []
+        self._manager: Any = None
+        self._port_args: Any = None
         self._thread = threading.Thread(target=self._run, name="an engine's children", daemon=True)
         self._thread.start()
 
@@ -114,10 +133,10 @@ class _Thread:
             atexit.unregister(self._made.shutdown)
             if (socket := getattr(self._made, "send_to_rpc", None)) is not None:
                 socket.context.destroy(linger=0)
-        for manager in self._managers:
-            _close_sockets(manager)
-        for port_args in self._ports:
-            _remove_files(port_args)
+        if self._manager is not None:
+            _close_sockets(self._manager)
+        if self._port_args is not None:
+            _remove_files(self._port_args)
 
     def _run(self) -> None:
         try:
@@ -144,64 +163,62 @@ class _Thread:
         self._loop.call_soon_threadsafe(resolve)
 
     def _start(self) -> Any:
-        # holds the lock and the environment until SGLang's children are started
-        launching = ExitStack()
-        launching.enter_context(_launching)
-        launching.enter_context(_own_logging())
-        before: list[Any] = multiprocessing.active_children()
-
-        def launched() -> None:
-            self.children += [
-                p for p in multiprocessing.active_children() if p not in before and p not in self.children
-            ]
-            launching.close()
-
         try:
-            arguments, variables = self._arguments()
-            Engine, init_tokenizer_manager, PortArgs = _imported()
-            launching.enter_context(_environment(variables))
-
-            async def make_manager(*args: Any, **kwargs: Any) -> Any:
-                return init_tokenizer_manager(*args, **kwargs)
-
-            class OurEngine(Engine):
-                """One whose files, sockets and children are known before it is ready, also where it never will be."""
-
-                run_scheduler_process_func = staticmethod(partial(run_child, "run_scheduler_process_func", os.getpid()))
-                run_detokenizer_process_func = staticmethod(
-                    partial(run_child, "run_detokenizer_process_func", os.getpid())
-                )
-
-                @staticmethod
-                def init_tokenizer_manager_func(*args: Any, **kwargs: Any) -> Any:
-                    # its sockets belong to the loop that reads them
-                    made = asyncio.run_coroutine_threadsafe(make_manager(*args, **kwargs), self._loop).result()
-                    self._managers.append(made[0])
-                    launched()
-                    if self._over.is_set():
-                        raise EngineError("sglang was closed while it started")
-                    return made
-
-                @classmethod
-                def _launch_subprocesses(cls, server_args: Any, *args: Any, **kwargs: Any) -> Any:
-                    # newer ones ask for settings that are final
-                    getattr(server_args, "resolve_once", lambda: None)()
-                    self._ports.append(PortArgs.init_new(server_args))
-                    return super()._launch_subprocesses(server_args, *args, **kwargs, port_args=self._ports[0])
-
-            # apart from its making, so that what it registers for exit can be found where that fails
-            self._made = engine = OurEngine.__new__(OurEngine)
-            engine.__init__(**arguments)
+            arguments = self._make()
+            self._made.__init__(**arguments)
         except (RuntimeError, OSError, EOFError) as e:
             raise EngineError(f"sglang did not start: {e}; what it said of it is on stderr") from e
         finally:
             if not self.children:
-                launched()
-        engine.tokenizer_manager._subprocess_watchdog.stop()
-        if engine.loop is not self._loop:
+                self._end_launch()
+        self._made.tokenizer_manager._subprocess_watchdog.stop()
+        if self._made.loop is not self._loop:
             # made for this thread
-            engine.loop.close()
-        return engine
+            self._made.loop.close()
+        return self._made
+
+    def _make(self) -> dict[str, Any]:
+        """An engine that is not started yet, with all that is changed before; returns its arguments. The launch begins."""
+        self._launch.enter_context(_launching)
+        self._launch.enter_context(_own_logging())
+        self._others = multiprocessing.active_children()
+        arguments, variables = self._arguments()
+        Engine, init_tokenizer_manager, PortArgs = _imported()
+        self._launch.enter_context(_environment(variables))
+        # apart from its start, so that what that registers for exit can be found where it fails
+        self._made = engine = Engine.__new__(Engine)
+        for function in ("run_scheduler_process_func", "run_detokenizer_process_func"):
+            setattr(engine, function, partial(run_child, function, os.getpid()))
+        engine._launch_subprocesses = partial(self._launch_subprocesses, Engine._launch_subprocesses, PortArgs)
+        engine.init_tokenizer_manager_func = partial(self._init_tokenizer_manager, init_tokenizer_manager)
+        return arguments
+
+    def _launch_subprocesses(
+        self, launch: Callable[..., Any], PortArgs: Any, *, server_args: Any, **kwargs: Any
+    ) -> Any:
+        """In the place of SGLang's own, `launch`."""
+        # newer ones ask for settings that are final
+        getattr(server_args, "resolve_once", lambda: None)()
+        self._port_args = PortArgs.init_new(server_args)
+        return launch(server_args=server_args, port_args=self._port_args, **kwargs)
+
+    def _init_tokenizer_manager(self, init: Callable[..., Any], *args: Any) -> Any:
+        """In the place of SGLang's own, `init`. Called once the children are started, long before they are ready."""
+
+        async def on_the_loop() -> Any:
+            return init(*args)
+
+        made = asyncio.run_coroutine_threadsafe(on_the_loop(), self._loop).result()
+        self._manager = made[0]
+        self._end_launch()
+        if self._over.is_set():
+            raise EngineError("sglang was closed while it started")
+        return made
+
+    def _end_launch(self) -> None:
+        """What was changed for the launch is as before, and another engine may be launched."""
+        self.children += [child for child in multiprocessing.active_children() if child not in self._others]
+        self._launch.close()
 
 
 def run_child(what: str, parent: int, *args: Any, **kwargs: Any) -> None:
