@@ -153,6 +153,16 @@ async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
     return result
 
 
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A step's groups, in their order, and what remains to be done with them."""
+
+    batch: list[Group]
+    advantages: Advantages
+    learn: Coroutine[Any, Any, dict[str, Any]]
+    """The learner's part of the step, to be awaited once; its metrics."""
+
+
 @dataclass(slots=True)
 class Training:
     config: RunConfig
@@ -338,22 +348,11 @@ class Training:
         """One optimizer step, and what is told of it."""
         if self.step + 1 == self.config.num_steps:
             await heldout.over()
-        if self._streams(rooms.learner):
-            batch, advantages = await self._stream(rooms, groups)
-            learn = rooms.learner.finish_step(self.step + 1)
-        else:
-            with self.meters.observer.span("take"):
-                batch = await groups.take()
-            if rooms.sleeper:
-                await rooms.sleeper.sleep()
-            values = await self._values(rooms.learner, batch)
-            advantages = await asyncio.to_thread(
-                batch_advantages, batch, self.config, self.step + 1, running=self.running, values=values
-            )
-            learn = rooms.learner.step(batch, advantages, self.step + 1, values=values)
+        take = self._stream if self._streams(rooms.learner) else self._take
+        taken = await take(rooms, groups)
         # half of it would leave the learner ahead of what is written
-        await _to_its_end(self._learn(rooms, learn, batch, advantages, groups, heldout, beside))
-        await let_go(batch)
+        await _to_its_end(self._learn(taken, rooms, groups, heldout, beside))
+        await let_go(taken.batch)
         every = self.config.checkpoint.every
         if every and self.step % every == 0:
             await self._save_checkpoint(rooms)
@@ -364,7 +363,19 @@ class Training:
         by_itself = wanted == "auto" and learner.device == "cuda" and self.config.engine.layout != "sleep"
         return streams(self.config.learner) and (wanted == "on" or by_itself)
 
-    async def _stream(self, rooms: Rooms, groups: Groups) -> tuple[list[Group], Advantages]:
+    async def _take(self, rooms: Rooms, groups: Groups) -> _Taken:
+        """All of a step's groups, for the learner to begin with."""
+        with self.meters.observer.span("take"):
+            batch = await groups.take()
+        if rooms.sleeper:
+            await rooms.sleeper.sleep()
+        values = await self._values(rooms.learner, batch)
+        advantages = await asyncio.to_thread(
+            batch_advantages, batch, self.config, self.step + 1, running=self.running, values=values
+        )
+        return _Taken(batch, advantages, rooms.learner.step(batch, advantages, self.step + 1, values=values))
+
+    async def _stream(self, rooms: Rooms, groups: Groups) -> _Taken:
         """Train on groups as they finish; returns the step's, in their order, when the learner has had all of them."""
         done: list[tuple[Group, list[np.ndarray]]] = []
         async with aclosing(groups.stream()) as batches:
@@ -378,7 +389,8 @@ class Training:
                         await rooms.learner.accumulate(batch, advantages, values=values)
                     done += zip(batch, advantages, strict=True)
         done.sort(key=lambda pair: pair[0].number)
-        return [group for group, _ in done], [advantages for _, advantages in done]
+        batch, advantages = [group for group, _ in done], [advantages for _, advantages in done]
+        return _Taken(batch, advantages, rooms.learner.finish_step(self.step + 1))
 
     async def _values(self, learner: LearnerClient, batch: Sequence[Group]) -> Values | None:
         """What the critic expects of their turns, where there is a critic."""
@@ -388,20 +400,12 @@ class Training:
             return await learner.values(batch)
 
     async def _learn(
-        self,
-        rooms: Rooms,
-        learn: Coroutine[Any, Any, dict[str, Any]],
-        batch: Sequence[Group],
-        advantages: Advantages,
-        groups: Groups,
-        heldout: HeldOut,
-        beside: asyncio.TaskGroup,
+        self, taken: _Taken, rooms: Rooms, groups: Groups, heldout: HeldOut, beside: asyncio.TaskGroup
     ) -> None:
         """From a step's groups to what is written of it."""
-        schedule = groups.schedule
-        dropped, too_stale = groups.dropped, groups.too_stale
+        batch, schedule = taken.batch, groups.schedule
         with self.meters.observer.span("learn"):
-            learned = await learn
+            learned = await taken.learn
         open_groups = schedule.open
         self.step += 1
         self.position, self.consumed = schedule.position, schedule.consumed
@@ -409,8 +413,8 @@ class Training:
         await groups.learned(self.step)
         metrics: dict[str, Any] = {"step": self.step} | self._rollout_metrics(rooms, batch)
         metrics |= {
-            "rollout/dropped_groups": len(dropped),
-            "rollout/too_stale": len(too_stale),
+            "rollout/dropped_groups": len(groups.dropped),
+            "rollout/too_stale": len(groups.too_stale),
             "rollout/open_groups": open_groups,
         }
         metrics |= {f"learner/{name}": value for name, value in learned.items()}
@@ -421,31 +425,34 @@ class Training:
         # before the next step's episodes count in it
         state = self._state(heldout)
         groups.done()
-        played = [t for group in batch for t in (*group.trajectories, *group.failures)]
+        await self._write_groups(taken, groups)
+        metrics |= await self.meters.take_step(rooms.engine.load) | rooms.broker.take_step()
+        self._write_metrics(metrics)
+        self.state = state
+
+    async def _write_groups(self, taken: _Taken, groups: Groups) -> None:
+        """What was played and learned from, and what became of each group."""
+        played = [t for group in taken.batch for t in (*group.trajectories, *group.failures)]
         per_turn = [
             turns
-            for group, per_trajectory in zip(batch, advantages, strict=True)
+            for group, per_trajectory in zip(taken.batch, taken.advantages, strict=True)
             for turns in (*(turns.tolist() for turns in per_trajectory), *([[]] * len(group.failures)))
         ]
         await self.run_dir.trajectories(step_name(self.step), played, per_turn)
-        self.run_dir.groups(
-            [
-                GroupRow.of(group, self.step, outcome)
-                for outcome, those in (("learned", batch), ("dropped", dropped), ("too_stale", too_stale))
-                for group in those
-            ]
-        )
-        metrics |= await self.meters.take_step(rooms.engine.load) | rooms.broker.take_step()
-        metrics |= {"time/since_start_s": time.monotonic() - self.started}
+        outcomes = ("learned", taken.batch), ("dropped", groups.dropped), ("too_stale", groups.too_stale)
+        self.run_dir.groups([GroupRow.of(group, self.step, outcome) for outcome, those in outcomes for group in those])
+
+    def _write_metrics(self, metrics: dict[str, Any]) -> None:
+        """To the run's folder and all who show them, with what is figured per second of training."""
         training_s = metrics["time/step_s"] * (1 - metrics["share/evaluate"])
         metrics |= {
+            "time/since_start_s": time.monotonic() - self.started,
             "rollout/episodes_per_s": metrics["rollout/episodes"] / training_s,
             "rollout/tokens_per_s": metrics["rollout/tokens"] / training_s,
         }
         self.run_dir.metrics(metrics)
         self.meters.put(metrics)
         self.live.step(metrics)
-        self.state = state
 
     async def _curve(self, heldout: HeldOut, beside: asyncio.TaskGroup) -> dict[str, float]:
         """Evaluate after a step where one is due; metrics of what was evaluated since the last step."""
