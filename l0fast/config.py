@@ -239,7 +239,7 @@ class EngineConfig(Config):
     start_timeout_s: PositiveFloat = 120.0
     """Time the engine has to load the model [s]."""
     threads: NonNegativeInt = 0
-    """OpenMP threads; 0 takes all cores this process may use."""
+    """OpenMP threads; 0 takes all cores this process may use, and one while others keep them busy."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the transformers engine computes: fp32 on a CPU, bf16 with fp32 logits on a GPU. "auto" takes the GPU where there is one."""
     memory_share: float = Field(default=0.4, gt=0, lt=1)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from l0fast.engine.slot_model import SlotModel, sample
 from l0fast.engine.slots import Placement, SlotBook
+from l0fast.engine.threads import Threads, waited_s
 from l0fast.errors import UsageError
 from l0fast.ipc import Channel, Message, SharedWeights, stand_back
 
@@ -321,6 +322,9 @@ def main(channel: Channel, args: dict[str, Any]) -> None:
         channel.refuse(e)
         return
     channel.ready(vocab_size=scheduler.model.vocab_size)
+    # those that were asked for by number stay
+    most = 1 if args["threads"] or scheduler.model.device.type != "cpu" else torch.get_num_threads()
+    threads = Threads(most, time.monotonic(), waited_s())
     try:
         while True:
             message = channel.recv(block=scheduler.idle)
@@ -328,6 +332,8 @@ def main(channel: Channel, args: dict[str, Any]) -> None:
                 scheduler.handle(message)
                 message = channel.recv(block=False)
             scheduler.step()
+            if most > 1:
+                torch.set_num_threads(threads.look(time.monotonic(), waited_s))
     except EOFError:
         # nobody is left to answer; skip the interpreter's long goodbye
         sys.stderr.flush()

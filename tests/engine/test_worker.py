@@ -2,6 +2,7 @@
 
 import time
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l0fast.engine.slot_model import SlotModel
+from l0fast.engine.threads import HOLD_S, LOOK_S, Threads, waited_s
 from l0fast.engine.worker import Request, Scheduler, worth_a_prefill
 from l0fast.ipc import Message
 from tests.engine.tiny import MAX_TOKENS, VOCAB, full_logprobs, tiny_model
@@ -248,3 +250,26 @@ def test_the_sums_add_up(folder, model):
     assert sums["decoded_tokens"] == sum(10 + i for i in range(5))
     assert sums["prefill_s"] > 0
     assert sums["decode_s"] > 0
+
+
+def seen(threads: Threads, seconds: float, waits: float) -> list[int]:
+    """Threads at each look for `seconds`, in which some thread waits for a processor for `waits` of the time."""
+    looks = np.arange(1, round(seconds / LOOK_S) + 1) * 1.01 * LOOK_S
+    start, waited = threads._looked_s, threads._waited_s
+    return [threads.look(start + float(t), lambda t=float(t): waited + waits * t) for t in looks]
+
+
+def test_one_thread_computes_beside_others_that_compute_and_all_of_them_on_a_quiet_machine():
+    threads = Threads(4, 100.0, 7.0)
+    assert set(seen(threads, 5.0, waits=0.3)) == {4}
+    # all are tried again now and then, for one look
+    crowded = seen(threads, 10 * HOLD_S, waits=2.5)
+    assert crowded[0] == 1
+    assert 8 <= crowded.count(4) <= 10
+    assert set(seen(threads, 2 * HOLD_S, waits=0.3)[round(HOLD_S / LOOK_S) :]) == {4}
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this kernel does not say")
+def test_the_kernel_says_how_long_threads_have_waited_for_a_processor():
+    # some, by now: this process has had neighbours
+    assert 0 < waited_s() < time.clock_gettime(time.CLOCK_BOOTTIME) * len(list(Path("/proc/self/task").iterdir()))
