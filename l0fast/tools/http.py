@@ -179,8 +179,9 @@ def is_public(ip: str) -> bool:
     if isinstance(address, ipaddress.IPv6Address):
         if address in _NAT64:
             return is_public(str(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)))
-        if address.sixtofour and not is_public(str(address.sixtofour)):
-            return False
+        # by itself no longer global to Python 3.13
+        if address.sixtofour:
+            return is_public(str(address.sixtofour))
         # what lies outside is nobody's, or of a network: mapped and translated IPv4, site-local, NAT64's own prefixes
         return address in _UNICAST and address.is_global
     return address.is_global and not address.is_multicast
