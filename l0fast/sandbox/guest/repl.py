@@ -5,7 +5,7 @@
                         '- time is up  -> Timeout raised inside the cell, and again until it gives in
 
 Tracebacks are short and say the same on every machine: no frames of this program, no addresses, no host paths, no
-column marks (they differ between Python versions).
+column marks (they differ between Python versions; so do what Python suggests, from 3.12 on, and its warnings).
 """
 
 from __future__ import annotations
