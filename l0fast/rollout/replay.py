@@ -80,8 +80,9 @@ class World:
     """Who plays, samples and learns, and the clock they share."""
 
     def __init__(self, playlist: Playlist, config: RunConfig, timing: Timing, kv_tokens: int | None = None):
-        """Args:
-        kv_tokens: KV entries of each engine; None for as many as its slots can take [tokens].
+        """
+        Args:
+            kv_tokens: KV entries of each engine; None for as many as its slots can take [tokens].
         """
         self.playlist = playlist
         self._config, self._timing, self._kv_tokens = config, timing, kv_tokens
