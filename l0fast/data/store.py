@@ -9,6 +9,7 @@ So a process that was killed goes on where it was, to the same end, and memory h
 
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -51,23 +52,24 @@ class Store:
         self._path, self._plan = path, plan
 
     def __enter__(self) -> "Store":
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self._path, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.executescript(_SCHEMA)
-            [before] = self._db.execute("SELECT max(text) FROM plan").fetchone() or [None]
-        except OSError as e:
-            raise UsageError(f"{self._path.parent} can't be a folder ({e.strerror}): give another --out") from e
-        except sqlite3.DatabaseError as e:
-            raise UsageError(f"{self._path} is no work of this pipeline ({e}): give another --out") from e
-        if before is None:
-            self._db.execute("INSERT INTO plan VALUES (?)", (self._plan,))
-        elif before != self._plan:
-            self._db.close()
-            raise UsageError(
-                f"{self._path.parent} holds the work of another command ({before}): give another --out, or remove it"
-            )
+        with ExitStack() as failed:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._db = failed.enter_context(closing(sqlite3.connect(self._path, isolation_level=None)))
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.executescript(_SCHEMA)
+                [before] = self._db.execute("SELECT max(text) FROM plan").fetchone() or [None]
+            except OSError as e:
+                raise UsageError(f"{self._path.parent} can't be a folder ({e.strerror}): give another --out") from e
+            except sqlite3.DatabaseError as e:
+                raise UsageError(f"{self._path} is no work of this pipeline ({e}): give another --out") from e
+            if before is None:
+                self._db.execute("INSERT INTO plan VALUES (?)", (self._plan,))
+            elif before != self._plan:
+                raise UsageError(
+                    f"{self._path.parent} holds the work of another command ({before}): give another --out, or remove it"
+                )
+            failed.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -148,12 +148,10 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_files(planted, tmp_path)
 
 def rows_read(out: Path) -> int:
     try:
-        with sqlite3.connect(f"file:{out / 'work.sqlite'}?mode=ro", uri=True) as db:
-            found = db.execute("SELECT sum(rows) FROM sources").fetchone()[0] or 0
-        db.close()
+        with closing(sqlite3.connect(f"file:{out / 'work.sqlite'}?mode=ro", uri=True)) as db:
+            return db.execute("SELECT sum(rows) FROM sources").fetchone()[0] or 0
     except sqlite3.OperationalError:
         return 0
-    return found
 
 
 # --- judging, over real HTTP ---------------------------------------------------------------------------------------------
