@@ -275,14 +275,14 @@ def _named_tools(config: RunConfig) -> tuple[str, ...]:
 
 def search_policy(config: RunConfig) -> ToolPolicy:
     """Of the search that a world brings."""
-    tools, task = config.tools, config.task
+    tools = config.tools
     return ToolPolicy(
         timeout_s=tools.timeout_s,
         attempts=tools.attempts,
         max_concurrent=tools.max_concurrent,
         per_minute=tools.per_minute,
-        # a local search answers otherwise when it is asked for more, or of another package's table
-        version=f"{__version__}, {task.search_results} sentences",
+        # of the code that ranks; what is searched, and how many are told, is the tool's own version
+        version=__version__,
     )
 
 
