@@ -67,6 +67,12 @@ async def let_go(objects: list[Any]) -> None:
         await asyncio.sleep(0)
 
 
+def drop(objects: list[Any]) -> None:
+    """Empty a list one by one. For threads: thousands of arrays that go at once hold the event loop's for 0.05 to 0.1 s."""
+    while objects:
+        objects.pop()
+
+
 @contextmanager
 def old_objects_aside(rss_bytes: Callable[[], int] = _rss_bytes) -> Iterator[OldObjects]:
     """Set old objects aside for as long as the block runs. One block at a time in a process."""

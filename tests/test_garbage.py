@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from l0fast.garbage import let_go, old_objects_aside
+from l0fast.garbage import drop, let_go, old_objects_aside
 
 
 class Node:
@@ -112,3 +112,15 @@ def test_a_sweep_finds_old_cycles_once_the_process_has_grown():
 def test_it_knows_how_large_the_process_is():
     with old_objects_aside() as old_objects:
         assert old_objects.sweep() == 0
+
+
+def test_what_is_dropped_goes_one_by_one():
+    left: list[int] = []
+
+    class Heavy:
+        def __del__(self) -> None:
+            left.append(len(objects))
+
+    objects = [Heavy() for _ in range(4)]
+    drop(objects)
+    assert left == [3, 2, 1, 0]

@@ -31,6 +31,7 @@ import numpy as np
 
 from l0fast.config import RunConfig
 from l0fast.errors import LearnerError, UsageError
+from l0fast.garbage import drop
 from l0fast.ipc import SharedBytes, SharedWeights, Worker, shared_bytes, spawn_worker
 from l0fast.learner.advantage import (
     RunningMean,
@@ -112,10 +113,9 @@ class LearnerClient:
             ValueError: as `accumulate`.
         """
         async with self._lock:
-            packs, answers, _ = await self._send("values", groups, number_turns(groups))
-        numbers = [np.empty(0), *(pack.advantages for pack in packs)]
+            numbers, answers, _ = await self._send("values", groups, number_turns(groups))
         said = [np.empty(0), *(np.frombuffer(answer["payload"], np.float32) for answer in answers)]
-        return values_of_turns(groups, np.concatenate(numbers), np.concatenate(said))
+        return values_of_turns(groups, np.concatenate([np.empty(0), *numbers]), np.concatenate(said))
 
     async def step(
         self, groups: Sequence[Group], advantages: Advantages, policy_version: int, *, values: Values | None = None
@@ -261,22 +261,23 @@ class LearnerClient:
 
     async def _send(
         self, op: str, groups: Sequence[Group], numbers: Advantages
-    ) -> tuple[list[Pack], list[dict[str, Any]], float]:
+    ) -> tuple[list[np.ndarray], list[dict[str, Any]], float]:
         """Ask ranks for `op` on these groups, with a number for each turn: its advantage, or what else `op` is about.
 
         Returns:
-            the packs, rank by rank; the ranks' answers, none where no token was sampled; the loss denominator.
+            of each pack, rank by rank, the sampled tokens' numbers; the ranks' answers, none where no token was sampled;
+            the loss denominator.
         """
         start = time.perf_counter()
-        packs, where, denominator = await asyncio.to_thread(self._deal, groups, numbers)
+        dealt, where, denominator = await asyncio.to_thread(self._deal, groups, numbers)
         self._batch.pack_s += time.perf_counter() - start
         self._batch.num_parts = max(self._batch.num_parts, len(where["bounds"][0]) - 1)
-        answers = await self._ask(op, **where) if packs else []
+        answers = await self._ask(op, **where) if dealt else []
         self._batch.busy_s += time.perf_counter() - start
-        return packs, answers, denominator
+        return dealt, answers, denominator
 
-    def _deal(self, groups: Sequence[Group], numbers: Advantages) -> tuple[list[Pack], dict[str, Any], float]:
-        """Packs into shared memory: rank by rank, what ranks need to find theirs, and the loss denominator."""
+    def _deal(self, groups: Sequence[Group], numbers: Advantages) -> tuple[list[np.ndarray], dict[str, Any], float]:
+        """Packs into shared memory: as `_send` says the numbers, what ranks need to find their packs, and the loss denominator."""
         num_ranks = len(self._workers)
         parts, denominator = batch_packs(groups, numbers, self._config, num_ranks)
         dealt = [balance(packs, num_ranks) for packs in parts]
@@ -288,7 +289,10 @@ class LearnerClient:
                 bounds[rank].append(len(flat))
         num_bytes = payload_bytes(flat)
         write_payload(flat, self._packs.reserve(num_bytes))
-        return flat, {"num_bytes": num_bytes, "bounds": bounds}, denominator
+        in_order = [pack.advantages for pack in flat]
+        del parts, dealt
+        drop(flat)
+        return in_order, {"num_bytes": num_bytes, "bounds": bounds}, denominator
 
     async def _ask(self, op: str, **fields: Any) -> list[dict[str, Any]]:
         """All ranks at once; their answers in order, payload included. After a failure there are no ranks to ask any more."""
@@ -370,6 +374,7 @@ def batch_packs(
         pack_rows(part, learner.pack_tokens, share_prefixes=True, num_ranks=num_ranks)
         for part in cut(rows, learner.minibatches)
     ]
+    drop(rows)
     token_limit = rollout.max_turns * config.agent.max_new_tokens
     packs = [pack for part in parts for pack in part]
     return parts, loss_denominator(packs, groups, learner.loss_mean, token_limit)
