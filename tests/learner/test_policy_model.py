@@ -13,6 +13,7 @@ from transformers import (
     GraniteConfig,
     PhiConfig,
     Qwen3_5TextConfig,
+    Qwen3MoeConfig,
 )
 
 from l0fast.config import LearnerConfig
@@ -507,9 +508,10 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         (PhiConfig(**TINY), "a bias in lm_head"),
         (GPT2Config(vocab_size=61, n_embd=32, n_head=4, n_layer=1), "no lm_head on a model"),
         (Qwen3_5TextConfig(layer_types=["linear_attention"], **TINY), "layers of linear_attention"),
+        (Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, **TINY), "a mixture of experts"),
         (FalconH1Config(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, **TINY), "layers of hybrid"),
     ],
-    ids=["granite", "cohere", "phi", "gpt2", "qwen3.5", "falcon-h1"],
+    ids=["granite", "cohere", "phi", "gpt2", "qwen3.5", "qwen3-moe", "falcon-h1"],
 )
 def test_a_model_whose_logits_are_more_than_attention_and_its_heads_product_is_refused(config, odd, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
