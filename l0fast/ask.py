@@ -89,6 +89,10 @@ async def ask(
     async with AsyncExitStack() as stack:
         chat = None
         if endpoint is not None:
+            if settings.get("engine"):
+                raise UsageError(
+                    f"engine = {settings['engine']}, but the model answers at an endpoint: leave engine.* out, or the endpoint"
+                )
             config = _changed(AskConfig(), settings)
             about = _endpoint(endpoint, model, config)
             listener = None if on_text is None else lambda conversation, text: on_text(text)

@@ -255,6 +255,7 @@ def test_ctrl_c_saves_what_there_is_and_says_where(endpoint: Endpoint, tmp_path:
         (["--web.search-provider"], "--web.search-provider is no flag, or has no value"),
         (["--web.search-provider", "bing"], "web.search_provider = 'bing'"),
         (["--wab.search-provider=bing"], "wab"),
+        (["--engine.slots", "2"], "engine = {'slots': 2}, but the model answers at an endpoint"),
         (["--answer", "no/such/a.md"], "there is no folder no/such"),
         (["--answer", "."], "is a folder"),
         (["--notebook", "no/such/a.ipynb"], "there is no folder no/such"),
@@ -269,6 +270,14 @@ def test_what_can_be_set_right_is_one_sentence(
     assert error[-1].startswith("l0fast: ")
     assert not list(tmp_path.iterdir())
     assert not endpoint.requests
+
+
+def test_settings_may_stand_before_the_question(endpoint: Endpoint, tmp_path: Path):
+    endpoint.answers = [say("print('x' * 30)"), say("submit_final_answer('Oslo')")]
+    words = ["--agent.output-chars", "9", "--agent.prompt=full", "Capital of Norway?"]
+    assert main([*words, "--endpoint", endpoint.url, "--model", "m", "--notebook", "out.ipynb"]) == 0
+    assert "Capital of Norway?" in endpoint.requests[0]["messages"][-1]["content"]
+    assert "x" * 10 not in str(endpoint.requests[1]["messages"])
 
 
 def test_an_answer_that_can_not_be_written_is_in_the_notebook(

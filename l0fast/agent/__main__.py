@@ -3,7 +3,7 @@
     python -m l0fast.agent "QUESTION" --endpoint URL --model NAME [--tools search=FOLDER] [--file data.csv]
     python -m l0fast.agent "QUESTION" [--model FOLDER]                       # the model runs here
 
-After the question every other setting of AskConfig may follow, as --web.search-provider searxng. --answer FILE keeps the
+Every other setting of AskConfig may stand among the flags, as --web.search-provider searxng. --answer FILE keeps the
 answer as it is, for one that is a report.
 
 What it thinks, runs and sees comes to the terminal as it comes; the whole is saved as a notebook that runs again, and what
@@ -38,13 +38,15 @@ from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
 
 def main(argv: Sequence[str]) -> int:
-    args, further = _parser().parse_known_args(argv)
+    # first: argparse would take the value of a flag that it does not know for the question
+    settings_words, own_words = _split(argv)
+    args, unknown = _parser().parse_known_args(own_words)
     spell_out()
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     notebook = args.notebook or Path(f"agent-{time.strftime('%Y%m%d-%H%M%S')}.ipynb")
     seen = _Seen()
     try:
-        settings = _merged(_settings(args), _further(further))
+        settings = _merged(_settings(args), _further([*settings_words, *unknown]))
         for flag, file in (("--notebook", notebook), ("--answer", args.answer)):
             if file is not None and not file.parent.is_dir():
                 raise UsageError(f"{flag} {file}: there is no folder {file.parent}: make it, or name another")
@@ -180,6 +182,22 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 OWN = ("max_turns", "timeout_s", "temperature", "seed")
 AGENT = ("prompt", "context_tokens", "max_new_tokens", "cell_timeout_s")
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Every --section.key with its value, and all other words."""
+    settings: list[str] = []
+    own: list[str] = []
+    words = iter(argv)
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if not (flag.startswith("--") and "." in flag):
+            own.append(word)
+        else:
+            settings.append(word)
+            if not equals and (value := next(words, None)) is not None:
+                settings.append(value)
+    return settings, own
 
 
 def _further(words: Sequence[str]) -> dict[str, Any]:
