@@ -91,7 +91,7 @@ async def run(invocation: Invocation) -> int:
             # one that was interrupted before it went on leaves the outcome of the run before
             run_dir.summary(summary)
         if interrupted:
-            live.phase(f"interrupted after {training.step} steps; what was done is kept")
+            live.phase(f"interrupted after {training.step} steps")
             live.phase(resume_hint(run_dir.path))
         live.close(summary)
         if not interrupted:
