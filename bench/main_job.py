@@ -43,10 +43,28 @@ def main() -> None:
     runs["geography, control"] = ["geography", "--learner.permute-advantages"]
     if not options.without_invented:
         runs["invented"] = ["invented"]
-    summaries = {
-        name: run(options.out / name.replace(", ", "-").replace(" ", "-"), args) for name, args in runs.items()
-    }
+    folders = {name: folder_of(options.out, name) for name in runs}
+    summaries = {name: run(folders[name], args) for name, args in runs.items()}
+    print_table(summaries)
 
+    seeds = [summaries[f"geography, seed {seed}"] for seed in options.seeds]
+    result: dict[str, Any] = {"machine": machine()}
+    for key in dict.fromkeys(key for keys in COLUMNS.values() for key in keys):
+        result[f"{key}_mean"] = statistics.mean(s[key] for s in seeds)
+    result["runs"] = summaries
+    if options.results is not None:
+        (options.results / "main_job.json").write_text(json.dumps(result, indent=1) + "\n")
+        shown = {"trained": folders[f"geography, seed {options.seeds[0]}"], "control": folders["geography, control"]}
+        compare_plot(shown, options.results / "geography.png")
+    print(json.dumps({key: value for key, value in result.items() if key != "runs"}))
+
+
+def folder_of(out: Path, name: str) -> Path:
+    return out / name.replace(", ", "-").replace(" ", "-")
+
+
+def print_table(summaries: dict[str, dict[str, Any]]) -> None:
+    """The machine, and a row a run."""
     print(machine())
     header = ["run", *COLUMNS, "wall [s]", "first episode [s]", "peak PSS [MB]", "lag p99 [ms]", "failed"]
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
@@ -57,18 +75,6 @@ def main() -> None:
             for key in ("wall_s", "first_episode_s", "peak_pss_mb", "loop_lag_p99_ms", "failed_episodes")
         ]
         print("| " + " | ".join([name, *changes, *costs]) + " |")
-
-    seeds = [summaries[f"geography, seed {seed}"] for seed in options.seeds]
-    result: dict[str, Any] = {"machine": machine()}
-    for key in dict.fromkeys(key for keys in COLUMNS.values() for key in keys):
-        result[f"{key}_mean"] = statistics.mean(s[key] for s in seeds)
-    result["runs"] = summaries
-    if options.results is not None:
-        (options.results / "main_job.json").write_text(json.dumps(result, indent=1) + "\n")
-        folder = {name: options.out / name.replace(", ", "-").replace(" ", "-") for name in summaries}
-        shown = {"trained": folder[f"geography, seed {options.seeds[0]}"], "control": folder["geography, control"]}
-        compare_plot(shown, options.results / "geography.png")
-    print(json.dumps({key: value for key, value in result.items() if key != "runs"}))
 
 
 def run(run_dir: Path, args: list[str]) -> dict[str, Any]:
