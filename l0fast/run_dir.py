@@ -41,6 +41,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError, WorldError, boundary, holds
+from l0fast.files import whole_file, write_whole
 from l0fast.ids import Ids
 from l0fast.types import Group, Trajectory, Turn
 
@@ -320,19 +321,13 @@ def read_config(run_dir: Path) -> RunConfig:
 
 def _write_config(run_dir: Path, config: RunConfig) -> None:
     # TOML has no null, and no setting is one
-    _write_whole(run_dir / "config.toml", tomli_w.dumps(config.model_dump(mode="json")).encode())
+    write_whole(run_dir / "config.toml", tomli_w.dumps(config.model_dump(mode="json")).encode())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace a file, for people to read too: a reader finds the old one or the new one, never half of it."""
     options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
-    _write_whole(path, orjson.dumps(value, option=options))
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    write_whole(path, orjson.dumps(value, option=options))
 
 
 def _step_of(name: str, ending: str) -> int | None:
@@ -451,12 +446,10 @@ def _decode(decode: Any, data: bytes, place: str) -> Any:
 def _write_trajectories(
     path: Path, trajectories: Sequence[Trajectory], advantages: Sequence[Sequence[float]] | None
 ) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
         since = time.perf_counter()
         for i, trajectory in enumerate(trajectories):
             file.write(dump_row(trajectory_row(trajectory, advantages[i] if advantages is not None else ())))
             if time.perf_counter() - since > _SLICE_S:
                 time.sleep(_SLICE_S)
                 since = time.perf_counter()
-    os.replace(partial, path)

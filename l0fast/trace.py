@@ -16,7 +16,6 @@ interpreter from the loop. Above `rows` agents one in n has a row, and a row is 
 import heapq
 import itertools
 import math
-import os
 import threading
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from typing import Any
 
 import orjson
 
+from l0fast.files import whole_file
 from l0fast.observer import NOTHING, EpisodeObserver
 
 ROWS = 512
@@ -326,8 +326,7 @@ def merge_torch(trace: Path, profiles: Sequence[Path]) -> None:
     """
     events = read_trace(trace)
     began = next(e["args"]["began_unix_ns"] for e in events if e["name"] == "clock_sync")
-    partial = trace.with_name(f".{trace.name}.partial")
-    with partial.open("wb") as out:
+    with whole_file(trace) as partial, partial.open("wb") as out:
         out.write(b"[\n" + b",\n".join(map(_json, events)))
         for rank, path in enumerate(profiles):
             profile = orjson.loads(path.read_bytes())
@@ -342,4 +341,3 @@ def merge_torch(trace: Path, profiles: Sequence[Path]) -> None:
                     b",\n" + _json(event | {"pid": pid} | ({"ts": event["ts"] + offset_us} if "ts" in event else {}))
                 )
         out.write(b"\n]\n")
-    os.replace(partial, trace)

@@ -20,6 +20,7 @@ import orjson
 
 from l0fast.corpus.embeddings import Embedder, EmbeddingsConfig
 from l0fast.errors import ToolError, UsageError
+from l0fast.files import whole_file, write_whole
 
 FORMAT = 1
 EXACT = 10_000
@@ -99,7 +100,7 @@ async def embed(
         )
     await asyncio.to_thread(_index, usearch, folder, partial, keys, dim, say)
     about = {"format": FORMAT, "url": config.url, **{name: getattr(config, name) for name in SETTINGS}, "dim": dim}
-    await asyncio.to_thread(_replace, folder / "dense.json", orjson.dumps(about, option=orjson.OPT_INDENT_2))
+    await asyncio.to_thread(write_whole, folder / "dense.json", orjson.dumps(about, option=orjson.OPT_INDENT_2))
     partial.unlink()
     _about_partial(partial).unlink()
 
@@ -152,7 +153,7 @@ def _claim(folder: Path, partial: Path, config: EmbeddingsConfig, dim: int) -> i
     about = {name: getattr(config, name) for name in SETTINGS} | {"dim": dim}
     file = _about_partial(partial)
     if not file.exists():
-        _replace(file, orjson.dumps(about))
+        write_whole(file, orjson.dumps(about))
         partial.unlink(missing_ok=True)
         return 0
     before = orjson.loads(file.read_bytes())
@@ -179,15 +180,8 @@ def _index(
         index.add(np.array(keys[start:end], np.uint64), vectors[start:end])
         if end % (10 * ADD_AT_ONCE) == 0:
             say(f"{end:,} of {len(keys):,} vectors indexed")
-    new = folder / "vectors.usearch.new"
-    index.save(str(new))
-    os.replace(new, folder / "vectors.usearch")
-
-
-def _replace(path: Path, data: bytes) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_bytes(data)
-    os.replace(new, path)
+    with whole_file(folder / "vectors.usearch") as new:
+        index.save(str(new))
 
 
 def fused(*rankings: Sequence[int]) -> list[int]:

@@ -16,7 +16,7 @@ import asyncio
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from l0fast.data.store import BATCH, Row, Store
 from l0fast.engine.base import TextEngine
 from l0fast.engine.openai import EndpointConfig, endpoint_url, openai_engine
 from l0fast.errors import EngineError, UsageError
+from l0fast.files import whole_file, write_whole
 from l0fast.tasks.sources import Problem, parse_source, read_tasks, source_name
 from l0fast.types import Task
 
@@ -189,12 +190,10 @@ def _write(store: Store, options: argparse.Namespace, say: Any) -> dict[str, Any
         "judge": options.judge_model or None,
         **({k: v for k, v in limits.items() if k != "judged"} if judged else {}),
     }
-    _replace(
-        out / "left_out.jsonl",
-        (orjson.dumps({"source": s, "line": n, "reason": r}) + b"\n" for s, n, r in store.problems()),
-    )
-    _replace(out / "card.json", [orjson.dumps(card, option=orjson.OPT_INDENT_2), b"\n"])
-    _replace(out / "card.md", [_card_text(card).encode()])
+    with whole_file(out / "left_out.jsonl") as partial, partial.open("wb") as file:
+        file.writelines(orjson.dumps({"source": s, "line": n, "reason": r}) + b"\n" for s, n, r in store.problems())
+    write_whole(out / "card.json", orjson.dumps(card, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    write_whole(out / "card.md", _card_text(card).encode())
     say(f"{card['total']['kept']:,} of {card['total']['rows']:,} rows kept: {out / 'card.md'}")
     return card
 
@@ -250,13 +249,6 @@ def _parquet_writers(out: Path) -> Iterator[Any]:
     for split in SPLITS:
         os.replace(folder / f"{split}.parquet", out / f"{split}.parquet")
     folder.rmdir()
-
-
-def _replace(path: Path, parts: Iterable[bytes]) -> None:
-    new = path.with_suffix(path.suffix + ".new")
-    with new.open("wb") as file:
-        file.writelines(parts)
-    os.replace(new, path)
 
 
 def _card_text(card: dict[str, Any]) -> str:
