@@ -375,7 +375,7 @@ def attention_sources() -> dict[str, Any]:
     from l0fast.learner import attention
 
     found = {"torch": attention.torch_ops()}
-    if importlib.util.find_spec("flash_attn"):
+    if importlib.util.find_spec("flash_attn_2_cuda"):
         found["flash_attn"] = attention.flash_attn_ops()
     return found
 

@@ -252,7 +252,9 @@ def flash() -> FlashOps:
     Raises:
         UsageError: what was found computes something else here.
     """
-    name, ops = ("flash_attn", flash_attn_ops()) if importlib.util.find_spec("flash_attn") else ("torch", torch_ops())
+    # by its extension: flash-attn-4, which SGLang brings, is a flash_attn too, with none of this in it
+    has_package = importlib.util.find_spec("flash_attn_2_cuda") is not None
+    name, ops = ("flash_attn", flash_attn_ops()) if has_package else ("torch", torch_ops())
     worst = self_test(ops, "cuda")
     if not worst < 0.03:
         raise UsageError(

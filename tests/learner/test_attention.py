@@ -249,6 +249,17 @@ def test_a_padded_batch_is_refused(models):
 @pytest.mark.parametrize("source", ["torch", "flash_attn"])
 def test_flash_attention_on_this_gpu_passes_the_self_test(source):
     if source == "flash_attn":
-        pytest.importorskip("flash_attn")
+        pytest.importorskip("flash_attn_2_cuda")
     assert attention.self_test(getattr(attention, f"{source}_ops")(), "cuda") < 0.02
     attention.flash()
+
+
+def test_a_flash_attn_without_the_calls_of_version_2_is_passed_over(tmp_path, monkeypatch):
+    """As flash-attn-4, which SGLang requires, leaves it: a namespace with `cute` in it."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(attention, "torch_ops", lambda: "torch's")
+    monkeypatch.setattr(attention, "self_test", lambda ops, device: 0.0)
+    # past what is kept of the first call
+    assert attention.flash.__wrapped__() == "torch's"
