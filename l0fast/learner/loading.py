@@ -240,8 +240,11 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """All of a sharded tensor, on every rank; a collective. In another dtype only that much travels."""
+    """All of a sharded tensor, on every rank, on a GPU where there is one; a collective. In another dtype only that much travels."""
     tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        # what is offloaded, too: main memory has gloo, not NCCL, and no engine could read it there
+        tensor = tensor.to(tensor.device_mesh.device_type)
     tensor = tensor if dtype is None else tensor.to(dtype)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

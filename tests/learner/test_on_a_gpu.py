@@ -130,7 +130,7 @@ def test_after_a_checkpoint_it_goes_on(new, program, packs, tmp_path, offload):
     loading.close()
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}, {"offload": "cpu"}], ids=str)
 def test_engines_get_what_is_exported(new, program, packs, tmp_path, settings):
     policy = new(program.CONFIG.model_copy(update=settings))
     policy.step(packs)
@@ -139,4 +139,5 @@ def test_engines_get_what_is_exported(new, program, packs, tmp_path, settings):
     sent = dict(pair for bucket in policy.buckets(5000, torch.bfloat16) for pair in bucket)
     assert sent.keys() == exported.keys()
     for name, tensor in sent.items():
+        assert tensor.is_cuda, "an engine reads it where it lies, on its GPU"
         assert torch.equal(tensor.cpu(), exported[name].to(torch.bfloat16)), name

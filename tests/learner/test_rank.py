@@ -10,10 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from l0fast.learner.checkpoint import Checkpoints, complete_checkpoints
 from l0fast.learner.critic import CriticModel
+from l0fast.learner.loading import whole
 from l0fast.learner.packing import balance, to_bytes
 from l0fast.learner.policy_model import PolicyModel
 
@@ -160,3 +166,18 @@ def test_one_rank_goes_on_from_the_checkpoint_of_two(two, program, new, packs):
     goes_on = program.fitted(critic, packs, packs, len(packs))
     assert goes_on["metrics"] == [pytest.approx(m, rel=1e-4, abs=1e-6) for m in two.next_copy["metrics"]]
     assert [path.name for path in complete_checkpoints(two.folder)] == ["one", "two"]
+
+
+def test_what_is_offloaded_goes_to_the_gpus_before_it_is_gathered(monkeypatch):
+    """Engines read buckets where they lie, on their GPU; and gloo, which gathers in main memory, takes minutes for a large model."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = DeviceMesh("cuda", [0, 1])
+        meta = TensorMeta(torch.Size([6, 4]), (4, 1), torch.float32)
+        offloaded = DTensor(torch.empty(3, 4), DTensorSpec(mesh, (Shard(0),), tensor_meta=meta), requires_grad=False)
+        asked = []
+        monkeypatch.setattr(DTensor, "to", lambda self, what: asked.append(what) or self)
+        assert whole(offloaded, torch.bfloat16).shape == (6, 4)
+        assert asked == ["cuda", torch.bfloat16]
+    finally:
+        dist.destroy_process_group()
