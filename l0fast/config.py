@@ -350,7 +350,7 @@ class LearnerConfig(Config):
     threads: NonNegativeInt = 0
     """OpenMP threads; 0 shares out all cores this process may use among the ranks."""
     start_timeout_s: PositiveFloat = 120.0
-    """Time the ranks have to import torch and load the model [s]."""
+    """Time the ranks have to import torch and to find each other [s]."""
     stall_timeout_s: PositiveFloat = 10.0
     """Time a rank may work without a sign of progress, of which each layer gives some, before it is taken for stuck [s]."""
     slow_timeout_s: PositiveFloat = 60.0

@@ -79,7 +79,7 @@ def run(channel: Channel, args: dict[str, Any]) -> None:
         # as the engine that takes them does; SGLang's processes do not, and wait for what we send them
         stand_back()
     with process_group(device, rank, world, args["port"], args["listen_fd"], config.io_timeout_s):
-        channel.progress("loading the model")
+        channel.progress("loading the model", config.io_timeout_s)
         policy = PolicyModel(
             Path(args["model_path"]),
             config,

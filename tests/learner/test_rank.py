@@ -22,6 +22,7 @@ from l0fast.learner.critic import CriticModel
 from l0fast.learner.loading import whole
 from l0fast.learner.packing import balance, to_bytes
 from l0fast.learner.policy_model import PolicyModel
+from l0fast.learner.rank import run as run_rank
 
 ROOM = Path(__file__).parent
 
@@ -181,3 +182,27 @@ def test_what_is_offloaded_goes_to_the_gpus_before_it_is_gathered(monkeypatch):
         assert asked == ["cuda", torch.bfloat16]
     finally:
         dist.destroy_process_group()
+
+
+class Channel:
+    """That of a driver which asks for nothing."""
+
+    def __init__(self):
+        self.said: list[tuple[str, float]] = []
+        self.progress = lambda doing, limit_s=0.0: self.said.append((doing, limit_s))
+
+    def ready(self, **fields):
+        pass
+
+    def recv(self):
+        raise EOFError
+
+
+def test_a_model_is_read_as_long_as_io_timeout_s_says(program, model_path):
+    """Of a disk that takes minutes for it: the deadline for a start is that of what comes before."""
+    config = program.CONFIG.model_copy(update={"threads": torch.get_num_threads(), "io_timeout_s": 1234.0})
+    about = {"rank": 0, "world": 1, "port": 0, "listen_fd": -1, "packs_fd": -1, "weights": None, "profile": None}
+    about |= {"num_steps": 10, "temperature": 1.0, "seed": 0, "keep_checkpoints": 1, "model_path": str(model_path)}
+    channel = Channel()
+    run_rank(channel, {"config": config.model_dump(), **about})
+    assert ("loading the model", 1234.0) in channel.said
