@@ -143,7 +143,7 @@ def process_group(device: str, rank: int, world: int, port: int, listen_fd: int,
     timeout = timedelta(seconds=timeout_s)
     listening = {"is_master": True, "master_listen_fd": listen_fd} if rank == 0 else {}
     dist.init_process_group(
-        # checkpoints are written over gloo, and offloaded gradients are reduced by it
+        # checkpoints are written and read over gloo
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=dist.TCPStore("127.0.0.1", port, world, timeout=timeout, **listening),
         rank=rank,
@@ -151,10 +151,9 @@ def process_group(device: str, rank: int, world: int, port: int, listen_fd: int,
         timeout=timeout,
         device_id=torch.device("cuda", rank) if on_gpu else None,
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # not on the way out of a failure: NCCL takes leave of all ranks or waits for them, and they may wait inside a collective
+    dist.destroy_process_group()
 
 
 class Rank:

@@ -22,6 +22,7 @@ from l0fast.learner.critic import CriticModel
 from l0fast.learner.loading import whole
 from l0fast.learner.packing import balance, to_bytes
 from l0fast.learner.policy_model import PolicyModel
+from l0fast.learner.rank import process_group
 from l0fast.learner.rank import run as run_rank
 
 ROOM = Path(__file__).parent
@@ -206,3 +207,17 @@ def test_a_model_is_read_as_long_as_io_timeout_s_says(program, model_path):
     channel = Channel()
     run_rank(channel, {"config": config.model_dump(), **about})
     assert ("loading the model", 1234.0) in channel.said
+
+
+def test_a_rank_that_fails_says_so_instead_of_waiting_for_the_others_to_leave_with_it(monkeypatch):
+    """NCCL's way out of a group is one for all ranks, and the others may be inside a collective."""
+    monkeypatch.setattr(dist, "TCPStore", lambda *args, **kwargs: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)
+    left = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(True))
+    with pytest.raises(torch.OutOfMemoryError), process_group("cpu", 1, 2, 0, -1, 60.0):
+        raise torch.OutOfMemoryError("someone else is on this GPU")
+    assert not left
+    with process_group("cpu", 1, 2, 0, -1, 60.0):
+        pass
+    assert left
