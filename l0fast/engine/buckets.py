@@ -10,6 +10,7 @@ the process that holds the engine, or of its children.
 """
 
 import asyncio
+import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -84,8 +85,23 @@ def serialize_for(named_tensors: Sequence[tuple[str, "Tensor"]], readers: int) -
         monkey_patch_torch_reductions()
         # what made the bucket is done before anyone is told of it
         torch.cuda.current_stream().synchronize()
+    else:
+        flat = _in_memory_file(flat)
     content = {"flattened_tensor": flat, "metadata": bucket.get_metadata()}
     return [MultiprocessingSerializer.serialize(content, output_str=True) for _ in range(readers)], flat
+
+
+def _in_memory_file(flat: "Tensor") -> "Tensor":
+    """A copy that other processes can map. torch would make one in /dev/shm, of which a container has 64 MB."""
+    import torch
+
+    fd = os.memfd_create("l0fast-bucket", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, flat.nbytes)
+        storage = torch.UntypedStorage._new_shared_fd_cpu(fd, flat.nbytes)  # pyright: ignore[reportAttributeAccessIssue]
+    finally:
+        os.close(fd)
+    return torch.empty(0, dtype=flat.dtype).set_(storage).copy_(flat)
 
 
 class Sending(Protocol):

@@ -1,11 +1,14 @@
 """What engines are given is whole, of one version, and named after it. The learner is a stand-in; no SGLang is needed."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from l0fast.engine.buckets import DiskWeights, GroupWeights, Offer, RankWeights
+import torch
+
+from l0fast.engine.buckets import DiskWeights, GroupWeights, Offer, RankWeights, _in_memory_file
 from l0fast.learner.client import Sending
 
 
@@ -106,3 +109,13 @@ def test_each_engine_joins_a_group_of_its_own_and_the_one_that_was_lost_is_named
     assert weights == {1: Offer(port=100, **about), 3: Offer(port=101, **about)}
     assert learner.said[-1] == "sent"
     assert log == ["the learner could not send its weights to engine 3: it was late"]
+
+
+def test_what_lies_in_main_memory_takes_nothing_of_dev_shm():
+    """Where torch would put it, and of which a container has 64 MB."""
+    flat = torch.arange(100, dtype=torch.uint8)
+    shared = _in_memory_file(flat)
+    assert torch.equal(shared, flat)
+    fd, size = shared.untyped_storage()._share_fd_cpu_()
+    assert os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:")
+    assert size == 100
