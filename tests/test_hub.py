@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import httpx2
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
-from l0fast.hub import cached_model
+from l0fast.errors import UsageError
+from l0fast.hub import cached_model, download_model
 
 
 @pytest.fixture
@@ -36,3 +39,20 @@ def test_a_model_in_parts_has_all_of_them(snapshot):
     assert cached_model("owner/name") is None
     (snapshot / "model-2.safetensors").write_bytes(b"")
     assert cached_model("owner/name") == snapshot
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx2.RemoteProtocolError("peer closed connection without sending complete message body"),
+        RuntimeError("Data processing error: No space left on device"),
+    ],
+    ids=["a line that breaks", "of hf_xet"],
+)
+def test_a_download_that_breaks_off_is_told_in_a_sentence(snapshot, monkeypatch, error):
+    def download(name, *, allow_patterns, local_files_only=False):
+        raise LocalEntryNotFoundError("not here") if local_files_only else error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(UsageError, match=rf"'owner/name' .*{type(error).__name__}: {error}"):
+        download_model("owner/name")
