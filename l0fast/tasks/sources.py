@@ -300,7 +300,8 @@ def _from_hub(config: SourceConfig, data_set: DataSet | None, split: str) -> tup
         ) from e
     try:
         table = datasets.load_dataset(hub, subset or None, split=theirs)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
+    except Exception as e:
+        # of no common class: for a data set that is a script, a RuntimeError
         raise UsageError(
             f"{hub} could not be had from the hub ({type(e).__name__}: {e}): see its page, `hf auth login` where it is gated, "
             "or give a file"

@@ -3,6 +3,7 @@
 import json
 import sys
 from itertools import islice
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -130,6 +131,17 @@ def test_a_name_on_the_hub_needs_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"pip install 'l0fast\[data\]'"):
         load("hotpotqa")
+
+
+def test_a_data_set_that_is_a_script_is_refused_in_a_sentence(monkeypatch):
+    """As datasets 5 refuses it."""
+
+    def load_dataset(*args, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported, but found name.py")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(UsageError, match=r"owner/name could not be had .*found name.py\): see its page"):
+        load("owner/name")
 
 
 def test_a_copy_on_disk_is_read_with_a_ready_map(tmp_path):
