@@ -145,14 +145,17 @@ def _gpus(config: RunConfig, folder: Path | None, result: DryRun) -> None:
     seconds = cost.seconds(shape, work, setup, cost.Rates())
     engine = config.engine
     room = cost.kv_tokens(shape, setup)
-    host = cost.host_bytes(shape, setup) / 1e9
+    host = cost.host_parts(
+        shape, setup, weights_by_host=layout.weights == "host", checkpoints=bool(config.checkpoint.every)
+    )
     rows = {
         "model": f"{shape.parameters / 1e9:.2f} G parameters",
         "GPUs": f"{gpus} of {memory / 1e9:.3g} GB: {layout.engines} engines of {engine.tensor_parallel}, "
         f"{layout.ranks} learner ranks, {engine.layout}, weights by {layout.weights}",
         "learner": f"{sum(learner.values()) / 1e9:.1f} GB a GPU: "
-        + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in learner.items())
-        + (f"; {host:.0f} GB of main memory" if host else ""),
+        + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in learner.items()),
+        "main memory": f"{sum(host.values()) / 1e9:.0f} GB of the node: "
+        + ", ".join(f"{name} {size / 1e9:.0f}" for name, size in host.items() if size),
         "engine": f"{engine.memory_share * memory / 1e9:.1f} GB a GPU: weights "
         f"{2 * shape.parameters / engine.tensor_parallel / 1e9:.1f}, keys and values of {room:,.0f} tokens, "
         f"{room / config.agent.context_tokens:.1f} full contexts an engine",

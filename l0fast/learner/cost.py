@@ -315,12 +315,33 @@ def kv_tokens(shape: ModelShape, setup: Setup) -> float:
     return (room - 2 * shape.parameters) / shape.kv_bytes
 
 
-def host_bytes(shape: ModelShape, setup: Setup) -> float:
-    """Of the node's own memory, all ranks together: what is offloaded [bytes]."""
-    if not setup.offload:
-        return 0.0
+def host_parts(shape: ModelShape, setup: Setup, *, weights_by_host: bool, checkpoints: bool) -> dict[str, float]:
+    """Most of the node's own memory by part, all ranks together [bytes].
+
+    Args:
+        weights_by_host: they are published there in fp32, and made into bf16 and then into buckets for engines.
+        checkpoints: what is trained is copied before it is written.
+    """
     there, here = (memory_parts(shape, replace(setup, offload=offload)) for offload in (False, True))
-    return setup.gpus * (sum(there.values()) - sum(here.values()))
+    offloaded = {name: setup.gpus * (there[name] - here[name]) for name in there} if setup.offload else {}
+    pinned = {"master weights": 4, "reference": 2} | ({} if setup.lora_rank else {"gradients": 4})
+    trained = shape.lora_parameters(setup.lora_rank) or shape.parameters
+    return {
+        "offloaded": sum(
+            n * (_pinned(shape, setup.gpus, pinned[name]) if name in pinned else 1) for name, n in offloaded.items()
+        ),
+        "weights on their way": 8.0 * shape.parameters * weights_by_host,
+        "checkpoint": 12.0 * trained * (1 + (setup.critic == "copy")) * checkpoints,
+    }
+
+
+def _pinned(shape: ModelShape, ranks: int, element_bytes: int) -> float:
+    """Pinned memory over what lies in it: torch takes the next power of two for each shard of a tensor."""
+    D, Q, K, F = shape.hidden, shape.query_width, shape.kv_width, shape.intermediate
+    layer = [(Q, D), (K, D), (K, D), (D, Q), (F, D), (F, D), (D, F)]
+    matrices = [*layer * shape.layers, *[(shape.vocab, D)] * (1 if shape.tied else 2)]
+    shards = [-(-rows // ranks) * columns * element_bytes for rows, columns in matrices]
+    return sum(1 << (size - 1).bit_length() for size in shards) / sum(shards)
 
 
 def flops(shape: ModelShape, work: Workload, setup: Setup) -> dict[str, float]:
