@@ -149,7 +149,8 @@ def process_group(device: str, rank: int, world: int, port: int, listen_fd: int,
         rank=rank,
         world_size=world,
         timeout=timeout,
-        device_id=torch.device("cuda", rank) if on_gpu else None,
+        # bound to no device: of one that is torch splits every other group, those with engines, too (broadcast.py), in which
+        # all ranks of the learner would have to take part
     )
     yield
     # not on the way out of a failure: NCCL takes leave of all ranks or waits for them, and they may wait inside a collective

@@ -221,3 +221,19 @@ def test_a_rank_that_fails_says_so_instead_of_waiting_for_the_others_to_leave_wi
     with process_group("cpu", 1, 2, 0, -1, 60.0):
         pass
     assert left
+
+
+def test_groups_with_engines_are_not_split_from_the_learners(monkeypatch):
+    """torch makes a group by splitting the default one where that is bound to a GPU, which takes all of its ranks."""
+    start, devices = dist.init_process_group, []
+
+    def init_process_group(backend, *, device_id=None, **settings):
+        devices.append(device_id)
+        start("gloo", **settings)
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda rank: None)
+    monkeypatch.setattr(dist, "init_process_group", init_process_group)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port, listen_fd = server.getsockname()[1], os.dup(server.fileno())
+        with process_group("cuda", 0, 1, port, listen_fd, 60):
+            assert devices == [None]
