@@ -427,6 +427,7 @@ async def learner(
                     "num_steps": config.num_steps,
                     "temperature": config.rollout.temperature,
                     "seed": config.seed,
+                    "meets_engines": config.engine.weights == "group",
                     "rank": number,
                     "world": world,
                     "port": rendezvous.getsockname()[1],

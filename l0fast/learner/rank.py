@@ -59,6 +59,9 @@ def run(channel: Channel, args: dict[str, Any]) -> None:
     # idle OpenMP threads sleep: by default they spin, which starves engine and sandboxes on a small box.
     # libgomp reads this once, when torch loads it
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if args["meets_engines"]:
+        # as SGLang sets it where nobody has: members of a group that differ in it do not understand each other's handles
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     import torch
     from transformers.utils import logging as transformers_logging
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -237,3 +238,21 @@ def test_groups_with_engines_are_not_split_from_the_learners(monkeypatch):
         port, listen_fd = server.getsockname()[1], os.dup(server.fileno())
         with process_group("cuda", 0, 1, port, listen_fd, 60):
             assert devices == [None]
+
+
+@pytest.mark.parametrize(("meets", "theirs", "ours"), [(True, None, "0"), (True, "1", "1"), (False, None, None)])
+def test_nccl_is_set_up_as_that_of_the_engines_it_meets(monkeypatch, program, meets, theirs, ours):
+    class Channel:
+        def progress(self, doing, limit_s=0.0):
+            if doing == "loading the model":
+                raise EOFError
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", theirs or "")
+    if theirs is None:
+        monkeypatch.delenv("NCCL_CUMEM_ENABLE")
+    channel: Any = Channel()
+    args = {"config": program.CONFIG.model_dump(), "rank": 0, "world": 1, "seed": 0, "weights": None}
+    with pytest.raises(EOFError):
+        run_rank(channel, args | {"meets_engines": meets, "port": 0, "listen_fd": -1})
+    assert os.environ.get("NCCL_CUMEM_ENABLE") == ours
