@@ -13,7 +13,7 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +116,7 @@ class Learner(Protocol):
     @property
     def policy_version(self) -> int: ...
 
-    def buckets(self) -> AsyncIterator[list[str]]: ...
+    def buckets(self, ranks: Collection[int]) -> AsyncIterator[list[str]]: ...
 
     async def free_memory(self, *, empty_cache: bool) -> None: ...
 
@@ -139,13 +139,14 @@ class RankWeights:
     async def weights(self, engines: Sequence[int]) -> AsyncIterator[tuple[int, Mapping[int, Weights]]]:
         if self._make_room:
             await self._learner.free_memory(empty_cache=True)
+        n = self._ranks
+        read = {engine: range(engine * n, (engine + 1) * n) for engine in engines}
         buckets, version = [], self._learner.policy_version
-        async for payloads in self._learner.buckets():
+        async for payloads in self._learner.buckets([rank for ranks in read.values() for rank in ranks]):
             buckets.append(payloads)
             # as long as there are more, no step is taken
             version = self._learner.policy_version
-        n = self._ranks
-        yield version, {engine: [b[engine * n : (engine + 1) * n] for b in buckets] for engine in engines}
+        yield version, {engine: [[b[rank] for rank in ranks] for b in buckets] for engine, ranks in read.items()}
         # the engines have copied them
         await self._learner.free_memory(empty_cache=self._make_room)
 

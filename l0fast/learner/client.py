@@ -21,7 +21,7 @@ import importlib.metadata
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,15 +182,18 @@ class LearnerClient:
             "step_s": batch.busy_s + time.perf_counter() - start,
         }
 
-    async def buckets(self) -> AsyncIterator[list[str]]:
+    async def buckets(self, ranks: Collection[int]) -> AsyncIterator[list[str]]:
         """The weights as the last step left them, bucket by bucket: of each rank's, what an engine on its GPU can read.
 
         What `SGLangEngine.update_weights` takes. The ranks keep all of it, in bf16, until they are asked again or `free_memory`.
+
+        Args:
+            ranks: those whose payloads will be read; others give "", for torch keeps what it shared until it was read.
         """
         async with self._lock:
             first = True
             while True:
-                answers = await self._ask("export", first=first)
+                answers = await self._ask("export", first=first, ranks=list(ranks))
                 first, buckets = False, [answer["bucket"] for answer in answers]
                 if buckets[0] is None:
                     return

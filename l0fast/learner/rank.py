@@ -6,7 +6,7 @@
     fit(num_bytes, bounds)           the critic's `accumulate`: packs with the returns in place of the advantages
     finish_step(denominator, policy_version)
                                      the optimizer step, then the weights into shared memory under that version
-    export(first)                    a bucket of the weights, for an engine on the same GPU that reads it where it lies
+    export(first, ranks)             a bucket of the weights, for an engine on the same GPU that reads it where it lies
     offer(engines, ranks, ...), send()
                                      the weights to engines on other GPUs, by process groups (broadcast.py)
     save(path)                       a model folder in Hugging Face form
@@ -23,7 +23,7 @@ Ranks find each other through torch's TCPStore in rank 0, which listens on a soc
 import logging
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
@@ -201,7 +201,7 @@ class Rank:
                 self.publish(header["policy_version"])
                 return {"metrics": metrics}
             case "export":
-                return {"bucket": self.export(header["first"])}
+                return {"bucket": self.export(header["first"], header["ranks"])}
             case "offer":
                 return {"offer": self.offer(header)}
             case "send":
@@ -245,8 +245,11 @@ class Rank:
         for part, (start, stop) in enumerate(pairwise(bounds[self._policy.place.rank])):
             yield packs[start:stop], max(of_rank[part + 1] - of_rank[part] for of_rank in bounds)
 
-    def export(self, first: bool) -> str | None:
-        """The next bucket of weights; None after the last. A collective. Its memory is kept until there are newer weights."""
+    def export(self, first: bool, ranks: Sequence[int]) -> str | None:
+        """The next bucket of weights; None after the last. A collective. Its memory is kept until there are newer weights.
+
+        Empty unless we are among `ranks`: torch would never free what it has told of and nobody has read.
+        """
         from l0fast.engine.buckets import serialize_bucket
 
         if first:
@@ -254,6 +257,8 @@ class Rank:
             self._exported = []
         if (bucket := next(self._buckets, None)) is None:
             return None
+        if self._policy.place.rank not in ranks:
+            return ""
         payload, memory = serialize_bucket(bucket)
         self._exported.append(memory)
         return payload

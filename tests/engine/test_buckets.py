@@ -20,10 +20,10 @@ class Learner:
         self.said: list[str] = []
         self.steps_while_saving = 0
 
-    async def buckets(self):
+    async def buckets(self, ranks):
         for part in ("a", "b"):
             self.said.append(part)
-            yield [f"{part}{rank} of {self.policy_version}" for rank in range(4)]
+            yield [f"{part}{rank} of {self.policy_version}" if rank in ranks else "" for rank in range(4)]
 
     async def free_memory(self, *, empty_cache: bool) -> None:
         self.said.append("free all" if empty_cache else "free")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,12 +18,14 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from l0fast.engine import buckets as buckets_module
+from l0fast.ipc import Message, shared_bytes
 from l0fast.learner.checkpoint import Checkpoints, complete_checkpoints
 from l0fast.learner.critic import CriticModel
 from l0fast.learner.loading import whole
 from l0fast.learner.packing import balance, to_bytes
 from l0fast.learner.policy_model import PolicyModel
-from l0fast.learner.rank import process_group
+from l0fast.learner.rank import Rank, process_group
 from l0fast.learner.rank import run as run_rank
 
 ROOM = Path(__file__).parent
@@ -256,3 +258,23 @@ def test_nccl_is_set_up_as_that_of_the_engines_it_meets(monkeypatch, program, me
     with pytest.raises(EOFError):
         run_rank(channel, args | {"meets_engines": meets, "port": 0, "listen_fd": -1})
     assert os.environ.get("NCCL_CUMEM_ENABLE") == ours
+
+
+def test_what_nobody_will_read_is_not_told_of(monkeypatch, new):
+    """CUDA memory that torch has told another process of is free when that one has read it."""
+    monkeypatch.setattr(buckets_module, "serialize_bucket", lambda bucket: (bucket[0][0], bucket))
+    monkeypatch.setattr("l0fast.learner.rank.BUCKET_BYTES", 20_000)
+    policy, no_checkpoints = new(), cast(Any, None)
+    with shared_bytes("packs") as packs:
+        rank = Rank(policy, None, no_checkpoints, None, packs, publishes=False)
+
+        def exported(ranks):
+            ask = lambda first: rank.answer(Message({"op": "export", "first": first, "ranks": ranks}, b""))["bucket"]  # noqa: E731
+            return [ask(True), *iter(lambda: ask(False), None)]
+
+        read = exported([0, 2])
+        assert len(read) > 1
+        assert all(read)
+        assert len(rank._exported) == len(read)
+        assert exported([1]) == [""] * len(read)
+        assert rank._exported == []
