@@ -37,9 +37,10 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,8 @@ _END_S = 20.0
 """Time a killed child has to give its GPU back [s]."""
 _KEPT_TOKENS = 6
 """Of a context, and of the room for keys and values: SGLang wants so many left after the longest prompt [tokens]."""
+_MOST_OF_FREE = 0.9
+"""Of a GPU's free memory, for weights, keys and values: graphs and activations want some of the rest."""
 _PR_SET_PDEATHSIG = 1
 _launching = threading.Lock()
 """Held while an engine's children are started."""
@@ -270,7 +273,8 @@ def _arguments(
     if torch.cuda.is_available():
         # bf16 logits alone would move a log-prob by a hundredth
         arguments |= {"base_gpu_id": gpu, "dtype": "bfloat16", "enable_fp32_lm_head": True}
-        arguments |= {"mem_fraction_static": config.memory_share, "cuda_graph_max_bs_decode": slots}
+        share = _of_free(config.memory_share, range(gpu, gpu + config.tensor_parallel))
+        arguments |= {"mem_fraction_static": share, "cuda_graph_max_bs_decode": slots}
         arguments |= {"enable_memory_saver": config.layout == "sleep"}
     else:
         arguments |= {"device": "cpu", "dtype": "float32", "attention_backend": "torch_native"}
@@ -291,6 +295,26 @@ def _arguments(
                 f"engine.sglang has {text!r}: write name=value with the value in JSON, e.g. max_total_tokens=8192"
             ) from e
     return arguments, variables
+
+
+def _of_free(share: float, gpus: Iterable[int]) -> float:
+    """A share of all of a GPU's memory as SGLang counts it, for which all is what a learner has left free when it starts.
+
+    Raises:
+        EngineError: nvidia-smi does not work.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, gpus) if visible is None else [visible.split(",")[gpu].strip() for gpu in gpus]
+    query = ["--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--id={','.join(names)}", *query]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        memories = [[float(mib) for mib in line.split(",")] for line in said.splitlines()]
+        return min(max(share, _MOST_OF_FREE), max(share * total / max(free, 1.0) for total, free in memories))
+    except (OSError, subprocess.SubprocessError, ValueError) as e:
+        raise EngineError(
+            f"{' '.join(command)} does not say how much memory is free ({e}): is the NVIDIA driver in order?"
+        ) from e
 
 
 @contextmanager

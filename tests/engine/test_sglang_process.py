@@ -1,0 +1,62 @@
+"""What SGLang is started with on GPUs. They are a stand-in for nvidia-smi; no SGLang is needed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from l0fast.config import EngineConfig
+from l0fast.engine.sglang_process import _arguments
+from l0fast.errors import EngineError
+
+SMI = """#!/usr/bin/env python3
+import sys
+
+[asked] = [word.removeprefix("--id=") for word in sys.argv if word.startswith("--id=")]
+for name in asked.split(","):
+    print({"0": "81559, 78000", "1": "81559, 58000", "2": "81559, 60000", "3": "81559, 20000"}[name])
+"""
+"""MiB in all and free: a learner holds some of GPUs 1 and 2, and much of 3."""
+
+
+@pytest.fixture(autouse=True)
+def four_gpus(monkeypatch, tmp_path):
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def started(gpu: int, **settings) -> dict:
+    arguments, variables = _arguments(EngineConfig(**settings), Path("model"), 100, 8, gpu)
+    return arguments | variables
+
+
+@pytest.mark.parametrize(
+    ("gpu", "settings", "bytes_of"),
+    [
+        (0, {}, 0.4 * 81559 / 78000),
+        (1, {}, 0.4 * 81559 / 58000),
+        # of several GPUs SGLang takes the least that any has free for what all have
+        (0, {"tensor_parallel": 2}, 0.4 * 81559 / 58000),
+        # what is left of it is for graphs and activations
+        (3, {}, 0.9),
+        (0, {"memory_share": 0.93}, 0.93),
+        (0, {"sglang": ("mem_fraction_static=0.5",)}, 0.5),
+    ],
+)
+def test_its_share_is_of_a_gpu_and_not_of_what_a_learner_leaves_free(gpu, settings, bytes_of):
+    assert started(gpu, **settings)["mem_fraction_static"] == pytest.approx(bytes_of)
+
+
+def test_gpus_are_asked_for_by_the_names_they_have_outside(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 1")
+    share = started(1)["mem_fraction_static"]
+    assert share == pytest.approx(0.4 * 81559 / 58000)
+
+
+def test_a_driver_that_does_not_answer_is_said(tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    with pytest.raises(EngineError, match=r"nvidia-smi --id=0 .* does not say how much memory is free .*exit status 9"):
+        started(0)
