@@ -276,6 +276,8 @@ def _arguments(
         share = _of_free(config.memory_share, range(gpu, gpu + config.tensor_parallel))
         arguments |= {"mem_fraction_static": share, "cuda_graph_max_bs_decode": slots}
         arguments |= {"enable_memory_saver": config.layout == "sleep"}
+        # of its GPUs the learner may hold more of one than of another
+        variables["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
     else:
         arguments |= {"device": "cpu", "dtype": "float32", "attention_backend": "torch_native"}
         arguments |= {"sampling_backend": "pytorch", "disable_cuda_graph": True}

@@ -60,3 +60,7 @@ def test_a_driver_that_does_not_answer_is_said(tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     with pytest.raises(EngineError, match=r"nvidia-smi --id=0 .* does not say how much memory is free .*exit status 9"):
         started(0)
+
+
+def test_gpus_of_one_engine_may_have_more_or_less_free():
+    assert started(0, tensor_parallel=2)["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0"
