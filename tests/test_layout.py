@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from l0fast.cli import parse
+from l0fast.cli import parse, shipped_recipes
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
 from l0fast.layout import Layout, check_layout, engine_kind, memory_complaint, sglang_layout
@@ -179,3 +179,10 @@ def test_the_check_reads_the_model_and_the_gpus(tmp_path):
     # nothing is known of this one's costs: torch will say
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     assert check_layout(run, tmp_path, gpus=1, memories=[1.0]).engines == 1
+
+
+@pytest.mark.parametrize("recipe", [name for name in shipped_recipes() if name.startswith("l0_")])
+def test_l0s_recipes_have_all_open_episodes_decoded_at_once(recipe):
+    """`engine.slots` are shared by all engines; L0 counts those of one."""
+    config = parse([recipe]).config
+    assert config.engine.slots == config.rollout.max_open_groups * config.rollout.group_size
