@@ -134,6 +134,9 @@ def _command(server: str, name: str, host: str, port: int) -> tuple[str, list[st
             "--served-model-name",
             name,
             *address,
+            # of a folder in fp32, as the learner writes them, it would make fp16; agents sample in bf16
+            "--dtype",
+            "bfloat16",
             "--sampling-defaults",
             "openai",
         ]

@@ -21,7 +21,7 @@ from l0fast.engine.base import SampledText, Sampling
 from l0fast.engine.openai import EndpointConfig, openai_engine
 from l0fast.errors import EngineError
 from l0fast.policies import MODELS
-from l0fast.serve import PLAIN_SAMPLING, _answers, _lay_out, main
+from l0fast.serve import PLAIN_SAMPLING, _answers, _command, _lay_out, main
 from l0fast.types import TrajectoryStatus
 from tests.command import children_of, wait_until_gone
 
@@ -196,3 +196,9 @@ def test_a_broken_settings_file_is_one_sentence(tmp_path: Path, capsys: pytest.C
     (folder / "generation_config.json").write_text("[")
     assert main([str(folder), "--port", "0"]) == 2
     assert "generation_config.json is not JSON" in capsys.readouterr().err
+
+
+def test_sglang_serves_in_the_precision_that_agents_sample_in():
+    """A folder that the learner writes is in fp32, of which SGLang would make fp16."""
+    _, words = _command("sglang", "policy", "127.0.0.1", 1)
+    assert words[words.index("--dtype") + 1] == "bfloat16"
