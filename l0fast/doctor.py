@@ -154,6 +154,19 @@ def _cuda() -> Finding:
     )
 
 
+def _nvcc() -> Finding:
+    """SGLang compiles kernels of its models when it starts, with the compiler it finds in this way."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not os.access(nvcc, os.X_OK):
+        return Finding(
+            "nvcc", "missing", f"no {nvcc}, with which sglang compiles kernels; the default recipe needs none",
+            "install NVIDIA's CUDA toolkit, or set CUDA_HOME to where it is",
+        )  # fmt: skip
+    said = _output([nvcc, "--version"]).partition("release ")[2]
+    return Finding("nvcc", "ok" if said else "can't", f"{said.split(',')[0] or 'says no version'}, {nvcc}")
+
+
 def _package(name: str, fix: str, *, needed: bool = False) -> Probe:
     def look() -> Finding:
         version = _version(name)
@@ -301,6 +314,7 @@ _PROBES: list[tuple[str, Probe, float]] = [
     ("transformers", _package("transformers", "pip install l0fast", needed=True), PROBE_TIMEOUT_S),
     ("policies", _policies, PROBE_TIMEOUT_S),
     ("CUDA", _cuda, _SLOW_TIMEOUT_S),
+    ("nvcc", _nvcc, PROBE_TIMEOUT_S),
     ("sglang", _package("sglang", "pip install 'l0fast[gpu]'"), PROBE_TIMEOUT_S),
     ("flash-attn", _package("flash-attn", "pip install --no-build-isolation 'l0fast[flash]'"), PROBE_TIMEOUT_S),
     ("liger-kernel", _package("liger-kernel", "pip install 'l0fast[gpu]'"), PROBE_TIMEOUT_S),

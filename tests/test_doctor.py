@@ -19,7 +19,7 @@ from l0fast.doctor import Finding, can_run, main
 from l0fast.errors import UsageError
 
 NAMES = {
-    "system", "Python", "cores", "memory", "disk", "/dev/shm", "torch", "transformers", "policies", "CUDA", "sglang",
+    "system", "Python", "cores", "memory", "disk", "/dev/shm", "torch", "transformers", "policies", "CUDA", "nvcc", "sglang",
     "flash-attn", "liger-kernel", "bubblewrap", "seccomp", "Landlock", "user namespaces", "cgroups", "open files",
     "Docker", "sandbox",
 }  # fmt: skip
@@ -146,6 +146,22 @@ def test_what_a_command_would_mend_is_named(monkeypatch: pytest.MonkeyPatch):
     assert doctor._package("sglang", "pip install it")() == Finding(
         "sglang", "missing", "not installed", "pip install it"
     )
+
+
+def test_the_compiler_that_sglang_will_run_is_the_one_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    found = doctor._nvcc()
+    assert (found.mark, found.what.split(",")[0]) == ("missing", f"no {tmp_path}/bin/nvcc")
+    assert "CUDA_HOME" in found.fix
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.48\n")
+    (tmp_path / "bin/nvcc").chmod(0o755)
+    ok = Finding("nvcc", "ok", f"13.0, {tmp_path}/bin/nvcc")
+    assert doctor._nvcc() == ok
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=":")
+    assert doctor._nvcc() == ok
 
 
 @pytest.mark.parametrize(("free_gb", "mark"), [(2.9, "missing"), (3.1, "ok")])
