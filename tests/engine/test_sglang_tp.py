@@ -4,6 +4,7 @@ Needs sglang, as test_sglang.py does.
 """
 
 import asyncio
+from pathlib import Path
 
 from l0fast.engine.buckets import HostWeights
 from l0fast.engine.sglang import sglang_fleet
@@ -16,7 +17,7 @@ pytestmark = MARKS
 
 
 def test_two_ranks_take_new_weights_and_sample_as_one(folder, model):
-    other = tiny_model(1)
+    other, memory = tiny_model(1), set(Path("/dev/shm").glob("sgl*"))
     config = CONFIG.model_copy(update={"tensor_parallel": 2})
 
     async def main():
@@ -35,3 +36,4 @@ def test_two_ranks_take_new_weights_and_sample_as_one(folder, model):
     assert error(model, PROMPT, before) <= 1e-5
     assert after.policy_version == 1
     assert error(other, PROMPT, after) <= 1e-5
+    assert set(Path("/dev/shm").glob("sgl*")) == memory
