@@ -181,8 +181,12 @@ async def open_rooms(
             log(f"starting the learner and {_described(kind, layout, config)}")
             # engines that read them elsewhere need none in main memory
             published = weights if layout is None or layout.weights == "host" else None
+            # engines were dealt out to GPUs; without, both would be slow beyond use, and say nothing of it
+            on_gpus = layout is not None and num_gpus() > 0
             async with (
-                learner(_watched(config), folder, weights=published, log_dir=run_dir) as learner_client,
+                learner(
+                    _watched(config), folder, weights=published, log_dir=run_dir, on_gpus=on_gpus
+                ) as learner_client,
                 _engine(
                     config, run_dir, folder, chat, curriculum.worlds, weights, layout, learner_client, log
                 ) as engine,

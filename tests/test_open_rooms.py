@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import threading
+from contextlib import nullcontext
 
 import pytest
 
@@ -10,6 +11,7 @@ from l0fast import rooms
 from l0fast.agent.chat import Chat
 from l0fast.config import RunConfig, TaskConfig
 from l0fast.engine.simulated import SimulatedEngine
+from l0fast.layout import Layout
 from l0fast.meters import Meters
 from l0fast.tasks.curriculum import load_curriculum
 from l0fast.tasks.world import World
@@ -43,6 +45,29 @@ def test_searches_are_indexed_in_another_thread(monkeypatch: pytest.MonkeyPatch,
         asyncio.run(main())
     assert indexed.keys() == {tuple(corpus) for corpus in load_curriculum(CONFIG).corpora.values()}
     assert threading.current_thread() not in indexed.values()
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_a_learner_beside_sglang_is_on_the_gpus_that_were_dealt_out(monkeypatch: pytest.MonkeyPatch, tmp_path, gpus):
+    def opened(*args: object, on_gpus: bool, **kwargs: object) -> None:
+        assert on_gpus == bool(gpus)
+        raise ThatWasAll
+
+    monkeypatch.setattr(rooms, "open_sandbox", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(rooms, "num_gpus", lambda: gpus)
+    monkeypatch.setattr(
+        rooms, "check_layout", lambda *args, **kwargs: Layout(engines=1, first_gpu=0, ranks=1, weights="ipc")
+    )
+    monkeypatch.setattr(rooms, "learner", opened)
+    config = CONFIG.model_copy(update={"engine": CONFIG.engine.model_copy(update={"kind": "sglang"})})
+
+    async def main():
+        meters = Meters(config, tmp_path, log=lambda line: None, warn=lambda line: None)
+        async with rooms.open_rooms(config, tmp_path, meters, lambda line: None):
+            pass
+
+    with pytest.raises(ThatWasAll):
+        asyncio.run(main())
 
 
 def test_a_demonstrator_learns_its_worlds_in_another_thread(monkeypatch: pytest.MonkeyPatch, tmp_path):

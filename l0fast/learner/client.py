@@ -402,7 +402,7 @@ def _profile(config: RunConfig, log_dir: Path | None, rank: int) -> dict[str, An
 
 @asynccontextmanager
 async def learner(
-    config: RunConfig, model_path: Path, *, weights: SharedWeights | None, log_dir: Path | None
+    config: RunConfig, model_path: Path, *, weights: SharedWeights | None, log_dir: Path | None, on_gpus: bool = False
 ) -> AsyncIterator[LearnerClient]:
     """Run the learner for as long as the `async with` body runs.
 
@@ -412,9 +412,10 @@ async def learner(
             `LearnerClient.buckets` instead.
         log_dir: folder for the ranks' logs, learner.log (learner_1.log, ... of further ranks); None keeps their words
             for errors only.
+        on_gpus: on CPUs it is refused.
 
     Raises:
-        UsageError: more ranks than GPUs.
+        UsageError: more ranks than GPUs, or GPUs that torch can't use.
         LearnerError: it does not start, or can't write the last checkpoint.
     """
     world = num_ranks(config)
@@ -430,6 +431,7 @@ async def learner(
                     "num_steps": config.num_steps,
                     "temperature": config.rollout.temperature,
                     "seed": config.seed,
+                    "on_gpus": on_gpus,
                     "meets_engines": config.engine.weights == "group",
                     "rank": number,
                     "world": world,

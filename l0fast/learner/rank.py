@@ -77,6 +77,11 @@ def run(channel: Channel, args: dict[str, Any]) -> None:
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // world))
     torch.manual_seed(args["seed"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args["on_gpus"] and device == "cpu":
+        raise UsageError(
+            f"torch {torch.__version__} can use none of the GPUs here: is NVIDIA's driver new enough for its CUDA "
+            f"{torch.version.cuda}? nvidia-smi says up to which it is, python -m l0fast.doctor what else there is"
+        )
     publishes = args["weights"] is not None
     if device == "cpu" and publishes:
         # as the engine that takes them does; SGLang's processes do not, and wait for what we send them

@@ -407,3 +407,13 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(client_module, "num_gpus", lambda: 2)
     with pytest.raises(UsageError, match="set --learner.ranks to 2 or less"):
         num_ranks(with_learner(ranks=3))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch that can use no GPU")
+def test_gpus_that_torch_can_not_use_are_no_reason_to_compute_on_cpus(model_path):
+    async def main():
+        async with learner(CONFIG, model_path, weights=None, log_dir=None, on_gpus=True):
+            pass
+
+    with pytest.raises(UsageError, match="can use none of the GPUs here: is NVIDIA's driver new enough"):
+        asyncio.run(main())

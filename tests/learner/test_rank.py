@@ -256,7 +256,7 @@ def test_nccl_is_set_up_as_that_of_the_engines_it_meets(monkeypatch, program, me
     channel: Any = Channel()
     args = {"config": program.CONFIG.model_dump(), "rank": 0, "world": 1, "seed": 0, "weights": None}
     with pytest.raises(EOFError):
-        run_rank(channel, args | {"meets_engines": meets, "port": 0, "listen_fd": -1})
+        run_rank(channel, args | {"meets_engines": meets, "on_gpus": False, "port": 0, "listen_fd": -1})
     assert os.environ.get("NCCL_CUMEM_ENABLE") == ours
 
 
