@@ -236,8 +236,8 @@ class EngineConfig(Config):
     """Conversations decoded at once; more wait their turn [conversations]."""
     request_timeout_s: PositiveFloat = 120.0
     """Time one response may take; and before that, time that nobody is let in or done while it waits to be admitted [s]."""
-    start_timeout_s: PositiveFloat = 120.0
-    """Time the engine has to load the model [s]."""
+    start_timeout_s: PositiveFloat = 600.0
+    """Time the engine has to load the model, and sglang to compile for it; several start one after the other [s]."""
     threads: NonNegativeInt = 0
     """OpenMP threads; 0 takes all cores this process may use, and one while others keep them busy."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -349,7 +349,7 @@ class LearnerConfig(Config):
     """The additions are scaled by this over their rank."""
     threads: NonNegativeInt = 0
     """OpenMP threads; 0 shares out all cores this process may use among the ranks."""
-    start_timeout_s: PositiveFloat = 120.0
+    start_timeout_s: PositiveFloat = 600.0
     """Time the ranks have to import torch and to find each other [s]."""
     stall_timeout_s: PositiveFloat = 10.0
     """Time a rank may work without a sign of progress, of which each layer gives some, before it is taken for stuck [s]."""

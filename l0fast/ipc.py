@@ -54,6 +54,7 @@ _TAIL_BYTES = 2000
 _STACKS_S = 0.3
 """Time a silent child gets to write down where it is [s]."""
 _STACK_CHARACTERS = 3000
+_START = "start"
 _LINGER_S = 5.0
 """Time to end of one that has hung up: an interpreter that has loaded much takes a while on a full machine [s]."""
 _LAST_LOOK_S = 0.3
@@ -187,6 +188,8 @@ class Worker:
         """What there is to say of a child that is late."""
         sign, held = self.sign, self.held
         how = f"has been silent for too long at {op!r}" if sign.due else f"did not answer {op!r} in {timeout_s:g} s"
+        if op == _START and not sign.due:
+            how += " (a slow disk may need a higher start_timeout_s)"
         said = self._with_last_words("; ".join(filter(None, [how + _at(sign), held])))
         stack = ""
         # it has a handler since its first sign, and would die of it before
@@ -325,7 +328,7 @@ async def spawn_worker(
         worker = Worker(name, error, process, reader, writer, log, signs)
         reading = asyncio.create_task(worker._read(), name=f"answers of {name}")
         try:
-            worker.ready = (await worker._answer(0, "start", start_timeout_s)).header
+            worker.ready = (await worker._answer(0, _START, start_timeout_s)).header
             yield worker
         finally:
             try:
