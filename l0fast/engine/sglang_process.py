@@ -58,6 +58,8 @@ _KEPT_TOKENS = 6
 """Of a context, and of the room for keys and values: SGLang wants so many left after the longest prompt [tokens]."""
 _MOST_OF_FREE = 0.9
 """Of a GPU's free memory, for weights, keys and values: graphs and activations want some of the rest."""
+_LEAST_HEAD_DIM = 64
+"""Of models that have kernels for each GPU: below, as the policies that ship are, FlashInfer and TensorRT-LLM have none."""
 _PR_SET_PDEATHSIG = 1
 _launching = threading.Lock()
 """Held while an engine's children are started."""
@@ -277,6 +279,8 @@ def _arguments(
         share = _of_free(config.memory_share, range(gpu, gpu + config.tensor_parallel))
         arguments |= {"mem_fraction_static": share, "cuda_graph_max_bs_decode": slots}
         arguments |= {"enable_memory_saver": config.layout == "sleep"}
+        if _head_dim(model_path) < _LEAST_HEAD_DIM:
+            arguments["attention_backend"] = "triton"
         # of its GPUs the learner may hold more of one than of another
         variables["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
     else:
@@ -298,6 +302,12 @@ def _arguments(
                 f"engine.sglang has {text!r}: write name=value with the value in JSON, e.g. max_total_tokens=8192"
             ) from e
     return arguments, variables
+
+
+def _head_dim(model_path: Path) -> int:
+    about = orjson.loads((model_path / "config.json").read_bytes())
+    about = about.get("text_config", about)
+    return about.get("head_dim") or about["hidden_size"] // about["num_attention_heads"]
 
 
 def _of_free(share: float, gpus: Iterable[int]) -> float:

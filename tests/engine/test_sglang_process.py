@@ -28,9 +28,21 @@ def four_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
-def started(gpu: int, **settings) -> dict:
-    arguments, variables = _arguments(EngineConfig(**settings), Path("model"), 100, 8, gpu)
-    return arguments | variables
+@pytest.fixture
+def model(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"hidden_size": 1024, "num_attention_heads": 16, "head_dim": 128}')
+    return folder
+
+
+@pytest.fixture
+def started(model):
+    def started(gpu: int, **settings) -> dict:
+        arguments, variables = _arguments(EngineConfig(**settings), model, 100, 8, gpu)
+        return arguments | variables
+
+    return started
 
 
 @pytest.mark.parametrize(
@@ -46,21 +58,37 @@ def started(gpu: int, **settings) -> dict:
         (0, {"sglang": ("mem_fraction_static=0.5",)}, 0.5),
     ],
 )
-def test_its_share_is_of_a_gpu_and_not_of_what_a_learner_leaves_free(gpu, settings, bytes_of):
+def test_its_share_is_of_a_gpu_and_not_of_what_a_learner_leaves_free(started, gpu, settings, bytes_of):
     assert started(gpu, **settings)["mem_fraction_static"] == pytest.approx(bytes_of)
 
 
-def test_gpus_are_asked_for_by_the_names_they_have_outside(monkeypatch):
+def test_gpus_are_asked_for_by_the_names_they_have_outside(started, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 1")
     share = started(1)["mem_fraction_static"]
     assert share == pytest.approx(0.4 * 81559 / 58000)
 
 
-def test_a_driver_that_does_not_answer_is_said(tmp_path):
+def test_a_driver_that_does_not_answer_is_said(started, tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     with pytest.raises(EngineError, match=r"nvidia-smi --id=0 .* does not say how much memory is free .*exit status 9"):
         started(0)
 
 
-def test_gpus_of_one_engine_may_have_more_or_less_free():
+def test_gpus_of_one_engine_may_have_more_or_less_free(started):
     assert started(0, tensor_parallel=2)["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("config", "backend"),
+    [
+        ('{"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32}', "triton"),
+        ('{"hidden_size": 128, "num_attention_heads": 4}', "triton"),
+        ('{"text_config": {"hidden_size": 128, "num_attention_heads": 4}}', "triton"),
+        ('{"hidden_size": 1024, "num_attention_heads": 16}', None),
+    ],
+)
+def test_a_small_policy_has_an_attention_that_knows_its_heads(started, model, config, backend):
+    (model / "config.json").write_text(config)
+    assert started(0).get("attention_backend") == backend
+    named = started(0, sglang=('attention_backend="fa3"',))
+    assert named["attention_backend"] == "fa3"
