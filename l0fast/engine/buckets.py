@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -165,8 +166,12 @@ class HostWeights:
     async def weights(self, engines: Sequence[int]) -> AsyncIterator[tuple[int, Mapping[int, Weights]]]:
         version, buckets, memory = await asyncio.to_thread(self._buckets, len(engines) * self._ranks)
         n = self._ranks
-        yield version, {engine: [b[i * n : (i + 1) * n] for b in buckets] for i, engine in enumerate(engines)}
-        del memory
+        try:
+            yield version, {engine: [b[i * n : (i + 1) * n] for b in buckets] for i, engine in enumerate(engines)}
+        finally:
+            del memory
+            # what an engine that died meanwhile has not read would be kept for it as long as we live
+            await asyncio.to_thread(resource_sharer.stop)
 
     def _buckets(self, readers: int) -> tuple[int, list[list[str]], list["Tensor"]]:
         """Version, payloads for each reader bucket by bucket, and the memory they point to."""

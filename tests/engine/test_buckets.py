@@ -2,13 +2,19 @@
 
 import asyncio
 import os
+import pickle
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from l0fast.engine.buckets import DiskWeights, GroupWeights, Offer, RankWeights, _in_memory_file
+from l0fast.engine import buckets as buckets_module
+from l0fast.engine.buckets import DiskWeights, GroupWeights, HostWeights, Offer, RankWeights, _in_memory_file
+from l0fast.ipc import shared_weights
 from l0fast.learner.client import Sending
 
 
@@ -119,3 +125,36 @@ def test_what_lies_in_main_memory_takes_nothing_of_dev_shm():
     fd, size = shared.untyped_storage()._share_fd_cpu_()
     assert os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:")
     assert size == 100
+
+
+def buckets_open() -> int:
+    """Descriptors of ours, each of which keeps a bucket in memory."""
+    # one of them is of the listing, and is gone
+    fds = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
+    return sum(os.readlink(fd).startswith("/memfd:l0fast-bucket") for fd in fds if fd.is_symlink())
+
+
+@pytest.mark.parametrize("num_read", [4, 1, 0])
+def test_what_an_engine_that_died_has_not_read_is_not_kept(folder, monkeypatch, num_read):
+    def serialize_for(named_tensors, readers):
+        """As SGLang's serializer has it, in bytes."""
+        flat = _in_memory_file(torch.cat([tensor.flatten() for _, tensor in named_tensors]))
+        return [bytes(ForkingPickler.dumps(flat)) for _ in range(readers)], flat
+
+    async def update(source: HostWeights) -> int:
+        weights: Any
+        async with source.weights([0, 1]) as (version, weights):
+            inside = buckets_open()
+            payloads = [payload for buckets in weights.values() for ranks in buckets for payload in ranks]
+            read = [await asyncio.to_thread(pickle.loads, payload) for payload in payloads[:num_read]]
+            assert all(torch.equal(tensor, read[0]) for tensor in read)
+            del read
+        return inside
+
+    monkeypatch.setattr(buckets_module, "serialize_for", serialize_for)
+    with shared_weights(folder) as shared:
+        shared.policy_version = 3
+        source = HostWeights(shared, dtype="bfloat16", tensor_parallel=2)
+        for _ in range(3):
+            assert asyncio.run(update(source)) == 5
+            assert buckets_open() == 0
