@@ -281,9 +281,11 @@ def test_a_model_that_can_not_be_loaded_is_an_engine_error_and_leaves_nothing(ru
                 async with sglang_engine(CONFIG, broken, max_tokens=MAX_TOKENS):
                     raise AssertionError("it started")
 
-        before = children(), set(Path("/dev/shm").glob("sglang*"))
+        before, memory = children(), set(Path("/dev/shm").glob("sglang*"))
         running.run(main())
-        assert (children(), set(Path("/dev/shm").glob("sglang*"))) == before
+        assert children() == before
+        # others' may have gone meanwhile
+        assert set(Path("/dev/shm").glob("sglang*")) <= memory
         assert not list(Path(sockets).iterdir())
     running.run(engine.generate(PROMPT, sampling(2), conversation="the other one lives"))
 

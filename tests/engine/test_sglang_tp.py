@@ -4,7 +4,8 @@ Needs sglang, as test_sglang.py does.
 """
 
 import asyncio
-from pathlib import Path
+import multiprocessing
+import os
 
 from l0fast.engine.buckets import HostWeights
 from l0fast.engine.sglang import sglang_fleet
@@ -16,14 +17,21 @@ skip_without_sglang()
 pytestmark = MARKS
 
 
+def memory_of(pids: set[int | None]) -> list[str]:
+    """Files through which tensor-parallel ranks speak, by who made them."""
+    return [name for name in os.listdir("/dev/shm") if name.startswith("sgl_shm_") and int(name.split("_")[-2]) in pids]
+
+
 def test_two_ranks_take_new_weights_and_sample_as_one(folder, model):
-    other, memory = tiny_model(1), set(Path("/dev/shm").glob("sgl*"))
+    other, ranks = tiny_model(1), set[int | None]()
     config = CONFIG.model_copy(update={"tensor_parallel": 2})
 
     async def main():
         with stand_ins(), shared_weights(folder) as weights:
             source = HostWeights(weights, dtype="float32", tensor_parallel=2)
             async with sglang_fleet(config, folder, max_tokens=MAX_TOKENS, source=source) as fleet:
+                ranks.update(child.pid for child in multiprocessing.active_children())
+                assert memory_of(ranks)
                 before = await fleet.generate(PROMPT, sampling(20), conversation="x")
                 parameters = dict(other.named_parameters())
                 for name, tensor in weights.tensors().items():
@@ -36,4 +44,4 @@ def test_two_ranks_take_new_weights_and_sample_as_one(folder, model):
     assert error(model, PROMPT, before) <= 1e-5
     assert after.policy_version == 1
     assert error(other, PROMPT, after) <= 1e-5
-    assert set(Path("/dev/shm").glob("sgl*")) == memory
+    assert not memory_of(ranks)
