@@ -49,6 +49,12 @@ def test_a_machine_that_has_gpus_is_planned_for_as_it_is(tmp_path, monkeypatch):
         assert said in text
 
 
+def test_a_run_without_checkpoints_needs_main_memory_for_the_model_that_it_leaves(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    lines = dry_run(parse(["l0_qwen3_0.6b", "--dry-run", "--checkpoint.every", "0"])).lines
+    assert "  main memory 2 GB of the node: weights on their way 2" in lines
+
+
 def test_seven_recipes_for_gpus_ship():
     assert len(BIG) == 7
 

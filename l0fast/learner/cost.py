@@ -319,7 +319,8 @@ def host_parts(shape: ModelShape, setup: Setup, *, weights_by_host: bool, checkp
     """Most of the node's own memory by part, all ranks together [bytes].
 
     Args:
-        weights_by_host: they are published there in fp32, and made into bf16 and then into buckets for engines.
+        weights_by_host: they are published there in fp32, and made into bf16 and then into buckets for engines; else only a
+            model folder is gathered there, when the run ends.
         checkpoints: what is trained is copied before it is written.
     """
     there, here = (memory_parts(shape, replace(setup, offload=offload)) for offload in (False, True))
@@ -330,7 +331,7 @@ def host_parts(shape: ModelShape, setup: Setup, *, weights_by_host: bool, checkp
         "offloaded": sum(
             n * (_pinned(shape, setup.gpus, pinned[name]) if name in pinned else 1) for name, n in offloaded.items()
         ),
-        "weights on their way": 8.0 * shape.parameters * weights_by_host,
+        "weights on their way": (8.0 if weights_by_host else 4.0) * shape.parameters,
         "checkpoint": 12.0 * trained * (1 + (setup.critic == "copy")) * checkpoints,
     }
 
