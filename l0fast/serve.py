@@ -34,6 +34,7 @@ from typing import Any
 import aiohttp
 
 from l0fast.children import Child, child
+from l0fast.engine.sglang_process import has_small_heads
 from l0fast.errors import EngineError, L0fastError, UsageError
 from l0fast.policies import Policy, open_policy
 from l0fast.run_dir import command
@@ -94,7 +95,7 @@ async def serve(
             for folder in (models, temporary):
                 folder.mkdir()
             _lay_out(policy.folder, models / name)
-            module, words = _command(server, name, host, port)
+            module, words = _command(server, policy.folder, name, host, port)
             async with child(
                 module,
                 *words,
@@ -125,7 +126,7 @@ def _which(server: str) -> str:
     return server
 
 
-def _command(server: str, name: str, host: str, port: int) -> tuple[str, list[str]]:
+def _command(server: str, folder: Path, name: str, host: str, port: int) -> tuple[str, list[str]]:
     address = ["--host", host, "--port", str(port)]
     if server == "sglang":
         return "sglang.launch_server", [
@@ -137,6 +138,7 @@ def _command(server: str, name: str, host: str, port: int) -> tuple[str, list[st
             # of a folder in fp32, as the learner writes them, it would make fp16; agents sample in bf16
             "--dtype",
             "bfloat16",
+            *(("--attention-backend", "triton") if has_small_heads(folder) else ()),
             "--sampling-defaults",
             "openai",
         ]

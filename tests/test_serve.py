@@ -200,5 +200,14 @@ def test_a_broken_settings_file_is_one_sentence(tmp_path: Path, capsys: pytest.C
 
 def test_sglang_serves_in_the_precision_that_agents_sample_in():
     """A folder that the learner writes is in fp32, of which SGLang would make fp16."""
-    _, words = _command("sglang", "policy", "127.0.0.1", 1)
+    _, words = _command("sglang", MODELS / "geography", "policy", "127.0.0.1", 1)
     assert words[words.index("--dtype") + 1] == "bfloat16"
+
+
+def test_sglang_serves_the_policies_that_ship_with_the_attention_that_agents_sample_with(tmp_path: Path):
+    """Its default has no kernels for their heads on most GPUs."""
+    _, words = _command("sglang", MODELS / "geography", "policy", "127.0.0.1", 1)
+    assert words[words.index("--attention-backend") + 1] == "triton"
+    for larger in ('{"hidden_size": 1024, "num_attention_heads": 16}', '{"n_embd": 768, "n_head": 12}'):
+        (tmp_path / "config.json").write_text(larger)
+        assert "--attention-backend" not in _command("sglang", tmp_path, "policy", "127.0.0.1", 1)[1]

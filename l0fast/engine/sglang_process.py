@@ -279,7 +279,7 @@ def _arguments(
         share = _of_free(config.memory_share, range(gpu, gpu + config.tensor_parallel))
         arguments |= {"mem_fraction_static": share, "cuda_graph_max_bs_decode": slots}
         arguments |= {"enable_memory_saver": config.layout == "sleep"}
-        if _head_dim(model_path) < _LEAST_HEAD_DIM:
+        if has_small_heads(model_path):
             arguments["attention_backend"] = "triton"
         # of its GPUs the learner may hold more of one than of another
         variables["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
@@ -304,10 +304,13 @@ def _arguments(
     return arguments, variables
 
 
-def _head_dim(model_path: Path) -> int:
+def has_small_heads(model_path: Path) -> bool:
+    """Whether SGLang's default attention may have no kernels for it on a GPU; Triton's has."""
     about = orjson.loads((model_path / "config.json").read_bytes())
     about = about.get("text_config", about)
-    return about.get("head_dim") or about["hidden_size"] // about["num_attention_heads"]
+    # GPT-2 and its kind have other names for them
+    head_dim = about.get("head_dim") or about.get("hidden_size", 0) // about.get("num_attention_heads", 1)
+    return 0 < head_dim < _LEAST_HEAD_DIM
 
 
 def _of_free(share: float, gpus: Iterable[int]) -> float:
