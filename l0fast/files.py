@@ -8,17 +8,17 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """What to write in the block; it takes the place of `path` at its end, and is gone where the block fails.
+    """What to write in the block; it takes the place of `path` at its end, and is gone where that fails.
 
     A reader finds the old file or the new one, never half of it. Of a process that is killed a `.NAME.partial` stays.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
+        os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    os.replace(partial, path)
 
 
 def write_whole(path: Path, data: bytes) -> None:

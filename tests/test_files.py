@@ -31,3 +31,10 @@ def test_what_can_not_be_written_leaves_the_old_file_and_nothing_beside_it(tmp_p
         write_half(partial)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_where_it_can_not_lie_nothing_is_left_beside(tmp_path: Path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_whole(tmp_path / "a.json", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
