@@ -42,14 +42,19 @@ def plan(
     )
     memory, flops = cost.memory_parts(shape, setup), cost.flops(shape, work, setup)
     seconds = cost.seconds(shape, work, setup, rates)
-    host = cost.host_parts(shape, setup, weights_by_host=False, checkpoints=False)
+    host = cost.host_parts(
+        shape, setup, weights_by_host=config.engine.weights == "host", checkpoints=bool(config.checkpoint.every)
+    )
     conversations = cost.kv_tokens(shape, setup) / setup.context_tokens
     rows = [
         (f"{shape.parameters:,} parameters; memory of one of {gpus} GPUs", "GiB"),
         *((name, f"{size / cost.GIB:.2f}") for name, size in memory.items() if size),
         ("together", f"{sum(memory.values()) / cost.GIB:.2f} of {gpu_memory_bytes / cost.GIB:.2f}"),
         (f"engine KV holds {max(conversations, 0):.1f} contexts of {setup.context_tokens:,} tokens", ""),
-        (f"main memory of the node: {host['offloaded'] / cost.GIB:.1f} GiB offloaded", ""),
+        ("", ""),
+        ("main memory of the node", "GiB"),
+        *((name, f"{size / cost.GIB:.1f}") for name, size in host.items() if size),
+        ("together", f"{sum(host.values()) / cost.GIB:.1f}"),
         ("", ""),
         (f"a step: {work.episodes:,} episodes, {work.laid_out:,.0f} tokens in packs of {setup.pack_tokens:,}", "PFLOP"),
         *((name, f"{value / 1e15:.3g}") for name, value in flops.items() if value),

@@ -104,6 +104,13 @@ def test_a_plan_that_does_not_fit_names_the_setting_that_makes_it_fit(plan):
     assert code == 0, text
 
 
+def test_a_plan_counts_all_the_main_memory_that_a_dry_run_counts(plan):
+    _, text = plan("l0_qwen2.5_32b", "--gpus", "8", "--gpu-memory-gb", "80")
+    [_, of_the_node] = text.split("main memory of the node")
+    rows = dict(line.rsplit(maxsplit=1) for line in of_the_node.splitlines()[1:5])
+    assert rows == {"offloaded": "794.1", "weights on their way": "244.1", "checkpoint": "366.2", "together": "1404.4"}
+
+
 def test_a_plan_of_a_model_folder(plan, tmp_path):
     Qwen2Config(
         vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
