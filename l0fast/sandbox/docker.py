@@ -315,11 +315,15 @@ async def _accept(listener: socket.socket, words: "asyncio.Task[str]") -> socket
 
 
 def driver_label(pid: int) -> str:
-    """A process, told apart from a later one of the same number, and from one of before the machine restarted."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """A process, told apart from a later one of the same number, one in another container, and one of before a restart."""
     # field 22, counted behind the name, which may hold anything
     started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return f"{pid}/{started}/{boot}"
+    return f"{pid}/{started}/{'-'.join(_here())}"
+
+
+def _here() -> tuple[str, str]:
+    """Where process numbers are those we see: this boot of the machine, and this pid namespace."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(os.stat("/proc/self/ns/pid").st_ino)
 
 
 def _sweep_folders() -> None:
@@ -331,7 +335,12 @@ def _sweep_folders() -> None:
 
 
 def _driver_lives(label: str) -> bool:
-    pid = label.partition("/")[0]
+    """True also of those in other containers that share this daemon: their processes can't be seen from here."""
+    pid, _, rest = label.partition("/")
+    boot, _, namespace = rest.rpartition("/")[2].rpartition("-")
+    here = _here()
+    if boot == here[0] and namespace != here[1]:
+        return True
     try:
         return pid.isdigit() and driver_label(int(pid)) == label
     except (FileNotFoundError, ProcessLookupError):
