@@ -159,13 +159,21 @@ class DockerBackend:
                 with daemon_boundary(f"start a container of {self._image}"):
                     async with asyncio.timeout(REQUEST_TIMEOUT_S):
                         create = asyncio.create_task(self._daemon.docker.containers.create(self._container(folder)))
-                        container = await asyncio.shield(create)
+                        try:
+                            container = await asyncio.shield(create)
+                        except DockerError as e:
+                            if folder in e.message or str(GUEST) in e.message:
+                                raise _outside("files") from e
+                            raise
                         stream = container.attach(stdout=True, stderr=True)
                         await stream.__aenter__()
                         words = asyncio.create_task(_last_words(stream), name="container's stderr")
                         await container.start()
                 control = await _accept(listener, words)
             pid, _, _ = struct.unpack("3i", control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            if pid == 0:
+                control.close()
+                raise _outside("processes")
             launched = DockerLaunched(self, container, control, pid, words, uids)
         except BaseException:
             if words is not None:
@@ -196,11 +204,15 @@ class DockerBackend:
         tmpfs = f"rw,exec,nosuid,nodev,mode=1733,size={(FOLDER_MB_PER_SESSION * sessions) << 20},nr_inodes={INODES_PER_SESSION * sessions}"
         host: dict[str, Any] = {
             "AutoRemove": True,
-            "Binds": [f"{folder}/control:/l0fast/control", f"{GUEST}/guest:/l0fast/guest:ro"],
             "CapAdd": ["SETUID", "SETGID"],
             "CapDrop": ["ALL"],
             "IpcMode": "none",
             "LogConfig": {"Type": "none"},
+            # not as Binds, for which a daemon that does not see our files makes folders of these names
+            "Mounts": [
+                {"Type": "bind", "Source": f"{folder}/control", "Target": "/l0fast/control"},
+                {"Type": "bind", "Source": f"{GUEST}/guest", "Target": "/l0fast/guest", "ReadOnly": True},
+            ],
             "NetworkMode": "none",
             "ReadonlyRootfs": True,
             "SecurityOpt": ["no-new-privileges"],
@@ -281,6 +293,13 @@ async def _last_words(stream: Any) -> str:
     finally:
         await stream.close()
     return said.decode("utf-8", "replace").strip()
+
+
+def _outside(what: str) -> SandboxError:
+    return SandboxError(
+        f"the daemon does not share {what} with this process, which is in a container itself: run that one with --pid host "
+        f"-v {tempfile.gettempdir()}:{tempfile.gettempdir()} -v {GUEST}:{GUEST}, or take another kind of sandbox"
+    )
 
 
 @contextmanager

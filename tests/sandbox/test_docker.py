@@ -4,6 +4,7 @@ import asyncio
 import os
 import textwrap
 from contextlib import AsyncExitStack
+from types import SimpleNamespace
 
 import pytest
 
@@ -189,6 +190,19 @@ async def starts_not(pool, said):
 def test_an_image_without_python_is_told_and_leaves_no_container(kind, new_pool, monkeypatch):
     monkeypatch.setattr("l0fast.sandbox.docker.BOOT", "raise SystemExit('no such guest')")
     asyncio.run(starts_not(new_pool(kind), "no such guest"))
+
+
+def test_a_daemon_outside_of_our_container_is_told_and_given_no_folders_to_make(kind, new_pool, monkeypatch, tmp_path):
+    # as with a mounted socket: the daemon looks for our files where it is itself
+    monkeypatch.setattr("l0fast.sandbox.docker.GUEST", tmp_path / "l0fast")
+    asyncio.run(starts_not(new_pool(kind), "does not share files with this process.*-v /tmp:/tmp"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_containers_whose_processes_can_not_be_seen_are_told_with_the_way_out(kind, new_pool, monkeypatch):
+    # the number of a peer in a pid namespace that isn't below ours
+    monkeypatch.setattr("l0fast.sandbox.docker.struct", SimpleNamespace(unpack=lambda *_: (0, 0, 0)))
+    asyncio.run(starts_not(new_pool(kind), "does not share processes with this process.*--pid host"))
 
 
 def test_a_container_that_never_connects_is_removed_at_the_deadline(kind, new_pool, monkeypatch):
