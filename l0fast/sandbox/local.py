@@ -5,6 +5,8 @@
               it lives in a user namespace and sessions share a uid.
     process   the same program without any of that: limits, seccomp, Landlock and, as root, a uid a session.
 
+Root without the capabilities, or with no uids to give, as in most containers, is a user like others (`_uids_to_give`).
+
 Not covered by either: CPU and memory of a shard as a whole (no cgroup), kernel bugs. Not covered by `process` in
 addition: disk space, the list of the machine's processes, and l0fast's own files, with the answers of its tasks, where it
 is installed beside the Python that it runs on.
@@ -13,6 +15,7 @@ is installed beside the Python that it runs on.
 import asyncio
 import json
 import os
+import re
 import select
 import shutil
 import socket
@@ -32,6 +35,8 @@ from l0fast.sandbox.guest.files import remove_tree
 from l0fast.sandbox.launch import BOOT, ETC, FOLDER_MB_PER_SESSION, GUEST, SYSTEM, Uids, environment, guest_config
 
 _SWEEP_TIMEOUT_S = 5.0
+_CAPABILITIES = {"bwrap": (6, 7, 12, 21), "process": (1, 5, 6, 7)}
+"""That a kind needs to give each session a uid: SETGID, SETUID; NET_ADMIN, SYS_ADMIN; DAC_OVERRIDE and KILL to clean up."""
 
 
 def _site_folders(config: SandboxConfig) -> list[str]:
@@ -121,9 +126,13 @@ class LocalBackend:
         self.kind = self.name = kind
         self._config = config
         self.config = guest_config(config)
-        self._root = os.geteuid() == 0
+        num_uids = _uids_to_give(kind)
+        self._own_uids, self._small = num_uids > 0, num_uids < 1 << 31
         lacks = "a limit on a shard's CPU and memory"
         self.lacks: tuple[str, ...] = (lacks,) if kind == "bwrap" else ("namespaces", "a limit on disk", lacks)
+        if not self._own_uids and os.geteuid() == 0 and [0, 0] in [ids[:2] for ids in _id_map("uid")]:
+            # of the machine's root the kernel allows any number
+            self.lacks += ("a limit on processes",)
 
     async def open(self) -> None:
         """Nothing to find first."""
@@ -138,14 +147,14 @@ class LocalBackend:
         root = info = stderr = None
         try:
             ours.setblocking(False)
-            uids = Uids() if self._root else None
+            uids = Uids(small=self._small) if self._own_uids else None
             if self.kind == "bwrap":
                 info, told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
                 opened.append(told)
                 argv, env, config = self._bwrap(told)
             else:
                 root = tempfile.mkdtemp(prefix="l0fast-")
-                os.chmod(root, 0o1733 if self._root else 0o700)
+                os.chmod(root, 0o1733 if self._own_uids else 0o700)
                 argv, env, config = self._process(root, opened)
             config |= {"uid_base": uids.base if uids else None, "uid_count": uids.count if uids else 0}
             stderr = os.memfd_create("stderr", os.MFD_CLOEXEC)
@@ -184,7 +193,7 @@ class LocalBackend:
         def reach(folder: str) -> str:
             # A Python below /root, say, is closed to the sessions' uids. A descriptor of its folder opens it, and
             # nothing beside it, without a change to the folders on the way.
-            if not (self._root and _closed_to_others(folder)):
+            if not (self._own_uids and _closed_to_others(folder)):
                 return folder
             fd = os.open(folder, os.O_PATH | os.O_DIRECTORY)
             opened.append(fd)
@@ -211,7 +220,7 @@ class LocalBackend:
         if bwrap is None:
             raise SandboxError("bubblewrap is not installed (Debian: apt-get install bubblewrap)")
         argv = [bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-        if self._root:
+        if self._own_uids:
             argv += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
         else:
             argv += ["--unshare-user"]
@@ -247,7 +256,7 @@ class LocalBackend:
             argv += ["--tmpfs", str(own), "--remount-ro", str(own)]
         size = (FOLDER_MB_PER_SESSION * self._config.sessions_per_shard) << 20
         argv += ["--ro-bind", str(GUEST / "guest"), "/l0fast/guest"]
-        argv += ["--perms", "1733" if self._root else "0700", "--size", str(size), "--tmpfs", "/agent"]
+        argv += ["--perms", "1733" if self._own_uids else "0700", "--size", str(size), "--tmpfs", "/agent"]
         argv += ["--remount-ro", "/", "--chdir", "/", "--"]
         config = {
             "root": "/agent",
@@ -260,6 +269,28 @@ class LocalBackend:
             "own_pids": True,
         }
         return [*argv, *_python(), "/l0fast"], environment(), config
+
+
+def _uids_to_give(kind: str) -> int:
+    """How many uids there are, from 0 on, that sessions may be given: 0 unless we are root, with the capabilities for it."""
+    (effective,) = re.findall(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())
+    if os.geteuid() != 0 or not all(int(effective, 16) >> number & 1 for number in _CAPABILITIES[kind]):
+        return 0
+    # 2^32 - 1 outside of any user namespace, 65,536 or 1 in a rootless container
+    mapped = min(_mapped("uid"), _mapped("gid"))
+    return mapped if mapped >= 1 << 16 else 0
+
+
+def _mapped(which: str) -> int:
+    end = 0
+    for first, _, count in sorted(_id_map(which)):
+        end += count if first == end else 0
+    return end
+
+
+def _id_map(which: str) -> list[list[int]]:
+    """[first id in this user namespace, the same outside of it, how many] of each range."""
+    return [[int(word) for word in line.split()] for line in Path(f"/proc/self/{which}_map").read_text().splitlines()]
 
 
 def _python() -> Sequence[str]:

@@ -66,6 +66,31 @@ def test_a_zygote_that_may_not_fork_removes_a_folder_when_it_may_again(new_pool,
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+@pytest.mark.parametrize("become", ["setpriv --bounding-set=-all", "unshare --user --map-root-user"])
+def test_root_that_can_give_no_uids_has_a_sandbox_as_a_user_has(become):
+    """As in a container without capabilities, or in a rootless one with a single uid."""
+    if os.geteuid() != 0 or subprocess.run([*become.split(), "true"], capture_output=True).returncode != 0:
+        pytest.skip(f"{become} does not work here")
+    code = """if True:
+        import asyncio
+        from l0fast.config import SandboxConfig
+        from l0fast.sandbox import open_sandbox
+
+        async def main():
+            async with open_sandbox(SandboxConfig(kind="process"), max_sessions=1, log=print) as sandbox:
+                async with sandbox.session({}, seed=0) as session:
+                    print((await session.execute("6 * 7")).output)
+
+        asyncio.run(main())
+    """
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
+    ran = subprocess.run([*become.split(), sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    said, _, rest = ran.stdout.partition("\n")
+    assert rest.split() == ["42"], ran.stderr
+    assert "without a uid per session" in said
+    assert "a limit on processes" in said
+
+
 @pytest.mark.parametrize("kind", ["process", "bwrap"], indirect=True)
 def test_a_machines_lower_limits_are_a_sessions(kind):
     code = """if True:
