@@ -45,6 +45,7 @@ from l0fast.evaluation.benchmarks import Benchmark, load_benchmarks
 from l0fast.evaluation.direct import DirectAnswerer
 from l0fast.evaluation.episodes import Episodes, Outcome, fingerprint, read_outcomes
 from l0fast.evaluation.report import compared, comparison_table, figures, summary, write_report
+from l0fast.first_process import step_back
 from l0fast.garbage import OldObjects, old_objects_aside
 from l0fast.loop_lag import LoopLag
 from l0fast.policies import GENERAL_AGENT, Policy, open_policy
@@ -416,4 +417,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    step_back()
     sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from l0fast.errors import L0fastError, UsageError, known
+from l0fast.first_process import step_back
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,4 +46,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    step_back()
     sys.exit(main())

@@ -36,6 +36,7 @@ import aiohttp
 from l0fast.children import Child, child
 from l0fast.engine.sglang_process import has_small_heads
 from l0fast.errors import EngineError, L0fastError, UsageError
+from l0fast.first_process import step_back
 from l0fast.policies import Policy, open_policy
 from l0fast.run_dir import command
 
@@ -306,4 +307,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    step_back()
     sys.exit(main(sys.argv[1:]))

@@ -29,6 +29,7 @@ from l0fast.agent.parsing import parse_action
 from l0fast.ask import ask, task_of
 from l0fast.engine.openai import EndpointConfig
 from l0fast.errors import L0fastError, UsageError
+from l0fast.first_process import step_back
 from l0fast.ids import Ids
 from l0fast.report.notebook import INTERRUPTED, save_notebook
 from l0fast.tools.registry import known_tools
@@ -290,4 +291,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    step_back()
     sys.exit(main(sys.argv[1:]))

@@ -24,6 +24,7 @@ from l0fast.corpus.embeddings import EmbeddingsConfig, open_embedder
 from l0fast.corpus.index import Corpus, Found, build, open_corpus
 from l0fast.corpus.read import Reader
 from l0fast.errors import L0fastError, UsageError
+from l0fast.first_process import step_back
 
 Say = Callable[[str], None]
 
@@ -122,4 +123,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    step_back()
     sys.exit(main(sys.argv[1:]))

@@ -33,6 +33,7 @@ from l0fast.engine.base import TextEngine
 from l0fast.engine.openai import EndpointConfig, endpoint_url, openai_engine
 from l0fast.errors import EngineError, UsageError
 from l0fast.files import whole_file, write_whole
+from l0fast.first_process import step_back
 from l0fast.tasks.sources import Problem, parse_source, read_tasks, source_name
 from l0fast.types import Task
 
@@ -288,4 +289,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    step_back()
     sys.exit(main(sys.argv[1:]))

@@ -30,6 +30,7 @@ from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.config import RunConfig, SandboxConfig
 from l0fast.engine.simulated import SimulatedEngine
 from l0fast.errors import UsageError, WorldError
+from l0fast.first_process import step_back
 from l0fast.rollout.rollouts import play_all
 from l0fast.run_dir import command
 from l0fast.sandbox import open_sandbox
@@ -218,4 +219,5 @@ if __name__ == "__main__":
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
         os.execv(sys.executable, [sys.executable, "-m", "l0fast.warm_start", *sys.argv[1:]])
+    step_back()
     sys.exit(main())
