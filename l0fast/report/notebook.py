@@ -12,7 +12,6 @@ The words are the model's own. Their Markdown shows no images and holds no HTML:
 Running the cells is another matter: they then have the reader's rights, not a sandbox's, and the heading says so.
 """
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import orjson
 
 from l0fast.agent.parsing import parse_action
 from l0fast.errors import UsageError
+from l0fast.files import whole_file
 from l0fast.types import ToolCall, Trajectory, Turn
 
 INTERRUPTED = "Interrupted"
@@ -133,14 +133,11 @@ def save_notebook(path: Path, trajectory: Trajectory, advantages: Sequence[float
     Raises:
         UsageError: something is there already, or it can't be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(orjson.dumps(notebook(trajectory, advantages), option=orjson.OPT_INDENT_2))
-        try:
-            # unlike a rename, a link never replaces
-            os.link(partial, path)
-        finally:
-            partial.unlink()
+        with whole_file(path) as partial:
+            partial.write_bytes(orjson.dumps(notebook(trajectory, advantages), option=orjson.OPT_INDENT_2))
+            # what takes its place replaces our own file alone; a link never replaces, but many file systems have none
+            path.touch(exist_ok=False)
     except FileExistsError as e:
         raise UsageError(f"{path} is there already, and a notebook never overwrites: name another, or move it") from e
     except OSError as e:

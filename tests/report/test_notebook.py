@@ -1,6 +1,7 @@
 """Notebooks of trajectories: valid, runnable, and the same again when they are run."""
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -172,6 +173,16 @@ def test_a_cell_that_is_run_twice_gets_its_last_answer_again(played: Trajectory)
     assert asked == ["answer 1 to Norway (1)", "answer 2 to Norway (1)", "answer 2 to Norway (1)"]
     with pytest.raises(LookupError, match="was not called with"):
         scope["search"]("Mars")
+
+
+def test_a_notebook_needs_no_hard_links(played: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def link(*args, **kw):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    # as on storage behind FUSE
+    monkeypatch.setattr("os.link", link)
+    save_notebook(tmp_path / "book.ipynb", played)
+    assert [path.name for path in tmp_path.iterdir()] == ["book.ipynb"]
 
 
 def test_a_notebook_never_overwrites(played: Trajectory, tmp_path: Path):
