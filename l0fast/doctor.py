@@ -106,11 +106,10 @@ def _cores() -> Finding:
 
 
 def _memory() -> Finding:
-    free_gb = _meminfo("MemAvailable") / 1e9
-    limit = _cgroup_limit("memory", "memory.limit_in_bytes", "memory.max")
-    if limit is not None:
-        free_gb = min(free_gb, limit / 1e9)
-    within = "" if limit is None else f", within this cgroup's {limit / 1e9:.1f} GB"
+    free_gb, within = _meminfo("MemAvailable") / 1e9, ""
+    for limit, file in _cgroup_limits("memory", "memory.limit_in_bytes", "memory.max"):
+        if (room_gb := (limit - _memory_used(file.parent)) / 1e9) <= free_gb:
+            free_gb, within = room_gb, f", within this cgroup's {limit / 1e9:.1f} GB"
     return _enough("memory", free_gb, MEMORY_GB, f"{free_gb:.1f} GB free{within}", "end other programs")
 
 
@@ -396,21 +395,32 @@ def _meminfo(name: str) -> int:
     raise LookupError(f"/proc/meminfo has no {name}")
 
 
-def _cgroup_limit(
+def _memory_used(cgroup: Path) -> int:
+    """[bytes]; without files that were read, which make room."""
+    used = next(cgroup / name for name in ("memory.current", "memory.usage_in_bytes") if (cgroup / name).exists())
+    stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    return int(used.read_text()) - int(stat.get("total_inactive_file") or stat["inactive_file"])
+
+
+def _cgroup_limit(controller: str, v1: str, v2: str) -> int | None:
+    """The tightest limit from this process's cgroup up to the root; None where there is none."""
+    return min((limit for limit, _ in _cgroup_limits(controller, v1, v2)), default=None)
+
+
+def _cgroup_limits(
     controller: str, v1: str, v2: str, own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
-) -> int | None:
-    """The tightest limit from this process's cgroup up to the root, read from files `v1` or `v2`; None where there is none."""
-    limits = []
+) -> Iterator[tuple[int, Path]]:
+    """Each limit from this process's cgroup up to the root, with the file `v1` or `v2` that it was read from."""
     for line in own.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
         root, name = (mounted / controller, v1) if controllers else (mounted, v2)
         here = root / path.lstrip("/")
-        files = [folder / name for folder in (here, *here.parents) if folder.is_relative_to(root)]
-        limits += [file.read_text().strip() for file in files if file.is_file()]
-    # "max", or near 2^63, is none
-    return min((int(text) for text in limits if text.isdigit() and int(text) < 1 << 60), default=None)
+        for file in (folder / name for folder in (here, *here.parents) if folder.is_relative_to(root)):
+            # "max", or near 2^63, is none
+            if file.is_file() and (text := file.read_text().strip()).isdigit() and int(text) < 1 << 60:
+                yield int(text), file
 
 
 # --- saying it -------------------------------------------------------------------------------------------------------

@@ -167,16 +167,28 @@ def test_the_compiler_that_sglang_will_run_is_the_one_looked_for(tmp_path: Path,
 @pytest.mark.parametrize(("free_gb", "mark"), [(2.9, "missing"), (3.1, "ok")])
 def test_memory_has_to_be_enough(free_gb: float, mark: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "_meminfo", lambda name: free_gb * 1e9)
-    monkeypatch.setattr(doctor, "_cgroup_limit", lambda *files: None)
+    monkeypatch.setattr(doctor, "_cgroup_limits", lambda *files: [])
     assert doctor._memory().mark == mark
 
 
-def test_a_cgroups_limit_is_the_memory_there_is(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("used", "stat"),
+    [
+        ("memory.current", "anon 3000000000\ninactive_file 1000000000\n"),
+        ("memory.usage_in_bytes", "inactive_file 0\ntotal_inactive_file 1000000000\n"),
+    ],
+)
+def test_what_a_cgroup_has_left_is_the_memory_there_is(
+    used: str, stat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Other runs in a container take of its limit; files that they have read don't."""
+    (tmp_path / used).write_text("4000000000\n")
+    (tmp_path / "memory.stat").write_text(stat)
     monkeypatch.setattr(doctor, "_meminfo", lambda name: 64e9)
-    monkeypatch.setattr(doctor, "_cgroup_limit", lambda *files: int(1e9))
+    monkeypatch.setattr(doctor, "_cgroup_limits", lambda *files: [(int(5e9), tmp_path / "limit")])
     found = doctor._memory()
     assert found.mark == "missing"
-    assert "1.0 GB" in found.what
+    assert found.what.startswith("2.0 GB free, within this cgroup's 5.0 GB")
 
 
 @pytest.mark.parametrize(
@@ -208,8 +220,8 @@ def test_the_tightest_cgroup_on_the_way_up_counts(lines: str, files: dict[str, s
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
-    found = doctor._cgroup_limit("memory", "memory.limit_in_bytes", "memory.max", tmp_path / "self", tmp_path)
-    assert found == limit
+    found = doctor._cgroup_limits("memory", "memory.limit_in_bytes", "memory.max", tmp_path / "self", tmp_path)
+    assert min((number for number, _ in found), default=None) == limit
 
 
 def test_a_daemon_that_is_not_there_is_a_line_with_a_way_out():
