@@ -241,13 +241,16 @@ class Worker:
         status = self._process.returncode
         if self._closing or status is None:
             return self._error(f"{self.name} (pid {self.pid}) was closed")
+        perhaps = ""
         if status >= 0:
             how = f"ended with exit status {status}"
         elif self._lingered:
             how = f"hung up, and was ended as it had not ended {_LINGER_S:g} s later"
         else:
             how = f"was killed by {signal.Signals(-status).name}"
-        return self._error(self._with_last_words(how + _at(self.sign)))
+            if status == -signal.SIGKILL:
+                perhaps = ", as the kernel does where memory is short, also that of a container alone"
+        return self._error(self._with_last_words(how + _at(self.sign) + perhaps))
 
     def _with_last_words(self, how: str) -> str:
         end = self._log.seek(0, os.SEEK_END)
