@@ -195,7 +195,7 @@ def _bwrap() -> Finding:
     tried = subprocess.run(argv, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S - 1)
     if tried.returncode == 0:
         return Finding("bubblewrap", "ok", f"{version}, starts")
-    return Finding("bubblewrap", "can't", f"{version}: {tried.stderr.strip()}", _ALLOW_USER_NAMESPACES)
+    return Finding("bubblewrap", "can't", f"{version}: {tried.stderr.strip()}", _allow_user_namespaces())
 
 
 def _seccomp() -> Finding:
@@ -221,7 +221,7 @@ def _user_namespaces() -> Finding:
     tried = subprocess.run(["unshare", "--user", "true"], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S - 1)
     if tried.returncode == 0:
         return Finding("user namespaces", "ok", "can be made")
-    return Finding("user namespaces", "can't", tried.stderr.strip(), _ALLOW_USER_NAMESPACES)
+    return Finding("user namespaces", "can't", tried.stderr.strip(), _allow_user_namespaces())
 
 
 def _cgroups() -> Finding:
@@ -300,7 +300,18 @@ async def _sandbox(kinds: Sequence[str]) -> Finding:
 
 # --- looking ---------------------------------------------------------------------------------------------------------
 
-_ALLOW_USER_NAMESPACES = "sysctl -w kernel.unprivileged_userns_clone=1 kernel.apparmor_restrict_unprivileged_userns=0"
+
+def _allow_user_namespaces(sysctls: Path = Path("/proc/sys")) -> str:
+    wanted = {"kernel.unprivileged_userns_clone": "1", "kernel.apparmor_restrict_unprivileged_userns": "0"}
+    files = {name: sysctls / name.replace(".", "/") for name in wanted}
+    wrong = [
+        f"{name}={wanted[name]}" for name, f in files.items() if f.exists() and f.read_text().strip() != wanted[name]
+    ]
+    if wrong:
+        return f"sysctl -w {' '.join(wrong)}"
+    # no setting of the machine's is in the way
+    return "in a container: docker run --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
+
 
 _PROBES: list[tuple[str, Probe, float]] = [
     ("system", _system, PROBE_TIMEOUT_S),

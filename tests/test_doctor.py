@@ -224,6 +224,18 @@ def test_the_tightest_cgroup_on_the_way_up_counts(lines: str, files: dict[str, s
     assert min((number for number, _ in found), default=None) == limit
 
 
+@pytest.mark.parametrize(
+    ("clone", "fix"),
+    [("0", "sysctl -w kernel.unprivileged_userns_clone=1"), ("1", "seccomp=unconfined"), (None, "seccomp=unconfined")],
+)
+def test_user_namespaces_are_allowed_by_what_forbids_them(clone: str | None, fix: str, tmp_path: Path):
+    """A container's filter of system calls, where no setting of the machine does."""
+    (tmp_path / "kernel").mkdir()
+    if clone is not None:
+        (tmp_path / "kernel/unprivileged_userns_clone").write_text(f"{clone}\n")
+    assert fix in doctor._allow_user_namespaces(tmp_path)
+
+
 def test_a_daemon_that_is_not_there_is_a_line_with_a_way_out():
     (found,) = asyncio.run(doctor._docker())
     assert (found.name, found.mark) == ("Docker", "missing")
