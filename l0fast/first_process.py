@@ -5,12 +5,15 @@ lost there, and the orchestrator kills all of it when its patience is over. And 
 process 1, and stays a zombie, which counts as a process, until that has asked for his exit code.
 """
 
+import math
 import os
 import signal
-from contextlib import suppress
+import time
 
 _HANDED_ON = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 _SI_KERNEL = 0x80
+_LINGER_S = 3.0
+"""For what the child leaves behind to clean up, as a zygote does: the end of process 1 kills all [s]."""
 
 
 def step_back() -> None:
@@ -26,13 +29,17 @@ def step_back() -> None:
     if child == 0:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return
-    while True:
-        told = signal.sigwaitinfo(signals)
+    code, until = 0, math.inf
+    while (left_s := until - time.monotonic()) > 0:
+        told = signal.sigtimedwait(signals, min(left_s, 3600.0))
         # Ctrl-C at a terminal has reached the child too
-        if told.si_signo != signal.SIGCHLD and told.si_code != _SI_KERNEL:
+        if told and told.si_signo != signal.SIGCHLD and told.si_code != _SI_KERNEL and until == math.inf:
             os.kill(child, told.si_signo)
-        with suppress(ChildProcessError):
+        try:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if ended[0] == child:
-                    code = os.waitstatus_to_exitcode(ended[1])
-                    os._exit(code if code >= 0 else 128 - code)
+                    code, until = os.waitstatus_to_exitcode(ended[1]), time.monotonic() + _LINGER_S
+        except ChildProcessError:
+            # all have ended
+            break
+    os._exit(code if code >= 0 else 128 - code)

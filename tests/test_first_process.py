@@ -63,6 +63,20 @@ def test_its_exit_code_is_the_containers():
         assert process.wait(20) == 7
 
 
+def test_who_outlives_it_has_time_to_clean_up(tmp_path):
+    """As a zygote has sessions and their folders to remove when its driver has ended."""
+    code = f"""if True:
+        import subprocess
+        from l0fast.first_process import step_back
+
+        step_back()
+        subprocess.Popen("sleep 0.2; touch {tmp_path}/clean", shell=True)
+    """
+    with first_process("-c", code) as process:
+        assert process.wait(20) == 0
+    assert (tmp_path / "clean").exists()
+
+
 def test_an_evaluation_ends_when_its_container_is_stopped(tmp_path):
     words = ("-m", "l0fast.evaluate", "geography", "--on", "geography", "--out", str(tmp_path / "out"))
     with first_process(*words, "--sandbox.kind", "process") as process:
