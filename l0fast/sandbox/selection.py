@@ -67,7 +67,7 @@ def _backend(kind: str, config: SandboxConfig, log: Callable[[str], None]) -> Ba
 
 def _pool(backend: Backend, config: SandboxConfig, max_sessions: int) -> SandboxPool:
     needed = math.ceil(max_sessions / config.sessions_per_shard)
-    wanted = min(max_sessions, (os.cpu_count() or 1) // CORES_PER_SHARD)
+    wanted = min(max_sessions, len(os.sched_getaffinity(0)) // CORES_PER_SHARD)
     return SandboxPool(
         backend,
         num_shards=max(needed, wanted, 1),

@@ -1,6 +1,7 @@
 """Which sandbox is taken, what is said about it, and when it is refused."""
 
 import asyncio
+import os
 import re
 
 import pytest
@@ -29,6 +30,15 @@ def test_the_kind_asked_for_is_opened_and_one_line_says_what_it_has_and_lacks(ki
     assert got == kind
     assert len(said) == 1
     assert re.match(rf"sandbox: {kind}\b.*, Python 3.* with .*; without .*a limit on a shard's CPU", said[0])
+
+
+def test_shards_are_as_many_as_the_cores_that_this_process_may_use_are_for(monkeypatch):
+    """Of a machine of 192 cores a container has eight, say."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 192)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    config = SandboxConfig(kind="process")
+    pool = selection._pool(selection._backend("process", config, print), config, 100)
+    assert pool._num_shards == 8 // selection.CORES_PER_SHARD
 
 
 @pytest.fixture
