@@ -274,8 +274,7 @@ class SGLangEngine:
         if self._asleep:
             return
         self._open.clear()
-        for deadline in self._deadlines:
-            deadline.reschedule(None)
+        self._move_deadlines(None)
         if self._retracts:
             await self._tm.pause_generation(self._io.PauseGenerationReqInput(mode="retract"))
         elif self._calls:
@@ -288,6 +287,7 @@ class SGLangEngine:
     @asynccontextmanager
     async def _paused(self) -> AsyncIterator[None]:
         """Nothing is computed, and nothing of what was will be used, while the block runs; awake afterwards."""
+        self._move_deadlines(None)
         if self._retracts:
             if not self._asleep:
                 await self._tm.pause_generation(self._io.PauseGenerationReqInput(mode="retract"))
@@ -302,10 +302,14 @@ class SGLangEngine:
                 await self._flush(timeout_s=self._config.request_timeout_s)
             yield
         self._asleep = False
+        self._move_deadlines(self._loop.time() + self._config.request_timeout_s)
+        self._open.set()
+
+    def _move_deadlines(self, when: float | None) -> None:
+        """Of requests; None: time that passes is not theirs. One that has passed stays so."""
         for deadline in self._deadlines:
             if not deadline.expired():
-                deadline.reschedule(self._loop.time() + self._config.request_timeout_s)
-        self._open.set()
+                deadline.reschedule(when)
 
     async def _flush(self, timeout_s: float | None) -> None:
         flushed = await self._tm.flush_cache(timeout_s=timeout_s)

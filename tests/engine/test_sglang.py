@@ -250,6 +250,29 @@ def test_a_missed_deadline_is_an_engine_error_and_leaves_the_scheduler(running, 
     running.run(main())
 
 
+def test_time_in_which_new_weights_come_is_no_requests(running, engine, model, monkeypatch):
+    take = engine._take_buckets
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        task = asyncio.create_task(engine.generate(PROMPT, sampling(390), conversation="late"))
+        await until_running(engine, 1)
+        (deadline,), due = engine._deadlines, loop.time() + 0.2
+        deadline.reschedule(due)
+
+        async def take_late(*weights):
+            # the clock is the loop's
+            while loop.time() <= due:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await take(*weights)
+
+        monkeypatch.setattr(engine, "_take_buckets", take_late)
+        await running.update(model)
+        return await task
+
+    assert len(running.run(main()).version_spans) == 2
+
+
 def test_sigterm_stays_ours(running, engine):
     async def main():
         seen = asyncio.Event()
