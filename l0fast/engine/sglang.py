@@ -354,8 +354,8 @@ class SGLangEngine:
 
     @property
     def progress(self) -> float:
-        """When it answered last, or told what it had sampled."""
-        return self._tm.last_receive_tstamp
+        """When it answered last, or told what it had sampled; and prompt tokens computed, over which it says nothing."""
+        return self._tm.last_receive_tstamp + self.load().prefill_tokens
 
     async def failed(self) -> None:
         await self._failed.wait()

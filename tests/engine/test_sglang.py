@@ -273,6 +273,26 @@ def test_time_in_which_new_weights_come_is_no_requests(running, engine, model, m
     assert len(running.run(main()).version_spans) == 2
 
 
+def test_prompts_being_computed_are_progress_although_nothing_is_said_of_them(running, engine):
+    tm, io = engine._tm, engine._io
+
+    async def main():
+        # fifty tokens, after which it says something, take seconds
+        await tm.slow_down(io.SlowDownReqInput(forward_sleep_time=0.1))
+        said, computed, progress = tm.last_receive_tstamp, engine.load().prefill_tokens, engine.progress
+        task = asyncio.create_task(engine.generate([9] * 50, sampling(300), conversation="long"))
+        async with asyncio.timeout(60):
+            while engine.load().prefill_tokens == computed:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        assert tm.last_receive_tstamp == said
+        assert engine.progress > progress
+        await tm.slow_down(io.SlowDownReqInput(forward_sleep_time=None))
+        task.cancel()
+        await until_running(engine, 0)
+
+    running.run(main())
+
+
 def test_sigterm_stays_ours(running, engine):
     async def main():
         seen = asyncio.Event()
