@@ -128,15 +128,14 @@ class SGLangEngine:
             raise
         except self._refusals as e:
             raise EngineError(f"sglang refused a request: {e}") from e
-        about, sampled = answer["meta_info"], answer["output_ids"]
-        end = start + len(sampled)
-        response.add(
-            sampled, [logprob for logprob, *_ in about["output_token_logprobs"]], _spans(about, start, end, version)
-        )
-        self._count(conversation, ids, sampled, about)
-        if response.cached_tokens is None:
-            response.cached_tokens = about["cached_tokens"]
-        reason = about["finish_reason"]
+        about, reason = answer["meta_info"], answer["meta_info"]["finish_reason"]
+        if "cached_tokens" in about:
+            # else it was aborted while it waited
+            sampled, logprobs = answer["output_ids"], [logprob for logprob, *_ in about["output_token_logprobs"]]
+            response.add(sampled, logprobs, _spans(about, start, start + len(sampled), version))
+            self._count(conversation, ids, sampled, about)
+            if response.cached_tokens is None:
+                response.cached_tokens = about["cached_tokens"]
         if reason["type"] == "stop":
             # at one of our ids, which ends it, or at one of the model's own, after which we ask for more
             if isinstance(reason["matched"], str):

@@ -227,6 +227,23 @@ def test_responses_under_way_go_on_under_new_weights(running, engine, model, mon
         assert error(other, prompt, sampled, new.start) <= 1e-5
 
 
+def test_requests_that_wait_for_a_slot_are_aborted_and_sent_again_too(running, engine, model, monkeypatch):
+    monkeypatch.setattr(engine, "_retracts", False)
+    asked = prompts(CONFIG.slots + 6)
+
+    async def main():
+        answers = asyncio.create_task(all_of(engine, asked, sampling(100)))
+        async with asyncio.timeout(60):
+            while not engine.load().waiting:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        await running.update(model)
+        return await answers
+
+    for prompt, sampled in zip(asked, running.run(main()), strict=True):
+        assert len(sampled.response_ids) == 100
+        assert error(model, prompt, sampled) <= 1e-5
+
+
 def test_a_cancelled_request_leaves_the_scheduler(running, engine):
     async def main():
         task = asyncio.create_task(engine.generate(PROMPT, sampling(390), conversation="cancelled"))
