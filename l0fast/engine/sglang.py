@@ -317,8 +317,8 @@ class SGLangEngine:
     def load(self) -> EngineLoad:
         """As the scheduler has written it down last; sums of what was answered."""
         now = self._tm.load_snapshot_reader.read(0)
-        if now is None:
-            # nothing before its first request; the gate is open until it knows how much there is
+        if now is None or not now.max_total_num_tokens:
+            # nothing before its first request, or zeros; the gate is open until it knows how much there is
             return EngineLoad(running=0, waiting=0, used_tokens=0, max_tokens=self._kv_tokens)
         # from 0.5.21
         prefilled = getattr(now, "total_prefill_uncached_tokens", 0)

@@ -13,7 +13,6 @@ import tempfile
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,11 +111,21 @@ async def all_of(engine: SGLangEngine, prompts: list[list[int]], sampling: Sampl
     return [task.result() for task in tasks]
 
 
-def test_the_gate_knows_how_large_the_cache_is_before_the_scheduler_has_said_anything(running, engine, monkeypatch):
+def test_the_gate_knows_how_large_the_cache_is_before_the_scheduler_has_said_anything(
+    running, engine, monkeypatch, tmp_path
+):
+    from sglang.srt.managers.load_snapshot import (  # pyright: ignore[reportMissingImports]
+        ShmLoadSnapshotReader,
+        ShmLoadSnapshotWriter,
+    )
+
     running.run(engine.generate(PROMPT, sampling(2), conversation="first"))
-    said = engine.load().max_tokens
-    monkeypatch.setattr(engine._tm, "load_snapshot_reader", SimpleNamespace(read=lambda rank: None))
+    said, file = engine.load().max_tokens, str(tmp_path / "loads.shm")
+    monkeypatch.setattr(engine._tm, "load_snapshot_reader", ShmLoadSnapshotReader(file, 1))
     assert engine.load().max_tokens == said > 0
+    # the scheduler makes it when it starts, and writes its first load when it has nothing to do
+    ShmLoadSnapshotWriter(file, 1, 0)
+    assert engine.load().max_tokens == said
 
 
 def test_greedy_ids_are_transformers(running, engine, model):
