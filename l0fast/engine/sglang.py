@@ -18,6 +18,7 @@ Sampling.seed has no effect: SGLang draws from one generator, in the order in wh
 
 import asyncio
 import itertools
+import math
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -132,6 +133,9 @@ class SGLangEngine:
         if "cached_tokens" in about:
             # else it was aborted while it waited
             sampled, logprobs = answer["output_ids"], [logprob for logprob, *_ in about["output_token_logprobs"]]
+            if not all(map(math.isfinite, logprobs)):
+                # it samples id 0, then
+                raise EngineError("the model's logits are not finite: did training diverge?")
             response.add(sampled, logprobs, _spans(about, start, start + len(sampled), version))
             self._count(conversation, ids, sampled, about)
             if response.cached_tokens is None:

@@ -478,6 +478,19 @@ def test_the_account_says_what_was_computed_and_what_was_found(running, engine, 
     assert after.decode_s > before.decode_s
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_logits_that_are_not_finite_are_a_loud_failure(running, engine, temperature):
+    diverged = tiny_model(0)
+    torch.nn.init.constant_(diverged.get_parameter("model.norm.weight"), float("nan"))
+
+    async def main():
+        await running.update(diverged)
+        with pytest.raises(EngineError, match="not finite: did training diverge"):
+            await engine.generate(PROMPT, sampling(5, temperature=temperature), conversation="diverged")
+
+    running.run(main())
+
+
 def test_refused_weights_end_the_engine_with_the_reason(running, engine):
     # it may say so, or die of it
     reason = "could not take the weights of version 1000|ended with exit status"
