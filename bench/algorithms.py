@@ -4,7 +4,7 @@
 
 Runs `python -m l0fast.run`, one after the other, and only reads what the runs left. Nothing is tuned for any of them: all
 else is as in the recipe, the learning rate too. Prints the machine, a table and one JSON line; with --results also writes
-algorithms.json there. One seed: what is a few hundredths apart may be the other way round for another.
+algorithms.json there. LoRA wants `pip install -e '.[lora]'`. One seed: what is a few hundredths apart may be the other way round for another.
 """
 
 import argparse
