@@ -14,7 +14,6 @@ The learner's part is learner/cost.py's arithmetic.
 """
 
 import importlib.util
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Literal
 
 import orjson
 
+from l0fast import nvidia_smi
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
 from l0fast.learner import cost
@@ -193,11 +193,4 @@ def check_layout(config: RunConfig, model_path: Path, *, gpus: int, memories: Se
 
 def gpu_memories() -> list[float]:
     """Of this machine's GPUs, without importing torch [bytes]. Raises UsageError where nvidia-smi does not work."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-        return [float(line) * 2**20 for line in said.split()]
-    except (OSError, subprocess.SubprocessError, ValueError) as e:
-        raise UsageError(
-            f"{' '.join(command)} does not say how much memory the GPUs have ({e}): is the NVIDIA driver in order?"
-        ) from e
+    return [mib * 2**20 for [mib] in nvidia_smi.ask(("memory.total",), "how much memory the GPUs have", UsageError)]

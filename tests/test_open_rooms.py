@@ -24,6 +24,16 @@ class ThatWasAll(Exception):
     """Raised where the test has seen enough."""
 
 
+def open_until_that_was_all(config: RunConfig, run_dir) -> None:
+    async def main():
+        meters = Meters(config, run_dir, log=lambda line: None, warn=lambda line: None)
+        async with rooms.open_rooms(config, run_dir, meters, lambda line: None):
+            pass
+
+    with pytest.raises(ThatWasAll):
+        asyncio.run(main())
+
+
 def test_searches_are_indexed_in_another_thread(monkeypatch: pytest.MonkeyPatch, tmp_path):
     indexed: dict[tuple[str, ...], threading.Thread] = {}
 
@@ -36,13 +46,7 @@ def test_searches_are_indexed_in_another_thread(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(rooms, "LocalSearch", index)
     monkeypatch.setattr(rooms, "open_sandbox", opened_next)
 
-    async def main():
-        meters = Meters(CONFIG, tmp_path, log=lambda line: None, warn=lambda line: None)
-        async with rooms.open_rooms(CONFIG, tmp_path, meters, lambda line: None):
-            pass
-
-    with pytest.raises(ThatWasAll):
-        asyncio.run(main())
+    open_until_that_was_all(CONFIG, tmp_path)
     assert indexed.keys() == {tuple(corpus) for corpus in load_curriculum(CONFIG).corpora.values()}
     assert threading.current_thread() not in indexed.values()
 
@@ -61,13 +65,7 @@ def test_a_learner_beside_sglang_is_on_the_gpus_that_were_dealt_out(monkeypatch:
     monkeypatch.setattr(rooms, "learner", opened)
     config = CONFIG.model_copy(update={"engine": CONFIG.engine.model_copy(update={"kind": "sglang"})})
 
-    async def main():
-        meters = Meters(config, tmp_path, log=lambda line: None, warn=lambda line: None)
-        async with rooms.open_rooms(config, tmp_path, meters, lambda line: None):
-            pass
-
-    with pytest.raises(ThatWasAll):
-        asyncio.run(main())
+    open_until_that_was_all(config, tmp_path)
 
 
 def test_a_demonstrator_learns_its_worlds_in_another_thread(monkeypatch: pytest.MonkeyPatch, tmp_path):

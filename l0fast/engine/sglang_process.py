@@ -37,7 +37,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import subprocess
 import threading
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -49,6 +48,7 @@ from typing import Any
 
 import orjson
 
+from l0fast import nvidia_smi
 from l0fast.config import EngineConfig
 from l0fast.errors import EngineError, UsageError
 
@@ -320,17 +320,9 @@ def _of_free(share: float, gpus: Iterable[int]) -> float:
         EngineError: nvidia-smi does not work.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = map(str, gpus) if visible is None else [visible.split(",")[gpu].strip() for gpu in gpus]
-    query = ["--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
-    command = ["nvidia-smi", f"--id={','.join(names)}", *query]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-        memories = [[float(mib) for mib in line.split(",")] for line in said.splitlines()]
-        return min(max(share, _MOST_OF_FREE), max(share * total / max(free, 1.0) for total, free in memories))
-    except (OSError, subprocess.SubprocessError, ValueError) as e:
-        raise EngineError(
-            f"{' '.join(command)} does not say how much memory is free ({e}): is the NVIDIA driver in order?"
-        ) from e
+    names = [*map(str, gpus)] if visible is None else [visible.split(",")[gpu].strip() for gpu in gpus]
+    memories = nvidia_smi.ask(("memory.total", "memory.free"), "how much memory is free", EngineError, gpus=names)
+    return min(max(share, _MOST_OF_FREE), max(share * total / max(free, 1.0) for total, free in memories))
 
 
 @contextmanager
