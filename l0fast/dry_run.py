@@ -24,7 +24,7 @@ from l0fast.hub import cached_model, is_hub_name
 from l0fast.layout import engine_kind, gpu_memories, memory_complaint, sglang_layout
 from l0fast.learner import cost
 from l0fast.learner.client import num_gpus
-from l0fast.rooms import absent_packages, check_questions, check_settings, model_folder
+from l0fast.rooms import absent_packages, check_questions, check_settings, hardly_meant, model_folder
 from l0fast.tasks.catalog import DATASETS
 from l0fast.tasks.curriculum import load_curriculum
 from l0fast.tasks.sources import SUFFIXES, load_source, parse_source, source_name
@@ -40,10 +40,13 @@ class DryRun:
     lines: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
     """What this machine lacks, each with the way to get it."""
+    doubt: str | None = None
+    """What is allowed and hardly meant."""
 
     def text(self) -> str:
         absent = [f"absent: {what}" for what in self.absent] or ["nothing that this run needs is absent here"]
-        return "\n".join([*self.lines, "", *absent])
+        doubt = [f"hardly meant: {self.doubt}"] if self.doubt else []
+        return "\n".join([*self.lines, "", *doubt, *absent])
 
 
 def dry_run(invocation: Invocation) -> DryRun:
@@ -53,6 +56,7 @@ def dry_run(invocation: Invocation) -> DryRun:
     result.lines.append(render_plan(invocation))
     task = _questions(config, result)
     folder = _model(config, result)
+    result.doubt = hardly_meant(config, folder)
     _packages(config, result)
     _gpus(config, folder, result)
     _prompt(config, folder, task, result)

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 
 from l0fast import __version__
@@ -119,6 +120,12 @@ def check_settings(config: RunConfig) -> None:
                 "engine.kind = 'simulated' plays demonstrations of the worlds that ship, but task.kind = 'questions': take "
                 "another engine"
             )
+        for name, sources in (("train", task.train), ("eval", task.eval)):
+            if not sources:
+                raise UsageError(
+                    f"task.kind = 'questions' needs some, but task.{name} is empty: name a source, for example "
+                    f"--task.{name} questions.jsonl"
+                )
     else:
         for name, given in (("task.train", task.train), ("task.eval", task.eval), ("tools.use", config.tools.use)):
             if given:
@@ -136,6 +143,30 @@ def check_settings(config: RunConfig) -> None:
             f"learner.stream = 'on', but learner.advantage = {learner.advantage!r} looks at the whole batch as it is "
             "set up: leave it at auto, or take another one, for example --learner.advantage group"
         )
+
+
+_SMALL = 100e6
+"""Weights of a model that may well be trained with what suits the policies that ship [bytes]."""
+_FOR_SMALL = ("agent.prompt", "agent.context_tokens", "agent.max_new_tokens", "learner.lr")
+"""Settings whose defaults suit those policies."""
+
+
+def hardly_meant(config: RunConfig, folder: Path | None) -> str | None:
+    """One sentence on defaults that a general model was left with: in `folder`, or on the hub.
+
+    A response of 72 tokens and a learning rate of 7e-4 are no mistake that a run would notice.
+    """
+    if folder and sum(file.stat().st_size for file in folder.glob("*.safetensors")) < _SMALL:
+        return None
+    default = RunConfig()
+    kept = [name for name in _FOR_SMALL if attrgetter(name)(config) == attrgetter(name)(default)]
+    if not kept:
+        return None
+    settings = ", ".join(f"{name} = {attrgetter(name)(config)}" for name in kept)
+    return (
+        f"{settings}: the default, which suits the small policies that ship, not {config.model.path}: begin with the recipe "
+        "`questions`, which has what general models take, or set that"
+    )
 
 
 def model_folder(path: str) -> Path:

@@ -49,7 +49,7 @@ from l0fast.rollout.modes import Schedule
 from l0fast.rollout.rollouts import Groups, rollouts
 from l0fast.rollout.sampling import DynamicSampling
 from l0fast.rollout.whatif import AdviceError, advise_in_subprocess
-from l0fast.rooms import Rooms, check, model_folder, open_rooms
+from l0fast.rooms import Rooms, check, hardly_meant, model_folder, open_rooms
 from l0fast.run_dir import GroupRow, RunDir, new_run_hint, read_driver_state, resume_hint, step_name
 from l0fast.seeding import derive_seed
 from l0fast.tasks.scoring import Scorer
@@ -79,6 +79,8 @@ async def run(invocation: Invocation) -> int:
             training.go_on(newest_checkpoint(invocation.run_dir, config.num_steps))
             begins = "; ".join((f"going on after step {training.step}", *invocation.changes))
         live.phase(f"l0fast {__version__}, {begins}, writing {invocation.run_dir}")
+        if doubt := hardly_meant(config, model_folder(config.model.path)):
+            live.phase(doubt)
         try:
             interrupted = await _until_interrupted(training.run(), live)
         except BaseException as e:

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from l0fast.cli import parse, shipped_recipes
+from l0fast.config import RunConfig
 from l0fast.dry_run import dry_run
 from l0fast.errors import UsageError
-from l0fast.rooms import check
+from l0fast.rooms import check, hardly_meant
 from l0fast.run import main
 
 BIG = [name for name in shipped_recipes() if name.startswith("l0")]
@@ -113,6 +114,40 @@ def test_a_fault_in_each_kind_of_field_is_named(flags, complaint):
 def test_what_only_questions_of_your_own_have_is_refused_without_them(flag):
     with pytest.raises(UsageError, match="but task.kind = 'geography' has .* set --task.kind questions, or leave"):
         dry_run(parse(["--dry-run", flag, "mine.jsonl"]))
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_questions_of_your_own_want_sources_of_both_kinds(split, tmp_path):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "Who wrote it?", "answer": "A"}) + "\n")
+    with pytest.raises(UsageError, match=f"task.{split} is empty: name a source, for example --task.{split}"):
+        dry_run(
+            parse(
+                [
+                    "questions",
+                    "--dry-run",
+                    f"--task.{'eval' if split == 'train' else 'train'}",
+                    str(tmp_path / "q.jsonl"),
+                ]
+            )
+        )
+
+
+def test_defaults_of_the_small_policies_for_a_general_model_are_said_to_be_hardly_meant(tmp_path, capsys):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "Who wrote it?", "answer": "A"}) + "\n")
+    sources = ["--task.train", str(tmp_path / "q.jsonl"), "--task.eval", str(tmp_path / "q.jsonl")]
+    flags = ["--dry-run", "--model.path", "Qwen/Qwen3-0.6B", "--task.kind", "questions", *sources]
+    assert main([*flags, "--agent.prompt", "full", "--agent.max-new-tokens", "500"]) == 0
+    assert "hardly meant: agent.context_tokens = 640, learner.lr = 0.0007: " in capsys.readouterr().out
+    assert main(["questions", *flags]) == 0
+    assert "hardly meant" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("megabytes", "doubted"), [(99, False), (101, True)])
+def test_how_large_a_model_is_its_weights_say(megabytes, doubted, tmp_path):
+    for name in ("a.safetensors", "b.safetensors"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(megabytes * 500_000)
+    assert (hardly_meant(RunConfig(), tmp_path) is not None) == doubted
 
 
 @pytest.fixture

@@ -110,12 +110,6 @@ class Questions:
     """Sources, mixed by weight."""
 
     def __init__(self, config: TaskConfig) -> None:
-        for name in ("train", "eval"):
-            if not getattr(config, name):
-                raise UsageError(
-                    f"task.kind = 'questions' needs some, but task.{name} is empty: name a source, for example "
-                    f"--task.{name} questions.jsonl"
-                )
         self._train = [load_source(parse_source(text), "train") for text in config.train]
         self._eval = [load_source(parse_source(text), "eval") for text in config.eval]
         for sources in (self._train, self._eval):

@@ -74,9 +74,7 @@ def test_what_became_of_them_is_told_in_shares(files):
     assert shares == {"right": 0.25, "wrong": 0.25, "no_answer": 0.25, "failed": 0.25}
 
 
-def test_missing_and_twice_named_sources_are_refused(files, tmp_path):
-    with pytest.raises(UsageError, match="task.eval is empty"):
-        curriculum(kind="questions", train=files)
+def test_sources_of_one_name_are_refused(files):
     with pytest.raises(UsageError, match="two sources are called a"):
         curriculum(kind="questions", train=(files[0], files[0]), eval=files)
     with pytest.raises(UsageError, match="two sources are called b"):
