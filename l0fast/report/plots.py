@@ -260,6 +260,10 @@ def _held_out_curves(
     ax: "Axes", points: Mapping[str, list[tuple[int, float]]], colour: str, prefix: str, *, name_start: bool = True
 ) -> None:
     """Held-out points joined by lines, and as a dashed line where each began."""
+    last = {kind: reached[-1][1] for kind, reached in points.items()}
+    # figures that would lie on each other move apart
+    close = len(last) == 2 and max(last.values()) - min(last.values()) < 0.05
+    lift = dict(zip(sorted(last, key=last.__getitem__), (-5, 5) if close else (0, 0), strict=False))
     for kind, marker, fill in (("sampled", "o", colour), ("greedy", "s", "white")):
         if kind not in points:
             continue
@@ -271,18 +275,20 @@ def _held_out_curves(
         if steps[0] == 0:
             ax.axhline(values[0], color=colour, ls=(0, (4, 3)), lw=0.8, alpha=0.5, zorder=1)
         ends = [(steps[0], values[0], (6, -10))] if name_start else []
-        ends += [(steps[-1], values[-1], (7, -3))] if len(steps) > 1 else []
+        ends += [(steps[-1], values[-1], (7, -3 + lift[kind]))] if len(steps) > 1 else []
         for x, y, offset in ends:
             ax.annotate(f"{y:.2f}", (x, y), xytext=offset, textcoords="offset points", color=colour, fontweight="bold")
 
 
 def _finish_accuracy(ax: "Axes") -> None:
-    ax.plot([], [], color="black", ls=(0, (4, 3)), lw=0.8, alpha=0.5, label="warm start")
+    ax.plot([], [], color="black", ls=(0, (4, 3)), lw=0.8, alpha=0.5, label="before training")
     # rewards of one's own may lie anywhere
     low, high = ax.dataLim.intervaly
     ax.set(ylabel="accuracy (share right); reward", ylim=(min(0.0, low), max(1.0, high)))
     left, right = ax.dataLim.intervalx
     ax.set_xlim(min(0.0, left), right + 0.08 * max(1.0, right))
+    # there is no half of a step
+    ax.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _add_seconds_axis(ax: "Axes", seconds: Sequence[tuple[int, float]]) -> None:

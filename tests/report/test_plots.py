@@ -76,7 +76,7 @@ def test_the_learning_curve_shows_accuracy_reward_and_what_went_wrong(run_dir: P
     assert list(lines["held-out, sampled"].get_ydata()) == [0.2, 0.45, 0.7]
     assert list(lines["training, right answers"].get_xdata()) == [1, 2, 3, 4]
     assert "training, reward" in lines
-    assert "warm start" in lines
+    assert "before training" in lines
     assert wrong.get_xlabel() == "optimizer step"
     # stacked up to all that is not right
     top = max(path.vertices[:, 1].max() for bands in wrong.collections for path in bands.get_paths())
