@@ -1,6 +1,7 @@
 """What all tests share: a policy folder of the shipped kind (real tokenizer recipe, small random model), and who runs them."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from hypothesis import settings
 # where there is no GPU, kernels run in Triton's interpreter; Triton looks when it is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# a script's `pytest &` has SIGINT ignored, and so would the commands have that tests end by Ctrl-C
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # a busy machine is no failure
 settings.register_profile("l0fast", deadline=None, max_examples=40)
