@@ -26,6 +26,7 @@ import ctypes
 import faulthandler
 import itertools
 import json
+import math
 import mmap
 import os
 import signal
@@ -533,17 +534,10 @@ class SharedWeights:
         views = {}
         for spec in self.specs:
             view = torch.empty(0)
-            if count := _num_elements(spec.shape):
+            if count := math.prod(spec.shape):
                 view = torch.frombuffer(self._map, dtype=torch.float32, count=count, offset=spec.offset)
             views[spec.name] = view.view(spec.shape)
         return views
-
-
-def _num_elements(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 @contextmanager
@@ -558,7 +552,7 @@ def shared_weights(model_path: Path) -> Iterator[SharedWeights]:
     specs, end = [], _HEADER_BYTES
     for name, shape in tensor_shapes(model_path).items():
         specs.append(TensorSpec(name, shape, end))
-        end += -(-4 * _num_elements(shape) // _ALIGN_BYTES) * _ALIGN_BYTES
+        end += -(-4 * math.prod(shape) // _ALIGN_BYTES) * _ALIGN_BYTES
     fd = os.memfd_create("l0fast-weights", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, end)
