@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from l0fast.prefixes import common_prefix
+
 _WAVE_TOKENS = 16
 """What a wave costs: a source one wave later must share this many tokens more to be preferred [tokens]."""
 _FORGOTTEN = 2**62
@@ -151,11 +153,7 @@ class SlotBook:
         before = self._evicted.pop(conversation, None)
         if before is None and self._owner[slot] == conversation:
             before = self._known(slot)
-        if before is None:
-            return 0
-        before = before[: len(prompt)]
-        differs = before != prompt[: len(before)]
-        return int(differs.argmax()) if differs.any() else len(before)
+        return 0 if before is None else common_prefix(before, prompt)
 
     def _best_source(self, prompt: NDArray[np.int32], slot: int) -> tuple[int, int]:
         differs = self.tokens[:, : len(prompt)] != prompt
