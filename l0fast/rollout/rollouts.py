@@ -145,11 +145,6 @@ class Groups:
             )
 
 
-def in_order(admitted: Sequence[Numbered]) -> Sequence[Numbered]:
-    """Begin groups as they are admitted."""
-    return admitted
-
-
 @asynccontextmanager
 async def rollouts(
     play: PlayEpisode,
@@ -160,7 +155,7 @@ async def rollouts(
     group_size: int,
     max_refills: int,
     sampling: DynamicSampling,
-    begin: Callable[[Sequence[Numbered]], Sequence[Numbered]] = in_order,
+    begin: Callable[[Sequence[Numbered]], Sequence[Numbered]] = lambda admitted: admitted,
 ) -> AsyncIterator[Groups]:
     """Produce groups for as long as the `async with` body runs.
 
@@ -170,7 +165,7 @@ async def rollouts(
         sync: has the engine take the weights of a version; returns when they are in use.
         group_size: episodes a group [episodes].
         max_refills: times a place is played again after a failure.
-        begin: the order in which groups admitted at once begin. Which are admitted is not its business.
+        begin: the order in which groups admitted at once begin, theirs unless given. Which are admitted is not its business.
 
     Raises:
         ExceptionGroup: a bug, or a WorldError that did not go away. By then every episode was cancelled and awaited.
