@@ -37,33 +37,25 @@ class Observer(Protocol):
         ...
 
 
-class _Nothing:
-    """A block that nobody watches, and an episode that nobody watches."""
+class NullObserver:
+    """A run that nobody watches, an episode of it, and a block."""
 
     __slots__ = ()
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def span(self, name: str) -> "_Nothing":
-        return self
-
-    def end(self, **facts: Any) -> None: ...
-
-
-NOTHING = _Nothing()
-"""An episode, or a block, that nobody watches."""
-
-
-class NullObserver:
-    """Nobody listens."""
 
     def episode(self, name: str) -> EpisodeObserver:
         return NOTHING
 
     def span(self, name: str) -> AbstractContextManager[None]:
         return NOTHING
+
+    def end(self, **facts: Any) -> None: ...
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+NOTHING = NullObserver()
 
 
 class Both:

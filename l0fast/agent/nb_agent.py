@@ -29,7 +29,7 @@ from l0fast.config import AgentConfig
 from l0fast.deadlines import deadlines_of
 from l0fast.engine.base import Engine, Message, TextEngine
 from l0fast.errors import EngineError, SandboxError, ToolError
-from l0fast.observer import EpisodeObserver, NullObserver, Observer
+from l0fast.observer import NOTHING, EpisodeObserver, Observer
 from l0fast.sandbox.base import CellResult, Sandbox, Session, ToolSpec
 from l0fast.types import Task, ToolCall, Trajectory, TrajectoryStatus, Turn
 
@@ -57,7 +57,7 @@ class NBAgent:
     """What an episode of this task has besides these."""
     config: AgentConfig
     limits: EpisodeLimits
-    observer: Observer = NullObserver()
+    observer: Observer = NOTHING
     on_turn: Callable[[Turn], None] = lambda turn: None
     """Told each turn when it is over."""
     keep_chars: int = 20_000
@@ -177,7 +177,7 @@ class NBAgent:
 
 def first_messages(config: AgentConfig, tools: tuple[ToolSpec, ...], task: Task, *, max_turns: int) -> list[Message]:
     """What an episode begins with; `tools` as in `NBAgent`, those of the task included."""
-    episode = _Episode(started=0.0, observer=NullObserver().episode(""))
+    episode = _Episode(started=0.0, observer=NOTHING)
     system = system_prompt(config.prompt, _session_tools(tools, episode), max_turns=max_turns)
     return [{"role": "system", "content": system}, {"role": "user", "content": task.question}]
 
