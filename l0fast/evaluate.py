@@ -32,7 +32,7 @@ import uvloop
 from rich.console import Console
 
 from l0fast.agent.chat import Chat
-from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
+from l0fast.agent.nb_agent import NBAgent
 from l0fast.cli import changed, model_and_flags
 from l0fast.config import RolloutConfig, RunConfig
 from l0fast.engine.base import Engine, TextEngine
@@ -49,7 +49,7 @@ from l0fast.first_process import step_back
 from l0fast.garbage import OldObjects, old_objects_aside
 from l0fast.loop_lag import LoopLag
 from l0fast.policies import GENERAL_AGENT, Policy, open_policy
-from l0fast.rooms import search_policy
+from l0fast.rooms import agent_of, search_policy
 from l0fast.run_dir import write_json
 from l0fast.sandbox import open_sandbox
 from l0fast.sandbox.base import Sandbox
@@ -257,19 +257,7 @@ def _agent(
         # in the place of one that was named, which other benchmarks may need
         others = (tool for tool in tools if tool.name != search.name)
         tools = (*others, broker.wrap(search, search_policy(config), scope=benchmark.name))
-    return NBAgent(
-        chat=chat,
-        engine=engine,
-        sandbox=sandbox,
-        tools=tools,
-        task_tools=box.for_task,
-        config=config.agent,
-        limits=EpisodeLimits(
-            max_turns=config.rollout.max_turns,
-            timeout_s=config.rollout.episode_timeout_s,
-            turn_timeout_s=config.rollout.turn_timeout_s,
-        ),
-    )
+    return agent_of(config, chat, engine, sandbox, tools, box)
 
 
 def _claim(plan: Plan, policy: Policy | None) -> None:

@@ -20,7 +20,7 @@ from l0fast import __version__
 from l0fast.agent.chat import Chat
 from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.config import RunConfig
-from l0fast.engine.base import Engine
+from l0fast.engine.base import Engine, TextEngine
 from l0fast.engine.buckets import DiskWeights, GroupWeights, HostWeights, RankWeights
 from l0fast.engine.fleet import Fleet, WeightSource
 from l0fast.engine.gate import GatedEngine, gated
@@ -34,7 +34,7 @@ from l0fast.layout import Layout, check_layout, engine_kind
 from l0fast.learner.advantage import streams
 from l0fast.learner.client import LearnerClient, learner, num_gpus
 from l0fast.meters import Meters
-from l0fast.observer import Observer
+from l0fast.observer import NOTHING, Observer
 from l0fast.policies import MODELS
 from l0fast.rollout.admission import Admission
 from l0fast.sandbox import open_sandbox
@@ -232,7 +232,7 @@ async def open_rooms(
                     if (index := indexes.get(scope)) is not None:
                         search = search_tool(index, config.task.search_results)
                         tools = (broker.wrap(search, search_policy(config), scope=scope),)
-                    return _agent(config, chat, engine, sandbox, tools, toolbox, meters.observer)
+                    return agent_of(config, chat, engine, sandbox, tools, toolbox, meters.observer)
 
                 inside = engine.engine if isinstance(engine, GatedEngine) else engine
                 yield Rooms(
@@ -321,15 +321,16 @@ def search_policy(config: RunConfig) -> ToolPolicy:
     )
 
 
-def _agent(
+def agent_of(
     config: RunConfig,
-    chat: Chat,
-    engine: Engine,
+    chat: Chat | None,
+    engine: Engine | TextEngine,
     sandbox: Sandbox,
     tools: tuple[ToolSpec, ...],
     toolbox: Toolbox,
-    observer: Observer,
+    observer: Observer = NOTHING,
 ) -> NBAgent:
+    """That plays as the settings say, with these tools and those that the toolbox has for a task."""
     return NBAgent(
         chat=chat,
         engine=engine,
