@@ -168,14 +168,11 @@ def task_of(question: str, files: Iterable[str | Path]) -> Task:
 
 def _changed(config: AskConfig, settings: Mapping[str, Any]) -> AskConfig:
     """Raises UsageError for settings that there are not, or that can't be."""
-    merged = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
-    before = config.model_dump()
-    merged = {
-        name: before[name] | value if isinstance(value, dict) and name in before else value
-        for name, value in merged.items()
-    }
+    merged = config.model_dump()
+    for name, value in settings.items():
+        merged[name] = {**merged.get(name, {}), **value} if isinstance(value, Mapping) else value
     try:
-        return AskConfig.model_validate(before | merged)
+        return AskConfig.model_validate(merged)
     except ValidationError as e:
         error = e.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, error["loc"]))
