@@ -11,7 +11,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -46,7 +46,7 @@ from l0fast.tasks.scoring import Scorer, load_custom, open_scorer
 from l0fast.tasks.world import World
 from l0fast.tools.broker import Broker, ToolPolicy, open_broker
 from l0fast.tools.local_search import LocalSearch, search_tool
-from l0fast.tools.toolbox import Toolbox, describe_tools, open_toolbox
+from l0fast.tools.toolbox import Toolbox, describe_tools, open_toolbox, policy_of
 from l0fast.warm_start.demonstrations import Demonstrator
 
 
@@ -310,15 +310,8 @@ def _named_tools(config: RunConfig) -> tuple[str, ...]:
 
 def search_policy(config: RunConfig) -> ToolPolicy:
     """Of the search that a world brings."""
-    tools = config.tools
-    return ToolPolicy(
-        timeout_s=tools.timeout_s,
-        attempts=tools.attempts,
-        max_concurrent=tools.max_concurrent,
-        per_minute=tools.per_minute,
-        # of the code that ranks; what is searched, and how many are told, is the tool's own version
-        version=__version__,
-    )
+    # of the code that ranks; what is searched, and how many are told, is the tool's own version
+    return replace(policy_of(config.tools), version=__version__)
 
 
 def agent_of(

@@ -44,18 +44,21 @@ class Toolbox:
         return tuple(tool(task) for tool in self.of_task)
 
 
+def policy_of(tools: ToolsConfig) -> ToolPolicy:
+    return ToolPolicy(
+        timeout_s=tools.timeout_s,
+        attempts=tools.attempts,
+        max_concurrent=tools.max_concurrent,
+        per_minute=tools.per_minute,
+    )
+
+
 @asynccontextmanager
 async def open_toolbox(
     names: Sequence[str], tools: ToolsConfig, web: WebConfig, broker: Broker
 ) -> AsyncIterator[Toolbox]:
     """For as long as the `async with` body runs. Raises UsageError for a name, key or address that can't be used."""
-    policy = ToolPolicy(
-        timeout_s=tools.timeout_s,
-        attempts=tools.attempts,
-        max_concurrent=tools.max_concurrent,
-        per_minute=tools.per_minute,
-        secrets=secrets(),
-    )
+    policy = replace(policy_of(tools), secrets=secrets())
     replay = tools.cache_mode == "replay"
     if twice := {name for name in names if list(names).count(name) > 1}:
         raise UsageError(f"tools.use names {', '.join(sorted(twice))} twice: once is enough")
