@@ -110,8 +110,7 @@ async def ask(
                 transformers_engine(config.engine, policy.folder, max_tokens=config.agent.context_tokens)
             )
         sandbox = await stack.enter_async_context(open_sandbox(config.sandbox, max_sessions=1, log=log))
-        cache = Path(config.tools.cache_file) if config.tools.cache_file else None
-        broker = await stack.enter_async_context(open_broker(cache, config.tools.cache_mode))
+        broker = await stack.enter_async_context(open_broker(config.tools.cache_file, config.tools.cache_mode))
         box = await stack.enter_async_context(open_toolbox(tools or config.tools.use, config.tools, config.web, broker))
 
         def turn_is_over(turn: Turn) -> None:

@@ -113,8 +113,7 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
         chat = await asyncio.to_thread(Chat, policy.folder) if policy else None
         engine = await enter(_engine(plan, policy, config, benchmarks))
         sandbox = await enter(open_sandbox(config.sandbox, max_sessions=plan.max_open, log=say))
-        cache = Path(config.tools.cache_file) if config.tools.cache_file else None
-        broker = await enter(open_broker(cache, config.tools.cache_mode))
+        broker = await enter(open_broker(config.tools.cache_file, config.tools.cache_mode))
         judge = await enter(open_judge(config.judge))
         reward = config.reward.model_copy(
             update={"f1": config.reward.f1 or 1.0, "exact_match": config.reward.exact_match or 1.0}

@@ -198,10 +198,9 @@ async def open_rooms(
     if config.rollout.mode != "on_policy":
         open_episodes += int(config.eval.share * config.engine.slots)
     open_episodes = max(open_episodes, config.engine.slots)
-    cache_file = Path(config.tools.cache_file) if config.tools.cache_file else None
     async with (
         open_sandbox(config.sandbox, max_sessions=open_episodes, log=log) as sandbox,
-        open_broker(cache_file, config.tools.cache_mode) as broker,
+        open_broker(config.tools.cache_file, config.tools.cache_mode) as broker,
         open_toolbox(_named_tools(config), config.tools, config.web, broker) as toolbox,
         open_judge(config.judge) as judge,
         open_scorer(config.reward, max_new_tokens=config.agent.max_new_tokens, sandbox=sandbox, judge=judge) as scorer,

@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from l0fast.config import JudgeConfig
 from l0fast.engine.base import Sampling, TextEngine
@@ -131,6 +130,5 @@ async def open_judge(config: JudgeConfig) -> AsyncIterator[ModelJudge | None]:
         timeout_s=config.timeout_s,
         max_concurrent=config.max_concurrent,
     )
-    cache = Path(config.cache_file) if config.cache_file else None
-    async with openai_engine(endpoint) as engine, open_broker(cache) as broker:
+    async with openai_engine(endpoint) as engine, open_broker(config.cache_file) as broker:
         yield ModelJudge(config, engine, broker)

@@ -147,20 +147,20 @@ class Broker:
 
 @asynccontextmanager
 async def open_broker(
-    cache_file: Path | None = None,
+    cache_file: str | Path | None = None,
     mode: Mode = "use",
     *,
     max_entries: int = 100_000,
     max_bytes: int = 256 * 2**20,
 ) -> AsyncIterator[Broker]:
-    """A broker with `max_entries` answers of together `max_bytes` in memory, and those of `cache_file` for good.
+    """A broker with `max_entries` answers of together `max_bytes` in memory, and those of `cache_file`, if named, for good.
 
     Raises UsageError for a file that can't be used and for a mode that has no file; so do calls, later.
     """
-    if cache_file is None and mode != "use":
+    if not cache_file and mode != "use":
         raise UsageError(f"tool cache mode {mode!r} has no file to work with: name one")
     logging.getLogger("stamina").addHandler(_NO_LOG)
-    file = await CacheFile.open(cache_file, mode) if cache_file is not None else None
+    file = await CacheFile.open(Path(cache_file), mode) if cache_file else None
     broker = Broker(Memory(max_entries, max_bytes), file, mode)
     try:
         yield broker
