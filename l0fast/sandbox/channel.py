@@ -273,7 +273,7 @@ class Channel(asyncio.Protocol):
         return self._lost is None and self._machine.state in (_RUNNING, _CALLING)
 
     def open(self, tools: list[dict[str, str]], seed: int) -> "asyncio.Future[Event]":
-        return self._ask({"op": "open", "seed": seed, "tools": tools})
+        return self._send(encode({"op": "open", "seed": seed, "tools": tools}))
 
     def execute(self, code: str, timeout_s: float) -> "asyncio.Future[Event]":
         if self._lost is not None:
@@ -285,7 +285,7 @@ class Channel(asyncio.Protocol):
     def collect(self, max_files: int, max_bytes: int) -> "asyncio.Future[Event]":
         self.check()
         self._machine.start_collecting()
-        return self._ask({"op": "collect", "max_files": max_files, "max_bytes": max_bytes})
+        return self._send(encode({"op": "collect", "max_files": max_files, "max_bytes": max_bytes}))
 
     def lose_at(self, due: float, late: Callable[[], str]) -> None:
         """Lose the session for a cell, or for files, that it is still at when the loop's clock says `due`.
@@ -338,9 +338,6 @@ class Channel(asyncio.Protocol):
                 self._timer = None
             # it holds the session, which holds this and the episode: a cycle that nobody would collect for long
             self._late = str
-
-    def _ask(self, message: dict[str, Any]) -> "asyncio.Future[Event]":
-        return self._send(encode(message))
 
     def _send(self, data: bytes) -> "asyncio.Future[Event]":
         if self._lost is not None:

@@ -134,7 +134,7 @@ class SandboxPool:
 
     async def _lease(self, tools: Mapping[str, ToolSpec], seed: int, files: Mapping[str, str]) -> tuple[Shard, Lease]:
         for spec in tools.values():
-            _check(spec)
+            _check_signature(spec.name, spec.signature)
         limit = asyncio.timeout(self.start_timeout_s)
         try:
             async with limit, self._starts:
@@ -184,10 +184,6 @@ class SandboxPool:
                 if failures < MAX_FAILURES:
                     await asyncio.sleep(BACKOFF_S * 2 ** (failures - 1))
         self._change.set()
-
-
-def _check(spec: ToolSpec) -> None:
-    _check_signature(spec.name, spec.signature)
 
 
 @lru_cache(1024)

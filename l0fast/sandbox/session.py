@@ -64,7 +64,10 @@ class PoolSession:
             if isinstance(event, Call):
                 # what a tool does with its time is not the channel's to end
                 async with asyncio.timeout_at(hard) as limit:
-                    event = await self._answer_all(event, soft)
+                    calls = 0
+                    while isinstance(event, Call):
+                        calls += 1
+                        event = await self._answer(event, calls, soft)
             # an answer with something forbidden right behind it is no answer
             channel.check()
         except BaseException as e:
@@ -113,13 +116,6 @@ class PoolSession:
         self._end()
         if timed_out:
             raise error from e
-
-    async def _answer_all(self, event: Event, soft: float) -> Event:
-        calls = 0
-        while isinstance(event, Call):
-            calls += 1
-            event = await self._answer(event, calls, soft)
-        return event
 
     async def _answer(self, call: Call, calls: int, soft: float) -> Event:
         spec = self._tools.get(call.name)

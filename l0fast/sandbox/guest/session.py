@@ -7,7 +7,6 @@ import random
 import socket
 import sys
 import threading
-from typing import Any
 
 from .files import Brought, collect
 from .frames import Frames
@@ -44,7 +43,8 @@ class Session:
             if message is None:
                 return
             if message["op"] == "collect":
-                files = collect(folder, brought, self._output_fd, **_limits(message))
+                limits = {name: message[name] for name in ("max_files", "max_bytes")}
+                files = collect(folder, brought, self._output_fd, **limits)
                 frames.send({"op": "files", "files": files})
                 continue
             error = repl.run(message["n"], message["code"], message["timeout"])
@@ -52,10 +52,6 @@ class Session:
                 # a child that the cell forked and that ran to its end: the socket is its parent's
                 os._exit(0 if error is None else 1)
             frames.send_done(message["n"], error, output.dropped)
-
-
-def _limits(message: dict[str, Any]) -> dict[str, int]:
-    return {name: message[name] for name in ("max_files", "max_bytes")}
 
 
 def _seed(seed: int) -> None:
