@@ -304,14 +304,11 @@ def _outside(what: str) -> SandboxError:
 
 @contextmanager
 def _listen(path: str) -> Iterator[socket.socket]:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-    try:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as listener:
         listener.bind(path)
         os.chmod(path, 0o666)
         listener.listen(1)
         yield listener
-    finally:
-        listener.close()
 
 
 async def _accept(listener: socket.socket, words: "asyncio.Task[str]") -> socket.socket:

@@ -212,17 +212,9 @@ async def _list() -> list[str]:
 
 def _pack(root: Path, layer: Path) -> None:
     # devices, processes and the like are the container's own
-    argv = [
-        "tar",
-        "--numeric-owner",
-        "--one-file-system",
-        "--exclude=./dev/*",
-        "--exclude=./proc/*",
-        "--exclude=./sys/*",
-    ]
-    packed = subprocess.run(
-        [*argv, "-C", str(root), "-cf", str(layer), "."], capture_output=True, text=True, timeout=600
-    )
+    own = [f"--exclude=./{folder}/*" for folder in ("dev", "proc", "sys")]
+    argv = ["tar", "--numeric-owner", "--one-file-system", *own, "-C", str(root), "-cf", str(layer), "."]
+    packed = subprocess.run(argv, capture_output=True, text=True, timeout=600)
     if packed.returncode != 0:
         raise SandboxError(f"tar could not pack the image: {_one_line(packed.stderr)}")
 

@@ -225,17 +225,8 @@ class LocalBackend:
         else:
             argv += ["--unshare-user"]
         # as PID 1 the zygote takes its namespace with it, however it ends
-        argv += [
-            "--info-fd",
-            str(info),
-            "--die-with-parent",
-            "--new-session",
-            "--as-pid-1",
-            "--proc",
-            "/proc",
-            "--dev",
-            "/dev",
-        ]
+        argv += ["--info-fd", str(info), "--die-with-parent", "--new-session", "--as-pid-1"]
+        argv += ["--proc", "/proc", "--dev", "/dev"]
         for path in SYSTEM:
             if os.path.islink(path):
                 argv += ["--symlink", os.readlink(path), path]

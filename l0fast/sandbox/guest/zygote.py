@@ -152,12 +152,16 @@ class Zygote:
                 self._end(session)
         return True
 
-    def _start(self, sid: int, files: list[str], fds: list[int]) -> None:
+    def _place(self) -> tuple[str, int | None]:
+        """Folder and uid of a session that no other has had."""
         number = self._next
         self._next += 1
         uid = None if self.jail.uid_base is None else self.jail.uid_base + number
         # nobody can list the parent, so a name that can't be guessed keeps even same-uid siblings out
-        folder = f"{self._root}/{os.urandom(8).hex()}"
+        return f"{self._root}/{os.urandom(8).hex()}", uid
+
+    def _start(self, sid: int, files: list[str], fds: list[int]) -> None:
+        folder, uid = self._place()
         try:
             pid = os.fork()
         except OSError as e:
@@ -194,10 +198,7 @@ class Zygote:
     def trial(self) -> str | None:
         """What is wrong with sessions here, found out by one that tries what it must and must not be able to do."""
         r, w = os.pipe2(os.O_CLOEXEC)
-        number = self._next
-        self._next += 1
-        uid = None if self.jail.uid_base is None else self.jail.uid_base + number
-        folder = f"{self._root}/{os.urandom(8).hex()}"
+        folder, uid = self._place()
         pid = os.fork()
         if pid == 0:
             try:
