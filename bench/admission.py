@@ -16,7 +16,6 @@ The last line is JSON.
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ import matplotlib.pyplot as plt
 
 from bench.at_least import at_least
 from bench.machine import machine
-from bench.results_folder import results_folder
+from bench.results_folder import results_folder, write
 from l0fast.engine.clock import EventClock
 from l0fast.engine.distributions import lognormal, uniform
 from l0fast.engine.gate import Gate
@@ -204,8 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         "rows": {name: [asdict(r) for r in results] for name, results in tables.items()},
     }
     draw(tables, args.out / "admission.png")
-    (args.out / "admission.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({k: v for k, v in result.items() if k not in ("rows", "speed")}))
+    write(result, args.out, "admission.json", leave_out=("rows", "speed"))
     return 0
 
 

@@ -16,7 +16,6 @@ memory and SGLang's GPU packages may be stand-ins: PYTHONPATH=tests/engine/sglan
 
 import argparse
 import asyncio
-import json
 import random
 import statistics
 import subprocess
@@ -35,7 +34,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from bench.at_least import at_least, more_than_0
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
-from bench.results_folder import results_folder
+from bench.results_folder import results_folder, write
 from l0fast.config import AgentConfig, EngineConfig, LearnerConfig, RolloutConfig, RunConfig
 from l0fast.engine.base import Sampling
 from l0fast.engine.buckets import HostWeights, RankWeights
@@ -353,9 +352,7 @@ def main() -> None:
         result = uvloop.run(run(options))
     except UsageError as e:
         sys.exit(f"l0fast: {e}")
-    if options.results is not None:
-        (options.results / "colocated.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
-    print(json.dumps(result, default=str))
+    write(result, options.results, "colocated.json")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ queries are asked once more: `dense_...` is what both rankings and their fusion 
 
 import argparse
 import asyncio
-import json
 import shutil
 import statistics
 import tempfile
@@ -26,7 +25,7 @@ import uvloop
 from bench.at_least import at_least
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
-from bench.results_folder import results_folder
+from bench.results_folder import results_folder, write
 from l0fast.corpus.dense import embed
 from l0fast.corpus.embeddings import EmbeddingsConfig
 from l0fast.corpus.index import Corpus, Passage, build
@@ -182,9 +181,7 @@ def main() -> None:
             line = "with dense {dense_build_s:>7.1f} s {dense_mb:>7.1f} MB {dense_p50_ms:>6.2f} ms {dense_p95_ms:>6.2f} ms {dense_lag_ms:>7.1f} ms"
             print(line.format(**row), flush=True)
     result = {"machine": machine(), "sizes": rows, **{f"largest_{k}": v for k, v in rows[-1].items()}}
-    if options.results:
-        (options.results / "corpus.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    write(result, options.results, "corpus.json")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ the same answer from both, right or wrong: at temperature 0 all should, at 1 eac
 
 import argparse
 import asyncio
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ import orjson
 from bench.at_least import at_least
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
-from bench.results_folder import results_folder
+from bench.results_folder import results_folder, write
 from l0fast.cli import model_and_flags
 from l0fast.config import RunConfig
 from l0fast.engine.openai import EndpointConfig
@@ -117,9 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "temperature {temperature:g}, {questions} questions: {in_process:.3f} here, {endpoint:.3f} over HTTP; difference "
             "{low:+.3f} to {high:+.3f} (95 %), p = {p_value:.2f}; {same_answers} same answers".format(**figures)
         )
-    if options.results:
-        (options.results / "endpoint_accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    write(result, options.results, "endpoint_accuracy.json")
 
 
 if __name__ == "__main__":

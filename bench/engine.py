@@ -20,7 +20,6 @@ tokens count as fast as those, though they are slower. The last line is JSON.
 import argparse
 import asyncio
 import importlib.util
-import json
 import os
 import random
 import statistics
@@ -41,7 +40,7 @@ from transformers.utils.logging import disable_progress_bar
 from bench.at_least import at_least
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
-from bench.results_folder import results_folder
+from bench.results_folder import results_folder, write
 from l0fast.config import EngineConfig
 from l0fast.engine.base import Sampled, Sampling
 from l0fast.engine.transformers import transformers_engine
@@ -412,10 +411,7 @@ def main() -> None:
             parser.error(str(e))
     settings = {name: value for name, value in vars(args).items() if name not in ("results", "model_path")}
     result = {"bench": "engine", "machine": where, "settings": settings, "rows": rows}
-    if args.results is not None:
-        name = "engine.json" if args.device == "cpu" else "engine_cuda.json"
-        (args.results / name).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    write(result, args.results, "engine.json" if args.device == "cpu" else "engine_cuda.json")
 
 
 if __name__ == "__main__":

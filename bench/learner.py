@@ -21,7 +21,6 @@ where it does not fit. The last line of a measurement is JSON.
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import sys
@@ -39,7 +38,7 @@ from bench.at_least import at_least, more_than_0
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.plan import run_plan
-from bench.results_folder import results_folder
+from bench.results_folder import results_folder, write
 from bench.traces import GROUP_SIZES, runs
 from l0fast.config import LearnerConfig, RunConfig
 from l0fast.ipc import shared_weights
@@ -321,9 +320,7 @@ def main() -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     result = measure(options)
     show(result)
-    if options.results:
-        (options.results / "learner.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    write(result, options.results, "learner.json")
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.ending import end_like_ctrl_c, run_to_its_end
 from bench.machine import machine
-from bench.results_folder import results_folder
+from bench.results_folder import results_folder, write
 from l0fast.report.plots import compare_plot
 
 COLUMNS = {
@@ -52,11 +52,10 @@ def main() -> None:
     for key in dict.fromkeys(key for keys in COLUMNS.values() for key in keys):
         result[f"{key}_mean"] = statistics.mean(s[key] for s in seeds)
     result["runs"] = summaries
+    write(result, options.results, "main_job.json", leave_out=("runs",))
     if options.results is not None:
-        (options.results / "main_job.json").write_text(json.dumps(result, indent=1) + "\n")
         shown = {"trained": folders[f"geography, seed {options.seeds[0]}"], "control": folders["geography, control"]}
         compare_plot(shown, options.results / "geography.png")
-    print(json.dumps({key: value for key, value in result.items() if key != "runs"}))
 
 
 def folder_of(out: Path, name: str) -> Path:

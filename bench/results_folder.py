@@ -1,8 +1,11 @@
 """Where a benchmark's figures go."""
 
 import argparse
+import json
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def results_folder(value: str) -> Path:
@@ -24,3 +27,10 @@ def results_file(value: str) -> Path:
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{value} is a folder: name a file in it")
     return path
+
+
+def write(result: Mapping[str, Any], folder: Path | None, name: str, *, leave_out: Collection[str] = ()) -> None:
+    """The last line, without what is too long for one, and where it was asked for the file."""
+    if folder is not None:
+        (folder / name).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key not in leave_out}))

@@ -46,7 +46,7 @@ from bench.at_least import at_least, more_than_0
 from bench.ending import end_like_ctrl_c, run_to_its_end
 from bench.machine import machine
 from bench.own_daemon import own_daemon
-from bench.results_folder import results_folder
+from bench.results_folder import results_folder, write
 from l0fast.config import SandboxConfig
 from l0fast.errors import L0fastError
 from l0fast.loop_lag import LoopLag
@@ -632,10 +632,7 @@ def main() -> None:
         sys.exit(f"bench.sandbox: {e}")
     if not options.soak:
         show(results)
-    if options.results:
-        name = "sandbox_soak.json" if options.soak else "sandbox.json"
-        (options.results / name).write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results))
+    write(results, options.results, "sandbox_soak.json" if options.soak else "sandbox.json")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,6 @@ The last line is JSON.
 import argparse
 import asyncio
 import itertools
-import json
 import math
 import random
 import statistics
@@ -30,7 +29,7 @@ from collections.abc import Sequence
 from bench.admission import CAPACITIES, OFFERED, RESULTS, SPEED, simulate, traffic
 from bench.at_least import at_least
 from bench.machine import machine
-from bench.results_folder import results_folder
+from bench.results_folder import results_folder, write
 from l0fast.engine.base import Engine, EngineLoad, Sampling
 from l0fast.engine.gate import gated
 from l0fast.engine.simulated import SimulatedClock, SimulatedEngine, Speed
@@ -162,8 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row)
         print("{:9,d} {:8d} {:7,d} {:12.2f} {:11,.0f} {:10,.0f} {:11,.0f} {:10,.0f}".format(*row.values()))
     result = {"bench": "simulated_speed", "machine": machine(), "simulated_s": args.seconds, "rows": rows}
-    (args.out / "simulated_speed.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    write(result, args.out, "simulated_speed.json")
     return 0
 
 

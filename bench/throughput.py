@@ -20,7 +20,6 @@ theirs / ours; `..._without_asking` leaves out what L0's trainer spends on its p
 
 import argparse
 import asyncio
-import json
 import shutil
 import statistics
 import sys
@@ -44,7 +43,7 @@ from bench.l0_style import Side, l0_style, ours
 from bench.machine import machine
 from bench.node_throughput import measure_node
 from bench.probes import idle_loop, open_descriptors, rss_mb
-from bench.results_folder import results_folder
+from bench.results_folder import results_folder, write
 from bench.swarm import LEARNER_SHARE, OPEN_STEPS, SPEED, STALENESS, Measured, NoSandbox, Swarm
 from bench.workload import GROUP_SIZE, MODEL, Workload
 from l0fast.agent.chat import Chat
@@ -352,13 +351,6 @@ def main() -> None:
     if not options.soak:
         show(result)
     write(result, options.results, "throughput_soak.json" if options.soak else "throughput.json")
-
-
-def write(result: dict[str, Any], folder: Path | None, name: str) -> None:
-    """The last line, and where it was asked for the file."""
-    if folder:
-        (folder / name).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":
