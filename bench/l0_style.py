@@ -235,23 +235,17 @@ async def _process(what: str, argv: Sequence[str]) -> AsyncIterator[_Child]:
             await process.wait()
 
 
-def _worker(name: str, url: str) -> AbstractAsyncContextManager[_Child]:
+def in_bubblewrap(program: str, *args: str) -> list[str]:
+    """The command that runs a Python program as L0's task server runs a worker."""
     folders = ["/usr", "/bin", "/lib", "/lib64", "/etc", sys.prefix, sys.base_prefix]
     argv = ["bwrap", *(part for path in folders for part in ("--ro-bind-try", path, path))]
-    argv += [
-        "--proc",
-        "/proc",
-        "--dev",
-        "/dev",
-        "--tmpfs",
-        "/tmp",
-        "--tmpfs",
-        "/home",
-        "--unshare-pid",
-        "--die-with-parent",
-    ]
-    argv += ["--setenv", "HOME", "/home", sys.executable, "-c", textwrap.dedent(WORKER), name, url]
-    return _process("worker", argv)
+    argv += "--proc /proc --dev /dev --tmpfs /tmp --tmpfs /home --setenv HOME /home".split()
+    argv += ["--unshare-pid", "--die-with-parent"]
+    return [*argv, sys.executable, "-c", textwrap.dedent(program), *args]
+
+
+def _worker(name: str, url: str) -> AbstractAsyncContextManager[_Child]:
+    return _process("worker", in_bubblewrap(WORKER, name, url))
 
 
 async def l0_style(chat: Chat, tasks: Sequence[Task], speed: Speed, *, time_compression: float = 1.0) -> Side:

@@ -31,7 +31,6 @@ import statistics
 import struct
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -44,6 +43,7 @@ import uvloop
 
 from bench.at_least import at_least, more_than_0
 from bench.ending import end_like_ctrl_c, run_to_its_end
+from bench.l0_style import in_bubblewrap
 from bench.machine import machine
 from bench.own_daemon import own_daemon
 from bench.results_folder import results_folder, write
@@ -218,23 +218,8 @@ WORKER = """
 @asynccontextmanager
 async def l0_style() -> AsyncIterator[tuple[Callable[[str, int], Awaitable[dict[str, Any]]], int]]:
     """A way to run cells, and the pid of the tree's root."""
-    folders = [sys.prefix, sys.base_prefix]
-    binds = [
-        part for path in ("/usr", "/bin", "/lib", "/lib64", "/etc", *folders) for part in ("--ro-bind-try", path, path)
-    ]
-    argv = ["bwrap", *binds, "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", "/home"]
-    argv += [
-        "--unshare-pid",
-        "--die-with-parent",
-        "--setenv",
-        "HOME",
-        "/home",
-        sys.executable,
-        "-c",
-        textwrap.dedent(WORKER),
-    ]
     process = await asyncio.create_subprocess_exec(
-        *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        *in_bubblewrap(WORKER), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     assert process.stdin is not None
     assert process.stdout is not None
