@@ -208,19 +208,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.image_tar is not None:
                 _load(options.image_tar)
             elif options.image:
-                code = _image(["build", "--packages", *options.packages])
-                if code != 0:
+                from l0fast.sandbox import image
+
+                if code := image.main(["build", "--packages", *options.packages]):
                     return code
             return _run(command)
     except L0fastError as e:
         print(f"own_daemon: {e}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1
-
-
-def _image(argv: list[str]) -> int:
-    from l0fast.sandbox.image import main
-
-    return main(argv)
 
 
 def _load(archive: Path) -> None:
