@@ -18,6 +18,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -236,9 +237,11 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
-def shipped_recipe(name: str = "geography") -> RunConfig:
-    """What `python -m l0fast.run NAME` runs."""
-    return _validate([_read_toml(RECIPES / f"{name}.toml")], RECIPES / f"{name}.toml")
+@cache
+def default_recipe() -> RunConfig:
+    """What `python -m l0fast.run` alone runs."""
+    recipe = _find_recipe(_Command().recipe)
+    return _validate([_read_toml(recipe)], recipe)
 
 
 def render_plan(invocation: Invocation) -> str:

@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import ctypes
 import errno
-import functools
 import importlib.metadata
 import json
 import os
@@ -30,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from l0fast.cli import shipped_recipe
-from l0fast.config import RunConfig, SandboxConfig
+from l0fast.cli import default_recipe
+from l0fast.config import SandboxConfig
 from l0fast.errors import L0fastError, SandboxError
 from l0fast.run_dir import command
 from l0fast.sandbox import open_sandbox
@@ -175,7 +174,7 @@ def _package(name: str, fix: str, *, needed: bool = False) -> Probe:
 
 
 def _policies() -> Finding:
-    wanted, folder = _recipe().model.path, Path(__file__).parent / "models"
+    wanted, folder = default_recipe().model.path, Path(__file__).parent / "models"
     there = sorted(path.parent.name for path in folder.glob("*/model.safetensors"))
     good = wanted in there
     return Finding(
@@ -257,7 +256,7 @@ async def _docker() -> list[Finding]:
     from l0fast.sandbox.daemon import daemon
     from l0fast.sandbox.image import DEFAULT_IMAGE, LOCAL_IMAGE, image_info
 
-    config = _recipe().sandbox
+    config = default_recipe().sandbox
     wanted = (LOCAL_IMAGE, DEFAULT_IMAGE) if config.image == "auto" else (config.image,)
     try:
         async with asyncio.timeout(PROBE_TIMEOUT_S), daemon(timeout_s=PROBE_TIMEOUT_S / 3) as found:
@@ -362,12 +361,6 @@ async def _in_thread(name: str, probe: Probe, timeout_s: float) -> Finding:
         return Finding(name, "can't", f"no answer in {timeout_s:g} s")
 
 
-@functools.cache
-def _recipe() -> RunConfig:
-    """What `python -m l0fast.run` alone runs."""
-    return shipped_recipe()
-
-
 def _enough(name: str, has: float, needs: float, what: str, fix: str) -> Finding:
     if has >= needs:
         return Finding(name, "ok", what, needed=True)
@@ -376,7 +369,7 @@ def _enough(name: str, has: float, needs: float, what: str, fix: str) -> Finding
 
 def _sessions(name: str, limit: int, sessions: int, fix: str) -> Finding:
     """Whether a limit allows the sessions of the default recipe."""
-    rollout = _recipe().rollout
+    rollout = default_recipe().rollout
     needs = rollout.max_open_groups * rollout.group_size
     if limit == resource.RLIM_INFINITY:
         return Finding(name, "ok", "no limit", needed=True)

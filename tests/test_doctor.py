@@ -128,7 +128,7 @@ def test_a_folder_that_may_not_be_written_is_a_line_and_no_end(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     # root may write anywhere
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
-    doctor._recipe.cache_clear()
+    doctor.default_recipe.cache_clear()
     found = by_name(asyncio.run(doctor.examine()))
     assert found["disk"] == Finding(
         "disk", "missing", f"{tmp_path} is not yours to write to", "cd elsewhere, or name a --run-dir", needed=True
