@@ -228,11 +228,6 @@ def model_and_flags(words: Sequence[str]) -> tuple[str | None, list[str]]:
     return model, flags
 
 
-def smoke(config: RunConfig) -> RunConfig:
-    """The same run, as short as it gets."""
-    return RunConfig.model_validate(_merge(config.model_dump(), SMOKE))
-
-
 def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l0fast.cli import parse, smoke
+from l0fast.cli import parse
 from l0fast.config import ALGORITHMS, LearnerConfig
 from l0fast.learner.algorithms import gspo_coefficients, sequence_ratios
 from l0fast_kernels.policy_head import cispo_loss_tokens, policy_head, policy_loss_tokens
@@ -48,10 +48,11 @@ def test_every_algorithm_is_made_of_valid_settings_that_survive_being_written_do
 
 
 def test_on_the_command_line_a_name_is_one_flag_and_a_recipes_own_settings_win():
-    config = parse(["geography", "--learner.algorithm", "gspo", "--learner.clip-high", "0.01"]).config
+    words = ["geography", "--learner.algorithm", "gspo", "--learner.clip-high", "0.01"]
+    config = parse(words).config
     assert (config.learner.objective, config.learner.clip_low, config.learner.clip_high) == ("gspo", 3e-4, 0.01)
     assert parse(["geography", "--learner.algorithm", "grpo"]).config.learner.kl_coef == 0.0
-    assert smoke(config).learner == config.learner
+    assert parse([*words, "--smoke"]).config.learner == config.learner
 
 
 # --- the loss of a token
