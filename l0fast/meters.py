@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from l0fast.config import RunConfig
 from l0fast.errors import WorldError
@@ -21,8 +21,9 @@ from l0fast.loop_lag import LoopLag
 from l0fast.metrics import ProcessTreeMemory
 from l0fast.observer import Both, Observer
 from l0fast.sinks import Row, open_sinks
-from l0fast.step_shares import STALL_S, EngineWork, StepShares
+from l0fast.step_shares import STALL_S, StepShares
 from l0fast.trace import Trace, merge_torch, write_trace
+from l0fast.types import EngineLoad
 from l0fast.watchdog import Probe, Watchdog, stand_down
 
 LOAD_S = 5.0
@@ -33,28 +34,7 @@ LOOK_S = 1.0
 """Between two looks where none does [s]."""
 
 
-class EngineFigures(EngineWork, Protocol):
-    """Of `EngineLoad`."""
-
-    @property
-    def running(self) -> int: ...
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def used_tokens(self) -> int: ...
-    @property
-    def max_tokens(self) -> int: ...
-    @property
-    def cached_tokens(self) -> int: ...
-    @property
-    def decoded_tokens(self) -> int: ...
-    @property
-    def in_flight(self) -> int: ...
-    @property
-    def parked(self) -> int: ...
-
-
-Load = Callable[[], Awaitable[EngineFigures]]
+Load = Callable[[], Awaitable[EngineLoad]]
 Gauge = Callable[[], Mapping[str, float]]
 
 _FIGURES: tuple[str, ...] = ("prefill_tokens", "cached_tokens", "recomputed_tokens", "decoded_tokens", "parked")
@@ -190,7 +170,7 @@ class Meters:
             self._peaks = dict.fromkeys(_PEAKS, 0)
         return metrics
 
-    def _observe(self, work: EngineFigures) -> None:
+    def _observe(self, work: EngineLoad) -> None:
         for name, figure in _PEAKS.items():
             self._peaks[name] = max(self._peaks[name], getattr(work, figure))
 
@@ -206,7 +186,7 @@ class Meters:
     async def _look(self, load: Load) -> None:
         trace, loop = self._trace, asyncio.get_running_loop()
         every_s = LOOK_S if trace is None else COUNT_EVERY_S
-        before: EngineFigures | None = None
+        before: EngineLoad | None = None
         while True:
             since_s = loop.time()
             with suppress(WorldError, TimeoutError):  # there is no more to a look than that it is missing
@@ -223,7 +203,7 @@ class Meters:
             await asyncio.sleep(max(0.0, every_s - (loop.time() - since_s)))
 
 
-def _draw(trace: Trace, now: EngineFigures, before: EngineFigures | None) -> None:
+def _draw(trace: Trace, now: EngineLoad, before: EngineLoad | None) -> None:
     trace.count("engine requests", {"running": now.running, "waiting": now.waiting})
     trace.count("KV use [%]", {"used": 100 * now.used_tokens / max(1, now.max_tokens)})
     if before is not None:

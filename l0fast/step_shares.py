@@ -26,9 +26,10 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from l0fast.observer import EpisodeObserver
+from l0fast.types import EngineLoad
 
 STALL_S = 0.02
 """A loop that is later than this is stalled, not busy [s]."""
@@ -41,19 +42,6 @@ SPANS = ("lease", "generate", "execute", "tool", "take", "learn", "sync", "evalu
 """What an observer can be told; see observer.py."""
 
 _STALL, _EVALUATE, _SYNC, _LEARN, _TAIL, _ENGINE, _TOOLS, _SANDBOX, _OTHER = range(9)
-
-
-class EngineWork(Protocol):
-    """Of `EngineLoad`: what an engine has done since its start."""
-
-    @property
-    def prefill_tokens(self) -> int: ...
-    @property
-    def recomputed_tokens(self) -> int: ...
-    @property
-    def prefill_s(self) -> float: ...
-    @property
-    def decode_s(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +188,7 @@ class StepShares:
             return _SANDBOX
         return _LEARN if learning else _OTHER
 
-    def take_step(self, work: EngineWork | None = None) -> dict[str, float]:
+    def take_step(self, work: EngineLoad | None = None) -> dict[str, float]:
         """{"time/step_s": ..., "share/<cause>": ...} since the last call; the shares add up to 1, or are all 0 in no time.
 
         Args:
@@ -230,7 +218,7 @@ class StepShares:
         }
         return {"time/step_s": total / 1e9} | {f"share/{cause}": shares[cause] for cause in CAUSES}
 
-    def _split(self, work: EngineWork | None) -> tuple[float, float]:
+    def _split(self, work: EngineLoad | None) -> tuple[float, float]:
         """Share of the engine's time that went into prompts, and of their tokens that were computed again."""
         if work is None:
             return 0.0, 0.0

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from l0fast.ids import Ids
+from l0fast.types import EngineLoad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,34 +53,6 @@ class Sampled:
     """Where weights came while it was sampled: who sampled what. Empty: all of it is of `policy_version`."""
     cached_tokens: int = 0
     """Prompt tokens that were not computed again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLoad:
-    running: int
-    """Requests being decoded."""
-    waiting: int
-    """Requests not yet admitted."""
-    used_tokens: int
-    """KV entries in use."""
-    max_tokens: int
-    """KV entries there are."""
-    prefill_tokens: int = 0
-    """Prompt tokens computed since the start, `recomputed_tokens` among them [tokens]."""
-    cached_tokens: int = 0
-    """Prompt tokens that were found computed, since the start [tokens]."""
-    recomputed_tokens: int = 0
-    """Prompt tokens computed again because their KV entries had been evicted, retracted or were of older weights [tokens]."""
-    decoded_tokens: int = 0
-    """Tokens sampled since the start [tokens]."""
-    prefill_s: float = 0.0
-    """Time the engine spent on prompts since the start, summed over its replicas; 0 where it does not tell [s]."""
-    decode_s: float = 0.0
-    """Time it spent on sampling [s]."""
-    in_flight: int = 0
-    """Episodes that admission counts in, between their turns, too; 0 without a gate [episodes]."""
-    parked: int = 0
-    """Times since the start that the gate made an episode wait for its next turn."""
 
 
 class Engine(Protocol):
