@@ -111,31 +111,35 @@ class _AgentRow:
         self._tools_since: int | None = None
 
     def span(self, name: str) -> AbstractContextManager[None]:
-        if name == "tool":
-            return _Tools(self)
-        return _Cell(self) if name == "execute" else _Block(self._trace, _AGENTS, self._row, name)
+        match name:
+            case "execute":
+                return _Around(self._begin_cell, self._end_cell)
+            case "tool":
+                return _Around(self._begin_tool, self._end_tool)
+        return _Block(self._trace, _AGENTS, self._row, name)
 
     def end(self, **facts: Any) -> None:
         trace = self._trace
         trace.events.append((_AGENTS, self._row, self._name, self._started, trace.now(), facts))
         trace.give_back(self._row)
 
-    def begin_cell(self) -> None:
+    def _begin_cell(self) -> None:
         self._cell = self._trace.now()
 
-    def end_cell(self) -> None:
+    def _end_cell(self) -> None:
         trace, now = self._trace, self._trace.now()
         self._end_tools(now)
         trace.events.append((_AGENTS, self._row, "execute", self._cell, now, None))
         self._cell = None
 
-    def begin_tool(self) -> None:
+    def _begin_tool(self) -> None:
+        """Calls that overlap are one block, from the first to the last: blocks of a row are nested or apart."""
         self._calls += 1
         # a call that a cell has left behind has no place in the next turn
         if self._tools_since is None and self._cell is not None:
             self._tools_since = self._trace.now()
 
-    def end_tool(self) -> None:
+    def _end_tool(self) -> None:
         self._calls -= 1
         if not self._calls:
             self._end_tools(self._trace.now())
@@ -146,32 +150,19 @@ class _AgentRow:
             self._tools_since = None
 
 
-class _Cell:
-    __slots__ = ("_agent",)
+class _Around:
+    """A block with something to do before and after it."""
 
-    def __init__(self, agent: _AgentRow):
-        self._agent = agent
+    __slots__ = ("_after", "_before")
 
-    def __enter__(self) -> None:
-        self._agent.begin_cell()
-
-    def __exit__(self, *error: object) -> None:
-        self._agent.end_cell()
-
-
-class _Tools:
-    """Calls that overlap are one block, from the first to the last: blocks of a row are nested or apart."""
-
-    __slots__ = ("_agent",)
-
-    def __init__(self, agent: _AgentRow):
-        self._agent = agent
+    def __init__(self, before: Callable[[], None], after: Callable[[], None]):
+        self._before, self._after = before, after
 
     def __enter__(self) -> None:
-        self._agent.begin_tool()
+        self._before()
 
     def __exit__(self, *error: object) -> None:
-        self._agent.end_tool()
+        self._after()
 
 
 # --- its file --------------------------------------------------------------------------------------------------------
