@@ -206,7 +206,8 @@ class OpenAIEngine:
                 if response.content_type == "text/event-stream":
                     answer = await self._streamed(response, max_bytes, told)
                 else:
-                    answer = self._whole(await _limited(response, max_bytes), told)
+                    answer = _Answer(told)
+                    answer.add(self._read(await _limited(response, max_bytes)))
         except aiohttp.ClientSSLError as e:
             raise UsageError(f"{self._url} has no certificate that holds here ({self._clean(str(e))}): check it") from e
         except (aiohttp.ClientError, OSError) as e:
@@ -266,11 +267,6 @@ class OpenAIEngine:
         else:
             return False
         return True
-
-    def _whole(self, data: bytes, told: "_Telling | None") -> "_Answer":
-        answer = _Answer(told)
-        answer.add(self._read(data))
-        return answer
 
     async def _streamed(self, response: aiohttp.ClientResponse, max_bytes: int, told: "_Telling | None") -> "_Answer":
         answer, events = _Answer(told), Events()
