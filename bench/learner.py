@@ -26,7 +26,6 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -190,22 +189,11 @@ async def watch_idle() -> LoopLag:
 
 def saved_gradients(folder: Path) -> Gradients:
     """The first moments of a checkpoint: gradients, where beta is 0 and one step was taken."""
-    import torch
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from l0fast.learner.checkpoint import read_tensors
 
-    reader = dcp.FileSystemReader(folder)
-    head, tail = "optimizer/", "/exp_avg"
-    shapes = {
-        name: metadata.size
-        for name, metadata in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(head) and name.endswith(tail) and isinstance(metadata, TensorStorageMetadata)
-    }
-    state = {name: torch.empty(shape) for name, shape in shapes.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(state, storage_reader=reader, no_dist=True)
-    return {name.removeprefix(head).removesuffix(tail): tensor.numpy() for name, tensor in state.items()}
+    moment = "/exp_avg"
+    saved = read_tensors(folder, "optimizer/")
+    return {name.removesuffix(moment): tensor.numpy() for name, tensor in saved.items() if name.endswith(moment)}
 
 
 # -- all of it

@@ -11,7 +11,6 @@ into.
 import argparse
 import shutil
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +99,9 @@ def trained_weights(checkpoint: Path, model: Path, config: Mapping[str, Any]) ->
     Args:
         config: all settings of the run.
     """
-    saved = _read_weights(checkpoint)
+    from l0fast.learner.checkpoint import read_tensors
+
+    saved = read_tensors(checkpoint, "model/")
     learner = RunConfig.model_validate(config).learner
     if not learner.lora_rank:
         return saved
@@ -119,29 +120,6 @@ def trained_weights(checkpoint: Path, model: Path, config: Mapping[str, Any]) ->
             f"{checkpoint} adds to {min(saved)}, which {model} lacks: give the model it began with as --model"
         )
     return weights
-
-
-def _read_weights(checkpoint: Path) -> "dict[str, Tensor]":
-    import torch
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    prefix = "model/"
-    try:
-        reader = dcp.FileSystemReader(checkpoint)
-        saved = reader.read_metadata().state_dict_metadata
-        weights = {
-            name: torch.empty(tensor.size, dtype=tensor.properties.dtype)  # pyright: ignore[reportAttributeAccessIssue]
-            for name, tensor in saved.items()
-            if name.startswith(prefix)
-        }
-        with warnings.catch_warnings():
-            # that there is one process is meant
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(weights, storage_reader=reader, no_dist=True)
-    except (OSError, EOFError, ValueError, RuntimeError, CheckpointException) as e:
-        raise UsageError(f"{checkpoint} can't be read as a checkpoint ({e}): take another") from e
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
 
 def _check_names(

@@ -171,6 +171,23 @@ def read_about(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no complete checkpoint ({e}); name a folder that has a {LEARNER_FILE}") from e
 
 
+def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    """What a checkpoint has under names that begin so, whole and on the CPU, by the rest of their names. Raises UsageError."""
+    try:
+        reader = dcp.FileSystemReader(path)
+        saved = reader.read_metadata().state_dict_metadata
+        tensors = {
+            name: torch.empty(tensor.size, dtype=tensor.properties.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+            for name, tensor in saved.items()
+            if name.startswith(prefix)
+        }
+        with _alone_is_fine():
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except (OSError, EOFError, ValueError, RuntimeError, CheckpointException) as e:
+        raise UsageError(f"{path} can't be read as a checkpoint ({e}): take another") from e
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, by policy version, oldest first."""
     found = [path.parent for path in folder.glob(f"*/{LEARNER_FILE}") if path.parent.suffix != ".tmp"]
