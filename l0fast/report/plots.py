@@ -14,6 +14,7 @@ matplotlib takes a second to load and holds the interpreter while it draws, so a
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -295,17 +296,14 @@ def _add_seconds_axis(ax: "Axes", seconds: Sequence[tuple[int, float]]) -> None:
     import numpy as np
 
     steps, times = np.array(seconds, dtype=float).T
-    # beyond the measured ends the axis goes on at the mean pace, so that the mapping stays one to one
     pace = max((times[-1] - times[0]) / (steps[-1] - steps[0]), 1e-9)
 
-    def to_seconds(step: Any) -> Any:
-        beyond = np.where(step < steps[0], step - steps[0], np.where(step > steps[-1], step - steps[-1], 0))
-        return np.interp(step, steps, times) + beyond * pace
+    def mapped(x: Any, xs: Any, ys: Any, slope: float) -> Any:
+        # beyond the measured ends the axis goes on at the mean pace, so that the mapping stays one to one
+        return np.interp(x, xs, ys) + (x - np.clip(x, xs[0], xs[-1])) * slope
 
-    def to_steps(second: Any) -> Any:
-        beyond = np.where(second < times[0], second - times[0], np.where(second > times[-1], second - times[-1], 0))
-        return np.interp(second, times, steps) + beyond / pace
-
+    to_seconds = partial(mapped, xs=steps, ys=times, slope=pace)
+    to_steps = partial(mapped, xs=times, ys=steps, slope=1 / pace)
     top = ax.secondary_xaxis("top", functions=(to_seconds, to_steps))
     top.set_xlabel("time since the start [s]")
 
