@@ -209,9 +209,9 @@ def changed(config: RunConfig, flags: Sequence[str]) -> RunConfig:
 
 
 def model_and_flags(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """MODEL, wherever among --section.key VALUE flags it stands, and those flags. Raises UsageError.
+    """MODEL, wherever it stands among --section.key VALUE flags, and those flags. Raises UsageError.
 
-    Of what argparse leaves over. With a MODEL of its own it would take the first flag's value for it.
+    `words` is what argparse leaves over: a MODEL argument of its own would swallow the first flag's value.
     """
     fields = dict(_leaves(RunConfig))
     model, flags, rest = None, [], iter(words)

@@ -1,9 +1,9 @@
-"""Deadlines that stand still while who they are for waits for something that has a deadline of its own.
+"""Deadlines that stand still while their owner waits for something with a deadline of its own.
 
     agent    with deadlines_of(whole, turn): ...         an episode's, for all that its task awaits
     gate     with standing_still(): await admitted       engine.request_timeout_s bounds that
 
-So how many others there are does not make an episode fail: its time is its own.
+So an episode does not fail because there are many others: only its own time counts.
 """
 
 import asyncio

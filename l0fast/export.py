@@ -74,7 +74,7 @@ def export(checkpoint: Path, out: Path, *, dtype: str = "float32", model: Path |
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, local_files_only=True), dtype=to)
     _check_names(weights, {name: tuple(p.shape) for name, p in shell.named_parameters()}, checkpoint, model)
-    # a link to an empty folder stays one: no folder can take a link's own place
+    # where it is a link to an empty folder, that folder is replaced: no folder can be renamed over a link
     out = out.resolve()
     partial = out.with_name(f".{out.name}.partial")
     try:

@@ -1,8 +1,8 @@
-"""What a container's first process owes to the others, done by one that does nothing else.
+"""The duties of a container's first process, done by one that does nothing else.
 
-The kernel keeps from process 1 each signal that it has no handler for: a SIGTERM that would end a command on a machine is
-lost there, and the orchestrator kills all of it when its patience is over. And whoever loses his parent becomes a child of
-process 1, and stays a zombie, which counts as a process, until that has asked for his exit code.
+The kernel does not deliver to process 1 a signal that it has no handler for: a SIGTERM, which would end the same command on
+a machine, is lost, and the orchestrator's SIGKILL follows. And orphans become children of process 1: each stays a zombie,
+which counts as a process, until process 1 has waited for it.
 """
 
 import math
@@ -17,7 +17,7 @@ _LINGER_S = 3.0
 
 
 def step_back() -> None:
-    """Where this is process 1, go on as a child of it: what is left of it hands on signals, reaps, and ends as the child does.
+    """Where this is process 1, go on in a fork of it: the parent hands on signals, reaps, and ends with the fork's exit code.
 
     To be called before there are threads.
     """

@@ -5,13 +5,13 @@
     cycles   among what was set aside stay, until `sweep` finds that the process has grown by half since its first call
 
 By default the collector goes through all objects, modules included, whenever they have grown by a quarter: a third of the
-loop's CPU in a small run, and with 4,096 agents and their trajectories half a second in which the loop serves nobody.
-Fewer, larger collections of the young are no way out: each takes as much longer (0.1 s for 50,000 objects). Least of all
-here: the collector counts new objects less those that were freed, so where as many episodes end as begin, its usual 700
-are up to 35,000 objects and the ids of their prompts, looked at for up to 0.06 s. Many small ones take less of the CPU
-together, since nothing is looked at twice.
+loop's CPU in a small run, and half a second's stall with 4,096 agents and their trajectories.
+Fewer and larger collections of the young don't help: each takes proportionally longer (0.1 s for 50,000 objects). And the
+collector counts new objects less freed ones: where as many episodes end as begin, the default threshold of 700 is reached
+with up to 35,000 young objects and the ids of their prompts, which take up to 0.06 s. Many small collections take less CPU,
+since nothing is looked at twice.
 
-An episode that ends shall leave no cycle, least of all one that holds its trajectory: then there is never a sweep.
+An episode that ends should leave no cycle, above all none that holds its trajectory: then a sweep is never needed.
 """
 
 import asyncio
@@ -43,8 +43,8 @@ class OldObjects:
     def sweep(self) -> int:
         """Collect cycles among old objects if the process has grown; returns how many objects were in some.
 
-        Microseconds, or where it comes to a sweep up to a second: for a moment in which few wait. The first call finds what
-        so many agents need, which is no cycle's doing.
+        Takes microseconds, or up to a second if it sweeps: call it when few wait. The first call only notes the size that so
+        many agents need.
         """
         if self._after_sweep is None:
             self._after_sweep = self._rss_bytes()
@@ -58,10 +58,7 @@ class OldObjects:
 
 
 async def let_go(objects: list[Any]) -> None:
-    """Empty a list bit by bit, with the loop served in between.
-
-    The last reference to a thousand groups frees all that was said in them at once, and the loop serves nobody meanwhile.
-    """
+    """Empty a list bit by bit, with the loop served in between: to free a thousand groups at once would stall it."""
     while objects:
         objects.pop()
         await asyncio.sleep(0)

@@ -156,7 +156,7 @@ class Meters:
             async with asyncio.timeout(LOAD_S):
                 work = await load()
         except (WorldError, TimeoutError) as e:
-            # what it fails at, it fails at for those who need it, too
+            # no reason to end a run: whoever needs the engine will fail by itself
             why = f"within {LOAD_S:g} s" if isinstance(e, TimeoutError) else f"({e})"
             self._warn(f"the engine did not tell what it did in this step {why}: its time is all under decode")
         metrics: dict[str, Any] = self.shares.take_step(work) | self.lag.take_step()

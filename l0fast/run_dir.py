@@ -10,9 +10,9 @@
     checkpoints/step_000008/       all that going on from there takes; written by the learner, whole or not at all
     plots/  model/                 made at the end by others
 
-One run writes it at a time: `log.txt` is locked, by the kernel, so that a killed run leaves no lock behind. A run that goes
-on first takes away what was written after its checkpoint, so that it is written once; it does so only when everything it
-needs has started, for one that can't start leaves the folder as it found it.
+One run writes it at a time: the kernel's lock on `log.txt` goes with the process, so a killed run leaves none. A resumed run
+first removes what was written after its checkpoint, so that it is written once; it does so only once everything it needs has
+started, so that one that can't start leaves the folder as it was.
 
 Trajectories are encoded and written by a thread that sleeps as long as it works, half a millisecond at a time. Without
 the sleeps it takes the interpreter back from the event loop at once: 10-35 ms of lag for 600 long trajectories, measured.
@@ -201,7 +201,7 @@ class RunDir:
             write_json(self.path / "summary.json", summary)
 
     def log(self, text: str) -> None:
-        # whoever tells of an error, or of Ctrl-C, has more to do: a full disk ends the run by what it can't do without
+        # must not get in the way of an error or a Ctrl-C that is being told: a full disk shows in files that matter more
         with self._log_lock, suppress(OSError):
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
             self._log.flush()
