@@ -36,8 +36,8 @@ def _is_whole(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a model folder that its weights are in, as transformers chooses them: a folder may hold more, such as a copy
-    in another form. Raises UsageError where it can't be known.
+    """The files with a model folder's weights, as transformers chooses them: there may be others, such as a copy in another
+    form. Raises UsageError where the index can't be read.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.exists() or not index.exists():

@@ -309,7 +309,7 @@ async def spawn_worker(
         setup = json.dumps({"fd": theirs.fileno(), "signs_fd": signs.fd, "parent": os.getpid(), "args": args})
         # the child finds what we find, installed or not
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUNBUFFERED": "1"}
-        # first, so that nothing is awaited between the child's start and the block that ends it
+        # before the child: nothing may be awaited between its start and the block that ends it
         reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 22)
         try:
             process = await asyncio.create_subprocess_exec(
@@ -423,7 +423,7 @@ class Channel:
 
 
 _NICE = 5
-"""A third of the weight that a process has. That of the sandboxes, whose cells shall not wait for whoever computes here."""
+"""A third of the usual weight. The sandboxes have the same: their cells are not to wait for whoever computes here."""
 _AUTOGROUP_TRIES = 20
 
 

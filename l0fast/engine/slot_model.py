@@ -14,8 +14,8 @@ the number of operations while few rows run, then by reading the slab: n * K * l
 On a CPU all is fp32. On CUDA weights and slab are bf16 and the logits fp32, from an fp32 copy of the head: logits rounded
 to bf16 would move a log-prob by a hundredth.
 
-Shape letters, this file only: S slots, n rows of this pass (r: and those between them), T new tokens, L longest length, M max_len, H query heads,
-K key-value heads, G = H / K, D head dimension, E hidden size, V vocabulary.
+Shape letters, this file only: S slots, n rows of this pass (r: and those between them), T new tokens, L longest length,
+M max_len, H query heads, K key-value heads, G = H / K, D head dimension, E hidden size, V vocabulary.
 """
 
 import math
@@ -66,7 +66,7 @@ class SlotModel:
             )
         rope = getattr(config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope" and max_len > (short := rope["original_max_position_embeddings"]):
-            # its angles are others once a row of the batch is longer: what was kept, and who is beside it, would count
+            # its angles change once a row of the batch is longer: kept keys, and other rows, would change what is computed
             raise UsageError(
                 f"{model_path} has other angles in contexts of more than {short} tokens (longrope), which this engine does not "
                 f"have: set --agent.context-tokens to {short} or less"

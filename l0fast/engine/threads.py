@@ -1,9 +1,9 @@
 """How many OpenMP threads a step takes: all, or one while somebody else computes here.
 
-OpenMP's threads spin while they wait for each other. Alone on two processors, that makes a step a third shorter than by one
-thread. Beside others that compute, who spins keeps the processor that the one it waits for is waiting for, many times a
-step: of the shipped policy with 48 rows one took 190 to 1,800 ms where three to eight processes shared two processors, and 9
-to 50 by one thread.
+OpenMP's threads spin while they wait for each other. Alone on two processors two threads make a step a third shorter than
+one does. Beside others that compute, a thread that spins holds the processor which the thread it waits for needs, many times
+a step: where three to eight processes shared two processors, a step of the shipped policy with 48 rows took 190 to 1,800 ms,
+and 9 to 50 ms by one thread.
 
     all  -- for more than half of the time some thread wanted a processor and had none -->  one, for `HOLD_S`  -->  all
 """

@@ -8,9 +8,9 @@
     <-- whom it did not reach --                                             destroy_weights_update_group
 
 NCCL between GPUs, gloo on the CPU. A group that has lost a member is of no use to the others, so each engine has its own:
-one that dies or hangs keeps the others waiting for `wait_s` at most, and takes nobody with it. And it is made anew each
-time, so that an engine that was rebuilt is an engine like any other, and nothing is left to find out of step. The price is
-that a group is set up at each update, and that the weights leave rank 0 once for each engine.
+one that dies or hangs keeps the others waiting for `wait_s` at most, and takes nobody with it. A group is made anew for each
+update, so that an engine that was rebuilt is like any other, and no state can get out of step. The price: a group is set up
+at each update, and the weights leave rank 0 once for each engine.
 
 NCCL refuses two ranks on one GPU, so engines must be on others than rank 0 (`engine.layout` "split"). Over gloo this is run
 against SGLang 0.5.23 on the CPU; over NCCL it is yet to be run.
@@ -110,7 +110,7 @@ class Broadcast:
         self._groups[engine] = init_custom_process_group(
             backend=self.backend,
             store=dist.PrefixStore(name, store),
-            # gloo's threads can't be taken away from a peer that hangs until this; NCCL's guard would end this process
+            # until this gloo's threads can't be freed from a peer that hangs; NCCL's watchdog would end this process at it
             timeout=timedelta(seconds=self._wait_s * (1 if self.backend == "gloo" else 10)),
             world_size=1 + self._ranks,
             rank=0,

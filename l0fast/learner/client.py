@@ -183,12 +183,12 @@ class LearnerClient:
         }
 
     async def buckets(self, ranks: Collection[int]) -> AsyncIterator[list[str]]:
-        """The weights as the last step left them, bucket by bucket: of each rank's, what an engine on its GPU can read.
+        """The weights as the last step left them, bucket by bucket: a payload of each rank, for an engine on its GPU to read.
 
-        What `SGLangEngine.update_weights` takes. The ranks keep all of it, in bf16, until they are asked again or `free_memory`.
+        What `SGLangEngine.update_weights` takes. The ranks keep all of it, in bf16, until the next call or `free_memory`.
 
         Args:
-            ranks: those whose payloads will be read; others give "", for torch keeps what it shared until it was read.
+            ranks: those whose payloads will be read; others give "", since torch never frees what it shared unread.
         """
         async with self._lock:
             first = True

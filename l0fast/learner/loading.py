@@ -149,7 +149,7 @@ def _check_architecture(model: PreTrainedModel) -> None:
     if any(".experts." in name for name, _ in model.named_parameters()):
         # their files hold each expert by itself, transformers all of a layer as one tensor
         odd.append("a mixture of experts")
-    # what runs along a pack would go on from one row to the next
+    # a recurrence along a pack would go on from one row to the next
     if others := {*(getattr(model.config, "layer_types", None) or ())} - _ATTENTIONS:
         odd.append(f"layers of {', '.join(sorted(others))}")
     if odd:

@@ -82,8 +82,8 @@ def without_adapters(model: PreTrainedModel) -> Iterator[None]:
     for layer in layers:
         layer.enable_adapters(False)
     for parameter in trained:
-        # peft has frozen them; if this is the first forward, FSDP2 would take them for frozen ever after, and add up their
-        # gradients in bf16
+        # switched off, peft freezes them; FSDP2 would take what is frozen in its first forward for frozen ever after, and add
+        # up their gradients in bf16
         parameter.requires_grad_(True)
     try:
         yield

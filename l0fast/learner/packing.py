@@ -15,11 +15,11 @@ goes on with is its *branch*. First all prefixes, then the branches family by fa
 A branch attends to all of its prefix and, causally, to itself: (1) causal attention over cu_seqlens, (2) the queries
 of a family's branches against the keys of its prefix. Every prefix and branch has a token, so no stretch is empty.
 
-Which rows form families is chosen exactly (l0fast/prefixes.py). Which rows form packs: first-fit decreasing (Johnson, "Near-optimal bin packing algorithms", 1973; at most 11/9 OPT + 1
-bins) under a budget of tokens, in two levels: the rows of a group first, so that rows which share a prompt lie in one
-pack, then what the groups came to. Within a group a row goes where the tokens that would really be laid out stay
-within the budget; over groups the sizes of both are added, which is never too little, and that is done again with
-what was really laid out until no two packs fit into one.
+Which rows form families is chosen exactly (l0fast/prefixes.py). Which rows form packs is first-fit decreasing under a budget
+of tokens (Johnson, "Near-optimal bin packing algorithms", 1973; at most 11/9 OPT + 1 bins), on two levels: first the rows of
+a group, so that rows which share a prompt lie in one pack, then what the groups came to. Within a group a row goes where the
+tokens really laid out stay within the budget. Over groups the sizes of both are added, an upper bound; that is repeated
+with the tokens really laid out until no two packs fit into one.
 """
 
 import math

@@ -157,11 +157,11 @@ def process_group(device: str, rank: int, world: int, port: int, listen_fd: int,
         rank=rank,
         world_size=world,
         timeout=timeout,
-        # bound to no device: of one that is torch splits every other group, those with engines, too (broadcast.py), in which
-        # all ranks of the learner would have to take part
+        # no device_id: with one torch splits every later group from this one, and all ranks of the learner would have to take
+        # part in making those with engines (broadcast.py)
     )
     yield
-    # not on the way out of a failure: NCCL takes leave of all ranks or waits for them, and they may wait inside a collective
+    # not after a failure: NCCL waits for all ranks here, and they may wait inside a collective
     dist.destroy_process_group()
 
 
