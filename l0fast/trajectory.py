@@ -63,9 +63,7 @@ def select(trajectories: list[SavedTrajectory], *, which: str | None = None, tas
         pool = [(i, t) for i, t in pool if t.status.failed == (which == "failed")]
         sign = {"best": -1, "worst": 1}.get(which, 0)
         pool.sort(key=lambda it: sign * it[1].reward)
-    if exact := [(i, t) for i, t in pool if t.task.id == task]:
-        return exact
-    return pool
+    return [(i, t) for i, t in pool if t.task.id == task] or pool
 
 
 def choose(trajectories: list[SavedTrajectory], *, which: str | None = None, index: int = 0, task: str = "") -> Placed:

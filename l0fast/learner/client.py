@@ -91,14 +91,10 @@ class LearnerClient:
         self.pids = tuple(worker.pid for worker in workers)
         self._config, self._workers, self._packs = config, workers, packs
         self._batch = _Batch()
-        self._policy_version = 0
+        self.policy_version = 0
+        """Of the weights the ranks hold."""
         self._lock = asyncio.Lock()
         self._failure: str | None = None
-
-    @property
-    def policy_version(self) -> int:
-        """Of the weights the ranks hold."""
-        return self._policy_version
 
     def state(self) -> str:
         """What each rank said last that it is at, and whether it can run."""
@@ -169,7 +165,7 @@ class LearnerClient:
             if not batch.denominator:
                 raise ValueError("the groups of this step hold no sampled token, so there is nothing to learn from")
             answers = await self._ask("finish_step", denominator=batch.denominator, policy_version=policy_version)
-            self._policy_version = policy_version
+            self.policy_version = policy_version
         metrics = answers[0]["metrics"]
         turns = np.concatenate(batch.advantages)
         return {
@@ -213,7 +209,7 @@ class LearnerClient:
         """
         async with self._lock:
             answers = await self._ask("offer", engines=engines, ranks=ranks, wait_s=wait_s)
-            sending = Sending(policy_version=self._policy_version, offer=answers[0]["offer"])
+            sending = Sending(policy_version=self.policy_version, offer=answers[0]["offer"])
             try:
                 async with asyncio.TaskGroup() as tg:
                     work = tg.create_task(self._ask("send", wait_s=wait_s))
@@ -243,7 +239,7 @@ class LearnerClient:
         """
         async with self._lock:
             await self._ask(
-                "save_checkpoint", path=str(path), driver_state=driver_state, policy_version=self._policy_version
+                "save_checkpoint", path=str(path), driver_state=driver_state, policy_version=self.policy_version
             )
 
     async def load_checkpoint(self, path: Path) -> None:
@@ -254,7 +250,7 @@ class LearnerClient:
         """
         async with self._lock:
             answers = await self._ask("load_checkpoint", path=str(path))
-            self._policy_version, self._batch = answers[0]["policy_version"], _Batch()
+            self.policy_version, self._batch = answers[0]["policy_version"], _Batch()
 
     async def close(self) -> None:
         """Wait until the last checkpoint is written. Nothing to do where a rank has failed. Raises LearnerError."""

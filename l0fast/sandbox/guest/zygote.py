@@ -316,11 +316,11 @@ class Zygote:
         self._control.close()
         for session in self._by_sid.values():
             self._end(session)
+        self._reap()
         while self._by_sid or self._removers or self._unremoved:
+            # woken by the next SIGCHLD; the timeout is for one that came in between
+            select.select([self._wake_r], [], [], 0.05)
             self._reap()
-            if self._by_sid or self._removers or self._unremoved:
-                # woken by the next SIGCHLD; the timeout is for one that came in between
-                select.select([self._wake_r], [], [], 0.05)
         try:
             os.rmdir(self._root)
         except OSError as e:
