@@ -7,6 +7,7 @@ sources            files and data sets (sources.py); one scope, with the tools t
 
 import random
 from collections.abc import Iterator, Mapping, Sequence, Set
+from itertools import zip_longest
 from typing import Protocol
 
 from l0fast.config import RunConfig, TaskConfig
@@ -146,10 +147,7 @@ class Questions:
             tasks = list(source.tasks)
             random.Random(derive_seed(0, "heldout", source.name)).shuffle(tasks)
             orders.append(tasks)
-        dealt = [
-            task for i in range(max(map(len, orders))) for tasks in orders if i < len(tasks) for task in [tasks[i]]
-        ]
-        return dealt[:num_questions]
+        return [task for dealt in zip_longest(*orders) for task in dealt if task][:num_questions]
 
     def transfer(self, num_questions: int) -> dict[str, tuple[str, list[Task]]]:
         return {}
