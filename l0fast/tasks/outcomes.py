@@ -1,6 +1,6 @@
 """What became of an episode: right, or which of the ways to be wrong. For people and plots; nothing learns from it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from l0fast.tasks.rewards import exact_match, has_answer, normalize_answer
 from l0fast.tasks.world import Plan
@@ -28,13 +28,9 @@ def outcome(trajectory: Trajectory, plan: Plan) -> str:
     return "wrong_field" if f" {answer} " in f" {seen} " else "invented_or_miscopied"
 
 
-def outcome_shares(trajectories: Iterable[Trajectory], plan_of: "dict[str, Plan]") -> dict[str, float]:
+def outcome_shares(trajectories: Iterable[Trajectory], plan_of: dict[str, Plan]) -> dict[str, float]:
     """Share of each outcome; `plan_of` by task id."""
-    counts: dict[str, int] = dict.fromkeys(OUTCOMES, 0)
-    for trajectory in trajectories:
-        counts[outcome(trajectory, plan_of[trajectory.task.id])] += 1
-    total = sum(counts.values()) or 1
-    return {name: count / total for name, count in counts.items()}
+    return _shares(OUTCOMES, [outcome(t, plan_of[t.task.id]) for t in trajectories])
 
 
 PLAIN_OUTCOMES = ("right", "wrong", "no_answer", "failed")
@@ -43,11 +39,14 @@ PLAIN_OUTCOMES = ("right", "wrong", "no_answer", "failed")
 
 def plain_outcome_shares(trajectories: Iterable[Trajectory]) -> dict[str, float]:
     """Share of each of PLAIN_OUTCOMES."""
-    counts = dict.fromkeys(PLAIN_OUTCOMES, 0)
-    for t in trajectories:
-        name = (
+    return _shares(
+        PLAIN_OUTCOMES,
+        [
             "failed" if t.status.failed else "right" if t.correct else "wrong" if has_answer(t.answer) else "no_answer"
-        )
-        counts[name] += 1
-    total = sum(counts.values()) or 1
-    return {name: count / total for name, count in counts.items()}
+            for t in trajectories
+        ],
+    )
+
+
+def _shares(names: Sequence[str], found: Sequence[str]) -> dict[str, float]:
+    return {name: found.count(name) / (len(found) or 1) for name in names}
