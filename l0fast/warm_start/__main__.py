@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +41,6 @@ from l0fast.tasks.geography import geography, respelled_world
 from l0fast.tasks.invented import invented_world
 from l0fast.tasks.world import World
 from l0fast.tools.local_search import LocalSearch, search_tool
-from l0fast.types import Task, Trajectory
 from l0fast.warm_start.demonstrations import Demonstrator, Mistakes, good_move
 
 _LETTERS = re.compile("[A-Z]?[a-z]+$|[A-Z]$")
@@ -185,8 +184,8 @@ async def _demonstrate(options: Options, config: RunConfig, chat: Chat, progress
             for kind in rng.choices(list(SHARES), weights=list(SHARES.values()), k=num_plays):
                 world, agent = player(kind, rng.randrange(1 if kind == "real" else num_worlds))
                 task = world.train_task(rng, two_hop_share=config.task.two_hop_share)
-                plays.append(_Play(agent, task, next(numbers)))
-            played = await play_all(_Play.run, plays, max_open=_OPEN)
+                plays.append(partial(agent.run_episode, task, index=0, temperature=1.0, seed=next(numbers)))
+            played = await play_all(lambda play: play(), plays, max_open=_OPEN)
             lost = [trajectory for trajectory in played if trajectory.status.failed]
             if len(lost) > len(played) // 10:
                 raise WorldError(
@@ -202,16 +201,6 @@ async def _demonstrate(options: Options, config: RunConfig, chat: Chat, progress
             progress.update(bar, completed=tokens, note=f"{len(rows):,} episodes, {tokens / 1e6:.2f} M tokens")
     progress.console.print(f"{len(rows):,} demonstrations, {tokens / 1e6:.2f} M tokens")
     return rows
-
-
-@dataclass(frozen=True, slots=True)
-class _Play:
-    agent: NBAgent
-    task: Task
-    number: int
-
-    async def run(self) -> Trajectory:
-        return await self.agent.run_episode(self.task, index=0, temperature=1.0, seed=self.number)
 
 
 if __name__ == "__main__":
