@@ -219,7 +219,10 @@ class Corpus:
         return [f"{p.title}\n{p.text}" if p.title else p.text for p in passages]
 
     def _passage(self, key: int) -> Passage:
-        return _passage(self._searcher.doc(self._tantivy.DocAddress(key >> 32, key & 0xFFFF_FFFF)))
+        document = self._searcher.doc(self._tantivy.DocAddress(key >> 32, key & 0xFFFF_FFFF))
+        return Passage(
+            id=document.get_first("id"), title=document.get_first("title") or "", text=document.get_first("text")
+        )
 
 
 @asynccontextmanager
@@ -240,9 +243,3 @@ async def open_corpus(folder: Path) -> AsyncIterator[Corpus]:
 def _key(address: Any) -> int:
     """Of a document: an index that is never written again has it at the same address for ever."""
     return address.segment_ord << 32 | address.doc
-
-
-def _passage(document: Any) -> Passage:
-    return Passage(
-        id=document.get_first("id"), title=document.get_first("title") or "", text=document.get_first("text")
-    )
