@@ -34,7 +34,7 @@ from l0fast.engine.openai import EndpointConfig, endpoint_url, openai_engine
 from l0fast.errors import EngineError, UsageError
 from l0fast.files import whole_file, write_whole
 from l0fast.first_process import step_back
-from l0fast.tasks.sources import Problem, parse_source, read_tasks, source_name
+from l0fast.tasks.sources import Problem, must_differ, parse_source, read_tasks, source_name
 from l0fast.types import Task
 
 SPLITS = ("train", "validation", "test")
@@ -77,9 +77,7 @@ async def build(options: argparse.Namespace, say: Any = print) -> dict[str, Any]
         raise UsageError(f"--judge-concurrency {options.judge_concurrency}: give at least 1")
     if options.judge_endpoint:
         endpoint_url(options.judge_endpoint)
-    names = [source_name(parse_source(text)) for text in options.source]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(f"two sources are called {', '.join(twice)}: tell them apart with ?name=...")
+    must_differ("sources", [source_name(parse_source(text)) for text in options.source])
     out: Path = options.out
     if not (out / "work.sqlite").exists():
         # a word that is wrong is told before it claims the folder, or hours were spent on the words before it

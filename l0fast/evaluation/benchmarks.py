@@ -8,7 +8,7 @@ from l0fast.config import TaskConfig
 from l0fast.errors import UsageError
 from l0fast.seeding import derive_seed
 from l0fast.tasks.curriculum import Worlds
-from l0fast.tasks.sources import load_source, parse_source
+from l0fast.tasks.sources import load_source, must_differ, parse_source
 from l0fast.tasks.world import World
 from l0fast.types import Task
 
@@ -54,7 +54,5 @@ def load_benchmark(text: str, config: TaskConfig, num_questions: int) -> Benchma
 def load_benchmarks(texts: Sequence[str], config: TaskConfig, num_questions: int) -> list[Benchmark]:
     """Raises UsageError for one that can't be read, and for two of one name."""
     benchmarks = [load_benchmark(text, config, num_questions) for text in texts]
-    names = [benchmark.name for benchmark in benchmarks]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UsageError(f"two benchmarks are called {', '.join(sorted(twice))}: tell them apart with ?name=...")
+    must_differ("benchmarks", [benchmark.name for benchmark in benchmarks])
     return benchmarks

@@ -17,7 +17,7 @@ from l0fast.tasks import load_variants, load_world
 from l0fast.tasks.invented import invented_world
 from l0fast.tasks.outcomes import outcome_shares, plain_outcome_shares
 from l0fast.tasks.rewards import normalize_answer
-from l0fast.tasks.sources import load_source, parse_source, stream
+from l0fast.tasks.sources import load_source, must_differ, parse_source, stream
 from l0fast.tasks.world import World, world_of
 from l0fast.types import Task, Trajectory
 
@@ -114,9 +114,7 @@ class Questions:
         self._train = [load_source(parse_source(text), "train") for text in config.train]
         self._eval = [load_source(parse_source(text), "eval") for text in config.eval]
         for sources in (self._train, self._eval):
-            names = [source.name for source in sources]
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise UsageError(f"two sources are called {', '.join(twice)}: tell them apart with ?name=...")
+            must_differ("sources", [source.name for source in sources])
         self.worlds: Sequence[World] = ()
         self.corpora: Mapping[str, Sequence[str]] = {}
         self.evaluation = NAMED_TOOLS

@@ -142,6 +142,12 @@ def source_name(config: SourceConfig) -> str:
     return config.name or (config.data if config.data in DATASETS else Path(config.data.partition(":")[0]).stem)
 
 
+def must_differ(what: str, names: Sequence[str]) -> None:
+    """Raises UsageError where two have the same name."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"two {what} are called {', '.join(twice)}: tell them apart with ?name=...")
+
+
 def read_tasks(config: SourceConfig, split: str) -> Iterator[tuple[int, "Task | Problem"]]:
     """Row by row, with its line number, those of the other side left out; nothing is kept.
 
