@@ -7,7 +7,7 @@
 
 L0: arXiv 2506.23667 and cmriat/l0, src/l0/traj_sampler: its trainer asks with `httpx.get` of the release used here, which
 makes a client each time and with it a TLS context that reads all of certifi's authorities, for a plain HTTP address too.
-Where ours of theirs is cheaper than theirs: task server and engine share one process and one loop, aiohttp stands for
+Where our copy of theirs is cheaper than the original: task server and engine share one process and one loop, aiohttp stands for
 FastAPI, a kernel talks over sockets in files, a worker sends what is new and not the whole conversation, and it writes no
 pickle. Both start first: L0's workers and kernels are up, our zygotes too; our sessions are forked on the way. CPU is that of
 this process and all that it has started, in containers too, from the first turn to the last.

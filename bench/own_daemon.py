@@ -87,8 +87,8 @@ class OwnDaemon:
         assert self._process is not None, "not started"
         self._process.kill()
         self._process.wait()
-        # it dies of dockerd's death; but a new dockerd waits in vain for one that it takes for alive by its number, which
-        # it keeps where the first process of the machine is slow to reap
+        # containerd dies with dockerd, but keeps its number until the machine's first process reaps it: a new dockerd would
+        # take it for alive by that number, and wait in vain
         _end(lambda pid: self._ours(pid) and _program(pid) == b"containerd")
         (self.folder / "exec/containerd/containerd.pid").unlink(missing_ok=True)
 

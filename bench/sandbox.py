@@ -12,8 +12,9 @@ Start is the time from nothing to the result of the first cell, "1 + 1". Every r
 run. Memory is PSS of all processes that n live sessions add, divided by n; a container's shim counts as its own.
 
 Round trips of a cell are measured twice, for ours and the peers alike: where the kernel puts both ends, and (`_one_core`)
-with all that takes part on one core, as are tool calls and the CPU of a cell. A virtual machine takes 40 us to wake a core that has halted, and whether both ends share a core
-is the scheduler's choice, which changes from session to session: a bare byte there and back is 15 us or 95 us on one host.
+with all that takes part on one core, as are tool calls and the CPU of a cell. A virtual machine takes 40 us to wake a core
+that has halted, and the scheduler decides anew for each session whether both ends share a core: a bare byte there and back
+is 15 us or 95 us on one host.
 
 The crowd: so many sessions alive at once, each with 5 cells and 4 tool calls of 50 ms. The last line is JSON; its top
 level is docker, bare, and `variants` has the same keys for each.

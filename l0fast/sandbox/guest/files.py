@@ -1,7 +1,7 @@
 """A session's folder: what a task brings into it, what an agent leaves there, and its end.
 
-Removal copes with whatever the owner did: no rights, links, ten thousand levels. A tree is flattened on the way: a folder inside a folder moves up to the top before it is looked into, so paths stay
-short and nothing recurses. Links are unlinked, never followed. Nothing may still write there.
+Removal copes with whatever the owner did: no rights, links, ten thousand levels. A folder inside a folder moves up to the top
+before it is looked into, so paths stay short and nothing recurses. Links are unlinked, never followed. Nothing may still write there.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ class Repl:
         return told
 
     def _run_in_time(self, filename: str, code: str) -> None:
-        # Short, so a function of its own: to raise anew, CPython until 3.13 makes an int of how many instructions down it
-        # is. Those above 256 take memory, and where there is none it tries for ever, deaf to signals.
+        # A short function, because CPython until 3.13 makes an int of the instruction's number when it raises anew. Those
+        # above 256 take memory, and where there is none it tries for ever, deaf to signals.
         try:
             self._armed = True
             signal.setitimer(signal.ITIMER_REAL, self._timeout, TIMER_REPEAT_S)
