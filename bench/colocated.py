@@ -158,16 +158,9 @@ class World:
         return share
 
 
-async def colocated(options: argparse.Namespace, folder: Path, stack: AsyncExitStack) -> dict[str, Any]:
-    began = time.perf_counter()
-
-    def say(text: str) -> None:
-        print(f"[{time.perf_counter() - began:6.1f} s] {text}", flush=True)
-
+def _config(options: argparse.Namespace) -> RunConfig:
     on_gpu = options.device == "cuda"
-    model = random_policy(folder, layers=options.layers or (28 if on_gpu else 2), on_gpu=on_gpu)
-    say(f"a model of {(folder / 'model.safetensors').stat().st_size / 2**20:.0f} MiB in {folder}")
-    config = RunConfig(
+    return RunConfig(
         num_steps=options.steps,
         seed=options.seed,
         agent=AgentConfig(context_tokens=2048 if on_gpu else 512, max_new_tokens=options.new_tokens),
@@ -193,6 +186,18 @@ async def colocated(options: argparse.Namespace, folder: Path, stack: AsyncExitS
             start_timeout_s=300,
         ),
     )
+
+
+async def colocated(options: argparse.Namespace, folder: Path, stack: AsyncExitStack) -> dict[str, Any]:
+    began = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - began:6.1f} s] {text}", flush=True)
+
+    on_gpu = options.device == "cuda"
+    model = random_policy(folder, layers=options.layers or (28 if on_gpu else 2), on_gpu=on_gpu)
+    say(f"a model of {(folder / 'model.safetensors').stat().st_size / 2**20:.0f} MiB in {folder}")
+    config = _config(options)
     weights = None if options.weights == "ipc" else stack.enter_context(shared_weights(folder))
     client = await stack.enter_async_context(learner(config, folder, weights=weights, log_dir=folder))
     say(f"the learner is up: {client.parameters / 1e6:.0f} M parameters on {client.device}")
