@@ -487,49 +487,16 @@ def _bench_step(device: str, rounds: int) -> dict[str, Any]:
 
 def whole_step(name: str, liger: bool, checkpointing: Literal["on", "off"], device: str, rounds: int) -> dict[str, Any]:
     """Steps of a random-weight model on a batch of L0's shape: groups of 8, a prompt of 2,048 tokens, 4 turns of 300 + 500."""
-    import numpy as np
     from transformers import AutoModelForCausalLM
 
     from l0fast.config import LearnerConfig
     from l0fast.learner import loading
-    from l0fast.learner.packing import pack_rows, row_of
+    from l0fast.learner.packing import pack_rows
     from l0fast.learner.policy_model import PolicyModel
-    from l0fast.segments import segments_of
-    from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
     tiny = device == "cpu"
     shape = TINY if tiny else SHAPES[name]
-    num_groups, group_size, prompt, response, output, num_turns = (
-        (1, 4, 64, 10, 16, 3) if tiny else (4, 8, 2048, 300, 500, 4)
-    )
-    rng = np.random.default_rng(0)
-    draw = lambda n: tuple(rng.integers(0, shape.vocab, n).tolist())  # noqa: E731
-    groups = []
-    for g in range(num_groups):
-        task = Task(id=f"t{g}", question="?", answers=("a",))
-        first, trajectories = Ids(draw(prompt)), []
-        for i in range(group_size):
-            turns, ids = [], first
-            for _ in range(num_turns):
-                said = draw(response)
-                turns.append(
-                    Turn(
-                        prompt_ids=ids,
-                        response_ids=Ids(said),
-                        sampler_logprobs=(-12.0,) * response,
-                        finish_reason="stop",
-                        policy_version=0,
-                        text="",
-                        output="",
-                        well_formed=True,
-                    )
-                )
-                ids = ids + said + draw(output)
-            trajectory = Trajectory(
-                task=task, index=i, status=TrajectoryStatus.COMPLETED, turns=tuple(turns), rewards=(0.0,) * num_turns
-            )
-            trajectories.append([row_of(s, trajectory, rng.normal(size=num_turns)) for s in segments_of(trajectory)])
-        groups.append([row for rows in trajectories for row in rows])
+    groups = random_rows(shape.vocab, *((1, 4, 64, 10, 16, 3) if tiny else (4, 8, 2048, 300, 500, 4)))
     packs = pack_rows(groups, 32_768, share_prefixes=True)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         with torch.device(device):
@@ -579,6 +546,47 @@ def whole_step(name: str, liger: bool, checkpointing: Literal["on", "off"], devi
             "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if device == "cuda" else None,
             "seconds": {k: round(v, 3) for k, v in metrics.items() if k.endswith("_s")},
         }
+
+
+def random_rows(
+    vocab: int, num_groups: int, group_size: int, prompt: int, response: int, output: int, num_turns: int
+) -> list[list[Any]]:
+    """Rows of a batch, group by group. `prompt`, `response` and `output`: lengths [tokens]."""
+    import numpy as np
+
+    from l0fast.learner.packing import row_of
+    from l0fast.segments import segments_of
+    from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
+
+    rng = np.random.default_rng(0)
+    draw = lambda n: tuple(rng.integers(0, vocab, n).tolist())  # noqa: E731
+    groups = []
+    for g in range(num_groups):
+        task = Task(id=f"t{g}", question="?", answers=("a",))
+        first, rows = Ids(draw(prompt)), []
+        for i in range(group_size):
+            turns, ids = [], first
+            for _ in range(num_turns):
+                said = draw(response)
+                turns.append(
+                    Turn(
+                        prompt_ids=ids,
+                        response_ids=Ids(said),
+                        sampler_logprobs=(-12.0,) * response,
+                        finish_reason="stop",
+                        policy_version=0,
+                        text="",
+                        output="",
+                        well_formed=True,
+                    )
+                )
+                ids = ids + said + draw(output)
+            trajectory = Trajectory(
+                task=task, index=i, status=TrajectoryStatus.COMPLETED, turns=tuple(turns), rewards=(0.0,) * num_turns
+            )
+            rows += [row_of(s, trajectory, rng.normal(size=num_turns)) for s in segments_of(trajectory)]
+        groups.append(rows)
+    return groups
 
 
 def model_config(shape: ModelShape) -> Any:
