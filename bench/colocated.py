@@ -48,7 +48,7 @@ from l0fast.types import Group, Task, Trajectory, TrajectoryStatus, Turn
 
 TELLING_SHARE = 0.25
 """How far even and odd ids' embeddings are apart along one direction, in their standard deviations."""
-SGLANG_ON_A_BARE_GPU = ('attention_backend="triton"', 'sampling_backend="pytorch"', "disable_prefill_cuda_graph=true")
+SGLANG_ON_A_BARE_GPU = ('attention_backend="triton"', 'sampling_backend="pytorch"')
 """Kernels that need no package beside Triton."""
 
 

@@ -139,6 +139,9 @@ def _command(server: str, folder: Path, name: str, host: str, port: int) -> tupl
             # of a folder in fp32, as the learner writes them, it would make fp16; agents sample in bf16
             "--dtype",
             "bfloat16",
+            # as for the engines of a run; sglang_process.py says why
+            "--cuda-graph-backend-prefill",
+            "disabled",
             *(("--attention-backend", "triton") if has_small_heads(folder) else ()),
             "--sampling-defaults",
             "openai",

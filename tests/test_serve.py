@@ -211,3 +211,8 @@ def test_sglang_serves_the_policies_that_ship_with_the_attention_that_agents_sam
     for larger in ('{"hidden_size": 1024, "num_attention_heads": 16}', '{"n_embd": 768, "n_head": 12}'):
         (tmp_path / "config.json").write_text(larger)
         assert "--attention-backend" not in _command("sglang", tmp_path, "policy", "127.0.0.1", 1)[1]
+
+
+def test_sglang_serves_prompts_as_the_engines_of_a_run_compute_them():
+    _, words = _command("sglang", MODELS / "geography", "policy", "127.0.0.1", 1)
+    assert words[words.index("--cuda-graph-backend-prefill") + 1] == "disabled"

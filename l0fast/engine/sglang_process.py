@@ -278,6 +278,10 @@ def _arguments(
         arguments |= {"base_gpu_id": gpu, "dtype": "bfloat16", "enable_fp32_lm_head": True}
         share = _of_free(config.memory_share, range(gpu, gpu + config.tensor_parallel))
         arguments |= {"mem_fraction_static": share, "cuda_graph_max_bs_decode": slots}
+        # graphs of prompts, which SGLang makes by default, keep no hold of what attention reads between their pieces: graphs made
+        # later may lie there, and what is computed then is wrong without a word (sgl-project/sglang#37606, 0.5.23 included).
+        # They also take GiBs beside `mem_fraction_static`, where the learner lives
+        arguments["cuda_graph_backend_prefill"] = "disabled"
         arguments |= {"enable_memory_saver": config.layout == "sleep"}
         if has_small_heads(model_path):
             arguments["attention_backend"] = "triton"

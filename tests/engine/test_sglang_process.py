@@ -92,3 +92,9 @@ def test_a_small_policy_has_an_attention_that_knows_its_heads(started, model, co
     assert started(0).get("attention_backend") == backend
     named = started(0, sglang=('attention_backend="fa3"',))
     assert named["attention_backend"] == "fa3"
+
+
+def test_prompts_are_computed_without_graphs_unless_they_are_asked_for(started):
+    assert started(0)["cuda_graph_backend_prefill"] == "disabled"
+    asked = started(0, sglang=('cuda_graph_backend_prefill="breakable"',))
+    assert asked["cuda_graph_backend_prefill"] == "breakable"
