@@ -9,6 +9,7 @@
 """
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from pathlib import Path
 from l0fast import __version__
 from l0fast.agent.chat import Chat
 from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
+from l0fast.allocator import without_expandable_segments
 from l0fast.config import RunConfig
 from l0fast.engine.base import Engine, TextEngine
 from l0fast.engine.buckets import DiskWeights, GroupWeights, HostWeights, RankWeights
@@ -213,6 +215,12 @@ async def open_rooms(
             published = weights if layout is None or layout.weights == "host" else None
             # engines were dealt out to GPUs; without, both would be slow beyond use, and say nothing of it
             on_gpus = layout is not None and num_gpus() > 0
+            if on_gpus and (asked := without_expandable_segments(os.environ)):
+                whom = "engines and the learner" if layout and layout.weights == "ipc" else "engines"
+                log(
+                    f"{' and '.join(asked)} asks for expandable_segments: {whom} go without, for such memory can be read by no other "
+                    "process in most containers, and an engine that sleeps could not give it back"
+                )
             async with (
                 learner(
                     _watched(config), folder, weights=published, log_dir=run_dir, on_gpus=on_gpus

@@ -24,14 +24,18 @@ class ThatWasAll(Exception):
     """Raised where the test has seen enough."""
 
 
-def open_until_that_was_all(config: RunConfig, run_dir) -> None:
+def open_until_that_was_all(config: RunConfig, run_dir) -> list[str]:
+    """What was said until then."""
+    said: list[str] = []
+
     async def main():
         meters = Meters(config, run_dir, log=lambda line: None, warn=lambda line: None)
-        async with rooms.open_rooms(config, run_dir, meters, lambda line: None):
+        async with rooms.open_rooms(config, run_dir, meters, said.append):
             pass
 
     with pytest.raises(ThatWasAll):
         asyncio.run(main())
+    return said
 
 
 def test_searches_are_indexed_in_another_thread(monkeypatch: pytest.MonkeyPatch, tmp_path):
@@ -63,9 +67,11 @@ def test_a_learner_beside_sglang_is_on_the_gpus_that_were_dealt_out(monkeypatch:
         rooms, "check_layout", lambda *args, **kwargs: Layout(engines=1, first_gpu=0, ranks=1, weights="ipc")
     )
     monkeypatch.setattr(rooms, "learner", opened)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     config = CONFIG.model_copy(update={"engine": CONFIG.engine.model_copy(update={"kind": "sglang"})})
 
-    open_until_that_was_all(config, tmp_path)
+    told = any("engines and the learner go without" in line for line in open_until_that_was_all(config, tmp_path))
+    assert told == bool(gpus)
 
 
 def test_a_demonstrator_learns_its_worlds_in_another_thread(monkeypatch: pytest.MonkeyPatch, tmp_path):

@@ -64,6 +64,7 @@ FLOORS = [
         "files",
         "hub",
         "nvidia_smi",
+        "allocator",
         "deadlines",
         "ids",
         "segments",

@@ -49,6 +49,7 @@ from typing import Any
 import orjson
 
 from l0fast import nvidia_smi
+from l0fast.allocator import without_expandable_segments
 from l0fast.config import EngineConfig
 from l0fast.errors import EngineError, UsageError
 
@@ -287,6 +288,7 @@ def _arguments(
             arguments["attention_backend"] = "triton"
         # of its GPUs the learner may hold more of one than of another
         variables["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
+        variables |= without_expandable_segments(os.environ)
     else:
         arguments |= {"device": "cpu", "dtype": "float32", "attention_backend": "torch_native"}
         arguments |= {"sampling_backend": "pytorch", "disable_cuda_graph": True}

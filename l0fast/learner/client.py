@@ -429,6 +429,8 @@ async def learner(
                     "seed": config.seed,
                     "on_gpus": on_gpus,
                     "meets_engines": config.engine.weights == "group",
+                    # engines read it where it lies (`buckets`)
+                    "lends_memory": weights is None and config.engine.weights in ("auto", "ipc"),
                     "rank": number,
                     "world": world,
                     "port": rendezvous.getsockname()[1],

@@ -30,6 +30,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from l0fast.allocator import without_expandable_segments
 from l0fast.errors import UsageError
 from l0fast.ipc import Channel, Message, SharedBytes, SharedWeights, stand_back
 
@@ -62,6 +63,8 @@ def run(channel: Channel, args: dict[str, Any]) -> None:
     if args["meets_engines"]:
         # as SGLang sets it where nobody has: members of a group that differ in it do not understand each other's handles
         os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
+    if args["lends_memory"]:
+        os.environ.update(without_expandable_segments(os.environ))
     import torch
     from transformers.utils import logging as transformers_logging
 

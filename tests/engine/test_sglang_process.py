@@ -98,3 +98,13 @@ def test_prompts_are_computed_without_graphs_unless_they_are_asked_for(started):
     assert started(0)["cuda_graph_backend_prefill"] == "disabled"
     asked = started(0, sglang=('cuda_graph_backend_prefill="breakable"',))
     assert asked["cuda_graph_backend_prefill"] == "breakable"
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_expandable_segments_are_kept_from_engines_and_nothing_else_is(started, monkeypatch, name):
+    """One that sleeps could not give them back."""
+    monkeypatch.setenv(name, "max_split_size_mb:512, expandable_segments: true,pinned_use_background_threads:True")
+    expected = "max_split_size_mb:512, expandable_segments: False,pinned_use_background_threads:True"
+    assert started(0)[name] == expected
+    monkeypatch.setenv(name, "expandable_segments:False")
+    assert name not in started(0)

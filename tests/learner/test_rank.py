@@ -206,7 +206,7 @@ def test_a_model_is_read_as_long_as_io_timeout_s_says(program, model_path):
     """Of a disk that takes minutes for it: the deadline for a start is that of what comes before."""
     config = program.CONFIG.model_copy(update={"threads": torch.get_num_threads(), "io_timeout_s": 1234.0})
     about = {"rank": 0, "world": 1, "port": 0, "listen_fd": -1, "packs_fd": -1, "weights": None, "profile": None}
-    about |= {"on_gpus": False, "meets_engines": False}
+    about |= {"on_gpus": False, "meets_engines": False, "lends_memory": False}
     about |= {"num_steps": 10, "temperature": 1.0, "seed": 0, "keep_checkpoints": 1, "model_path": str(model_path)}
     channel = Channel()
     run_rank(channel, {"config": config.model_dump(), **about})
@@ -256,9 +256,29 @@ def test_nccl_is_set_up_as_that_of_the_engines_it_meets(monkeypatch, program, me
         monkeypatch.delenv("NCCL_CUMEM_ENABLE")
     channel: Any = Channel()
     args = {"config": program.CONFIG.model_dump(), "rank": 0, "world": 1, "seed": 0, "weights": None}
+    args |= {"meets_engines": meets, "lends_memory": False, "on_gpus": False, "port": 0, "listen_fd": -1}
     with pytest.raises(EOFError):
-        run_rank(channel, args | {"meets_engines": meets, "on_gpus": False, "port": 0, "listen_fd": -1})
+        run_rank(channel, args)
     assert os.environ.get("NCCL_CUMEM_ENABLE") == ours
+
+
+@pytest.mark.parametrize(("lends", "ours"), [(True, "False"), (False, "True")])
+def test_memory_that_an_engine_reads_is_of_no_expandable_segment(monkeypatch, program, lends, ours):
+    """Another process can't get at one in most containers."""
+
+    class Channel:
+        def progress(self, doing, limit_s=0.0):
+            if doing == "loading the model":
+                raise EOFError
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512,expandable_segments:True")
+    channel: Any = Channel()
+    args = {"config": program.CONFIG.model_dump(), "rank": 0, "world": 1, "seed": 0, "weights": None}
+    args |= {"meets_engines": False, "lends_memory": lends, "on_gpus": False, "port": 0, "listen_fd": -1}
+    with pytest.raises(EOFError):
+        run_rank(channel, args)
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == f"max_split_size_mb:512,expandable_segments:{ours}"
 
 
 def test_what_nobody_will_read_is_not_told_of(monkeypatch, new):
