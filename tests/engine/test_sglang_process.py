@@ -1,12 +1,13 @@
 """What SGLang is started with on GPUs. They are a stand-in for nvidia-smi; no SGLang is needed."""
 
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 
 from l0fast.config import EngineConfig
-from l0fast.engine.sglang_process import _arguments
+from l0fast.engine.sglang_process import _PORTS, _arguments, _next_port
 from l0fast.errors import EngineError
 
 SMI = """#!/usr/bin/env python3
@@ -108,3 +109,16 @@ def test_expandable_segments_are_kept_from_engines_and_nothing_else_is(started, 
     assert started(0)[name] == expected
     monkeypatch.setenv(name, "expandable_segments:False")
     assert name not in started(0)
+
+
+def test_no_two_engines_meet_at_one_port_nor_at_one_that_is_taken():
+    ports = [_next_port() for _ in range(400)]
+    assert len(set(ports)) == 400
+    with socket.socket() as other:
+        other.bind(("", ports[-1] + 1 if ports[-1] < _PORTS[-1] else _PORTS[0]))
+        assert _next_port() != other.getsockname()[1]
+
+
+def test_an_engine_is_told_its_port(started):
+    assert started(0)["nccl_port"] in _PORTS
+    assert started(0, sglang=("nccl_port=1234",))["nccl_port"] == 1234
