@@ -296,6 +296,9 @@ def _arguments(
             arguments["attention_backend"] = "triton"
         # of its GPUs the learner may hold more of one than of another
         variables["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
+        # the scheduler itself goes to its GPU's NUMA node; else numactl is put before it by a script in /tmp, which stays, and which
+        # any child that we start meanwhile is started by, too
+        variables["SGLANG_NUMA_BIND_V2"] = "0"
         variables |= without_expandable_segments(os.environ)
     else:
         arguments |= {"device": "cpu", "dtype": "float32", "attention_backend": "torch_native"}

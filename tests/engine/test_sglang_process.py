@@ -122,3 +122,7 @@ def test_no_two_engines_meet_at_one_port_nor_at_one_that_is_taken():
 def test_an_engine_is_told_its_port(started):
     assert started(0)["nccl_port"] in _PORTS
     assert started(0, sglang=("nccl_port=1234",))["nccl_port"] == 1234
+
+
+def test_no_script_that_binds_it_to_its_node_is_left_in_tmp(started):
+    assert started(0)["SGLANG_NUMA_BIND_V2"] == "0"
