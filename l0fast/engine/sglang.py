@@ -40,6 +40,8 @@ from l0fast.errors import EngineError, UsageError
 
 T = TypeVar("T")
 
+_WARM_UP = (80, 160)
+"""Prompts of its first two turns; SGLang's caches have pages of up to 64 tokens [tokens]."""
 _ABORT_S = 0.1
 """Time between two calls for aborting what runs; one that was being sent may miss the first [s]."""
 
@@ -84,6 +86,41 @@ class SGLangEngine:
         self._tm.event_loop = self._loop
         self._reading = self._loop.create_task(self._tm.handle_loop(), name="answers of sglang")
         self._reading.add_done_callback(self._reading_ended)
+
+    async def warm_up(self) -> None:
+        """Answer two conversations of two turns each, at once, as part of its start.
+
+        What SGLang does for the first time it compiles kernels for, up to a minute and more beside seven other engines that do,
+        and says nothing meanwhile: requests would miss their deadlines, and the engine be taken for stuck.
+
+        Raises:
+            EngineError: it can't, or not within `engine.start_timeout_s`.
+        """
+        timeout_s = self._config.start_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                for length in _WARM_UP:
+                    async with asyncio.TaskGroup() as tg:
+                        for first in range(2):
+                            ids = range(first, first + min(length, self._max_tokens - 2))
+                            tg.create_task(self._warm_up([i % self._vocab_size for i in ids]))
+                await self._flush(timeout_s=timeout_s)
+        except TimeoutError as e:
+            raise EngineError(
+                f"sglang started, but did not answer within {timeout_s:g} s: what it said is on stderr; a machine on which it "
+                "compiles for longer needs a higher --engine.start-timeout-s"
+            ) from e
+        except BaseExceptionGroup as e:
+            raise e.exceptions[0] from e.exceptions[0].__cause__
+
+    async def _warm_up(self, ids: list[int]) -> None:
+        params = _params(Sampling(max_new_tokens=2, stop_token_ids=(), temperature=1.0), 0)
+        rid = f"l0fast-{next(self._requests):016x}"
+        request = self._engine.async_generate(input_ids=ids, sampling_params=params, return_logprob=True, rid=rid)
+        try:
+            await self._unless_it_fails(request, self._calls)
+        except self._refusals as e:
+            raise EngineError(f"sglang refused its first request: {e}") from e
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str) -> Sampled:
         """As in the protocol of a whole engine."""
@@ -451,7 +488,7 @@ async def sglang_engine(
 
     Raises:
         UsageError: a model folder or a setting that can't be used, no room for a context, or no SGLang.
-        EngineError: SGLang did not start.
+        EngineError: SGLang did not start, or does not answer.
     """
     check_model_folder(model_path, max_tokens)
     async with sglang_process(config, model_path, max_tokens=max_tokens, slots=slots or config.slots, gpu=gpu) as (
@@ -461,6 +498,7 @@ async def sglang_engine(
         engine = SGLangEngine(process, children, config, max_tokens=max_tokens)
         try:
             engine.check_room()
+            await engine.warm_up()
             yield engine
         finally:
             await engine._close()

@@ -128,6 +128,33 @@ def test_the_gate_knows_how_large_the_cache_is_before_the_scheduler_has_said_any
     assert engine.load().max_tokens == said
 
 
+def test_it_has_answered_before_anyone_asks(running, folder):
+    async def main():
+        async with sglang_engine(CONFIG, folder, max_tokens=MAX_TOKENS) as engine:
+            load, state = engine.load(), engine._tm.rid_to_state
+            # two prompts twice, the second time only what is new of them
+            assert load.prefill_tokens >= 2 * 160
+            assert not load.used_tokens
+            assert not state
+            # none of it is a conversation's
+            assert load.decoded_tokens == load.cached_tokens == 0
+
+    running.run(main())
+
+
+def test_one_that_does_not_answer_has_not_started(running, engine, monkeypatch):
+    monkeypatch.setattr(engine, "_config", CONFIG.model_copy(update={"start_timeout_s": 0.05}))
+    pause = engine._io.PauseGenerationReqInput(mode="retract")
+
+    async def main():
+        await engine._tm.pause_generation(pause)
+        with pytest.raises(EngineError, match=r"did not answer within 0\.05 s.*--engine\.start-timeout-s"):
+            await engine.warm_up()
+        await engine._tm.continue_generation(engine._io.ContinueGenerationReqInput(torch_empty_cache=False))
+
+    running.run(main())
+
+
 def test_greedy_ids_are_transformers(running, engine, model):
     ids = list(PROMPT)
     for _ in range(12):
