@@ -142,7 +142,9 @@ class SGLangEngine:
         try:
             async with deadline:
                 while not response.ends(sampling):
-                    await self._open.wait()
+                    # it may have closed again before this was woken
+                    while not self._open.is_set():
+                        await self._open.wait()
                     response.policy_version = self.policy_version
                     await self._send(response, prompt, sampling, conversation)
         except TimeoutError as e:
@@ -315,12 +317,13 @@ class SGLangEngine:
             return
         self._open.clear()
         self._move_deadlines(None)
-        if self._retracts:
+        if paused := bool(self._calls):
+            if not self._retracts:
+                raise EngineError(f"{len(self._calls)} requests are under way, which this SGLang can't retract")
+            # not without need: the loop of one that is paused turns without rest, and takes a core from who works meanwhile
             await self._tm.pause_generation(self._io.PauseGenerationReqInput(mode="retract"))
-        elif self._calls:
-            raise EngineError(f"{len(self._calls)} requests are under way, which this SGLang can't retract")
         # releasing what is in use would take the scheduler down
-        await self._flush(timeout_s=None if self._retracts else self._config.request_timeout_s)
+        await self._flush(timeout_s=None if paused else self._config.request_timeout_s)
         await self._tm.release_memory_occupation(self._io.ReleaseMemoryOccupationReqInput(tags=["kv_cache", "weights"]))
         self._asleep = True
 

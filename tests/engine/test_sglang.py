@@ -326,6 +326,35 @@ def test_time_in_which_new_weights_come_is_no_requests(running, engine, model, m
     assert len(running.run(main()).version_spans) == 2
 
 
+def test_one_that_sleeps_takes_no_core_unless_it_must_keep_requests(running, engine, model, monkeypatch):
+    """The scheduler's loop waits where there is nothing to do, and turns without rest where it is paused."""
+    pauses, pause = [], engine._tm.pause_generation
+
+    async def counted(request):
+        pauses.append(request.mode)
+        await pause(request)
+
+    async def main():
+        monkeypatch.setattr(engine._tm, "pause_generation", counted)
+        await engine.generate(PROMPT, sampling(5), conversation="over")
+        await engine.sleep()
+        assert not pauses
+        asked = asyncio.create_task(engine.generate(PROMPT, sampling(5), conversation="asleep"))
+        await asyncio.sleep(0)
+        assert not engine._calls
+        await running.update(model)
+        assert not pauses
+        assert len((await asked).response_ids) == 5
+        asked = asyncio.create_task(engine.generate(PROMPT, sampling(390), conversation="under way"))
+        await until_running(engine, 1)
+        await engine.sleep()
+        assert pauses == ["retract"]
+        await running.update(model)
+        assert len((await asked).response_ids) == 390
+
+    running.run(main())
+
+
 def test_prompts_being_computed_are_progress_although_nothing_is_said_of_them(running, engine):
     tm, io = engine._tm, engine._io
 
