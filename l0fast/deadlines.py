@@ -2,12 +2,13 @@
 
     agent    with deadlines_of(whole, turn): ...         an episode's, for all that its task awaits
     gate     with standing_still(): await admitted       engine.request_timeout_s bounds that
+    engine   go_on = halt(deadlines) ... go_on()         while new weights come to a request that is under way
 
 So an episode does not fail because there are many others: only its own time counts.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
@@ -34,15 +35,31 @@ def deadlines_of(*deadlines: Deadline) -> Iterator[None]:
         _deadlines.reset(token)
 
 
-@contextmanager
-def standing_still() -> Iterator[None]:
-    """The running task's deadlines have as long to go after the block as before it. One that has passed stays so."""
+def deadlines_of_this_task() -> tuple[Deadline, ...]:
+    return _deadlines.get()
+
+
+def halt(deadlines: Iterable[Deadline]) -> Callable[[], None]:
+    """They stand still until what this returns is called, before any of their blocks is left, and have as long to go then as
+    now. One that has passed stays so.
+    """
     loop = asyncio.get_running_loop()
-    left = [(d, when - loop.time()) for d in _deadlines.get() if (when := d.when()) is not None and not d.expired()]
+    left = [(d, when - loop.time()) for d in deadlines if (when := d.when()) is not None and not d.expired()]
     for deadline, _ in left:
         deadline.reschedule(None)
+
+    def go_on() -> None:
+        for deadline, left_s in left:
+            deadline.reschedule(loop.time() + left_s)
+
+    return go_on
+
+
+@contextmanager
+def standing_still() -> Iterator[None]:
+    """The running task's deadlines stand still in the block."""
+    go_on = halt(_deadlines.get())
     try:
         yield
     finally:
-        for deadline, left_s in left:
-            deadline.reschedule(loop.time() + left_s)
+        go_on()

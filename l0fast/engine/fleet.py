@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from l0fast.config import EngineConfig
+from l0fast.deadlines import standing_still
 from l0fast.engine.base import EngineLoad, Sampled, Sampling, VersionSpan
 from l0fast.engine.placement import Placement
 from l0fast.errors import EngineError
@@ -214,7 +215,9 @@ class Fleet:
         while (number := self._placement.place(conversation)) is None:
             if self._none_left is not None:
                 raise EngineError(self._none_left)
-            await self._any_up.wait()
+            # until one is built again, which has deadlines of its own
+            with standing_still():
+                await self._any_up.wait()
         member = self._members[number]
         assert member.engine is not None, "an engine that is down was placed on"
         return member, member.engine

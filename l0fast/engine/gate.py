@@ -135,6 +135,7 @@ class GatedEngine:
         self._clock: Clock = clock or CompressedClock()
         self._gate = Gate(admission, self._clock)
         self._under_way: set[str] = set()
+        self._updating = False
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str) -> Sampled:
         if conversation in self._under_way:
@@ -158,7 +159,13 @@ class GatedEngine:
 
     async def update_weights(self, policy_version: int) -> None:
         self._gate.admission.updated_weights()
-        await self.engine.update_weights(policy_version)
+        self._updating = True
+        try:
+            await self.engine.update_weights(policy_version)
+        finally:
+            self._updating = False
+            # it could not until now
+            self._gate.moved_s = self._clock.now_s
 
     def forget(self, conversation: str) -> None:
         self.engine.forget(conversation)
@@ -187,8 +194,8 @@ class GatedEngine:
 
         def look() -> None:
             nonlocal deadline
-            due_s = max(asked_s, self._gate.moved_s) + self._timeout_s
-            if due_s > self._clock.now_s:
+            last_s = self._clock.now_s if self._updating else max(asked_s, self._gate.moved_s)
+            if (due_s := last_s + self._timeout_s) > self._clock.now_s:
                 deadline = self._clock.call_at(due_s, look)
             else:
                 _settle(admitted, False)

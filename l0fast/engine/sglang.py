@@ -23,12 +23,14 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from l0fast.config import EngineConfig
+from l0fast.deadlines import Deadline, deadlines_of_this_task, halt, standing_still
 from l0fast.engine.base import EngineLoad, Sampled, Sampling, VersionSpan
 from l0fast.engine.buckets import Offer, Weights, group_name
 from l0fast.engine.check import check_request
@@ -44,6 +46,32 @@ _WARM_UP = (80, 160)
 """Prompts of its first two turns; SGLang's caches have pages of up to 64 tokens [tokens]."""
 _ABORT_S = 0.1
 """Time between two calls for aborting what runs; one that was being sent may miss the first [s]."""
+
+
+@dataclass(slots=True, eq=False)
+class _UnderWay:
+    """A request's deadline, and those of whoever asked."""
+
+    own: asyncio.Timeout
+    theirs: tuple[Deadline, ...]
+    _go_on: Callable[[], None] | None = None
+
+    def halt(self) -> None:
+        if self._go_on is None:
+            if not self.own.expired():
+                self.own.reschedule(None)
+            self._go_on = halt(self.theirs)
+
+    def go_on(self, due: float | None = None) -> None:
+        """
+        Args:
+            due: of its own, for what is computed anew; None where it is over [s of the loop].
+        """
+        if self._go_on is not None:
+            if due is not None and not self.own.expired():
+                self.own.reschedule(due)
+            self._go_on()
+            self._go_on = None
 
 
 class SGLangEngine:
@@ -67,8 +95,10 @@ class SGLangEngine:
         self._requests = itertools.count()
         self._calls: set[asyncio.Task[Any]] = set()
         """Requests that are in the scheduler, or on their way."""
-        self._deadlines: set[asyncio.Timeout] = set()
-        """Theirs."""
+        self._under_way: set[_UnderWay] = set()
+        """Of all that was asked."""
+        self._halted = False
+        """Whether the time that passes is not theirs."""
         self._updates: set[asyncio.Task[Any]] = set()
         self._open = asyncio.Event()
         """Whether requests may be sent; closed while it sleeps, and while older SGLangs get new weights."""
@@ -136,11 +166,14 @@ class SGLangEngine:
         check_request(prompt, sampling, vocab_size=self._vocab_size, max_tokens=self._max_tokens)
         timeout_s = self._config.request_timeout_s
         # asleep, or between two policies: that time is not this request's
-        await self._open.wait()
+        with standing_still():
+            await self._open.wait()
         deadline = asyncio.timeout(timeout_s)
-        self._deadlines.add(deadline)
+        self._under_way.add(under_way := _UnderWay(deadline, deadlines_of_this_task()))
         try:
             async with deadline:
+                if self._halted:
+                    under_way.halt()
                 while not response.ends(sampling):
                     # it may have closed again before this was woken
                     while not self._open.is_set():
@@ -150,7 +183,8 @@ class SGLangEngine:
         except TimeoutError as e:
             raise EngineError(f"sglang did not answer in {timeout_s:g} s") from e
         finally:
-            self._deadlines.discard(deadline)
+            self._under_way.discard(under_way)
+            under_way.go_on()
 
     async def _send(self, response: Response, prompt: np.ndarray, sampling: Sampling, conversation: str) -> None:
         """Once; what comes of it is added to the response."""
@@ -316,7 +350,7 @@ class SGLangEngine:
         if self._asleep:
             return
         self._open.clear()
-        self._move_deadlines(None)
+        self._halt()
         if paused := bool(self._calls):
             if not self._retracts:
                 raise EngineError(f"{len(self._calls)} requests are under way, which this SGLang can't retract")
@@ -330,7 +364,7 @@ class SGLangEngine:
     @asynccontextmanager
     async def _paused(self) -> AsyncIterator[None]:
         """Nothing is computed, and nothing of what was will be used, while the block runs; awake afterwards."""
-        self._move_deadlines(None)
+        self._halt()
         if self._retracts:
             if not self._asleep:
                 await self._tm.pause_generation(self._io.PauseGenerationReqInput(mode="retract"))
@@ -344,15 +378,16 @@ class SGLangEngine:
             if not self._asleep:
                 await self._flush(timeout_s=self._config.request_timeout_s)
             yield
-        self._asleep = False
-        self._move_deadlines(self._loop.time() + self._config.request_timeout_s)
+        self._asleep = self._halted = False
+        for under_way in self._under_way:
+            under_way.go_on(self._loop.time() + self._config.request_timeout_s)
         self._open.set()
 
-    def _move_deadlines(self, when: float | None) -> None:
-        """Of requests; None: time that passes is not theirs. One that has passed stays so."""
-        for deadline in self._deadlines:
-            if not deadline.expired():
-                deadline.reschedule(when)
+    def _halt(self) -> None:
+        """Time that passes is not that of requests, nor of whoever asked."""
+        self._halted = True
+        for under_way in self._under_way:
+            under_way.halt()
 
     async def _flush(self, timeout_s: float | None) -> None:
         flushed = await self._tm.flush_cache(timeout_s=timeout_s)

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from l0fast.config import EngineConfig
+from l0fast.deadlines import deadlines_of
 from l0fast.engine.base import EngineLoad, Sampling, VersionSpan
 from l0fast.engine.fleet import MAX_SENDS, Fleet, Response, Silence, fleet
 from l0fast.errors import EngineError, UsageError
@@ -190,6 +191,24 @@ def test_with_one_engine_requests_wait_for_it_to_be_back():
             assert all(s.response_ids[-1] == 16 for s in await finish(world, tasks | late))
             assert len(world.engines) == 2
         assert "engine 0 died: killed; rebuild 1 of 3" in world.log[0]
+
+    play(main)
+
+
+def test_an_episodes_time_stands_still_while_no_engine_is_up():
+    async def main(world):
+        async with world.open(1) as running:
+            world.may_start.clear()
+            world.engines[0].fail("killed")
+            await settle()
+            async with asyncio.timeout(60) as whole:
+                with deadlines_of(whole):
+                    [asked] = (await ask(running, "a")).values()
+                    assert whole.when() is None
+                    world.may_start.set()
+                    await settle()
+                    assert whole.when() is not None
+                    await finish(world, [asked])
 
     play(main)
 

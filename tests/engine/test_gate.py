@@ -80,6 +80,32 @@ def test_who_waits_too_long_fails_and_the_line_goes_on():
     assert (admission.num_waiting, admission.num_in_flight) == (0, 2)
 
 
+def test_who_waits_does_not_fail_over_new_weights_while_which_the_line_can_not_move():
+    clock = SimulatedClock()
+
+    class Slow(SimulatedEngine):
+        async def update_weights(self, policy_version: int) -> None:
+            await clock.sleep(0.4)
+            await super().update_weights(policy_version)
+
+    async def main():
+        engine = Slow(vocab_size=100, max_tokens=400, kv_tokens=1000, clock=clock)
+        gate, _ = await open_gate(engine, clock, timeout_s=0.05)
+        # it comes back never, and is not forgotten
+        await gate.generate([1] * 340, SAMPLING, conversation="first")
+        await gate.generate([1] * 340, SAMPLING, conversation="second")
+        waiting = asyncio.create_task(gate.generate([1] * 340, SAMPLING, conversation="third"))
+        await asyncio.sleep(0)
+        start = clock.now_s
+        await gate.update_weights(1)
+        assert not waiting.done()
+        with pytest.raises(EngineError, match=r"the last 0\.05 s without"):
+            await waiting
+        return clock.now_s - start
+
+    assert clock.run(main()) == pytest.approx(0.45)
+
+
 def test_who_waits_while_the_line_moves_waits_as_long_as_it_takes():
     clock = SimulatedClock()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from l0fast.deadlines import deadlines_of
 from l0fast.engine.base import Sampled, Sampling
 from l0fast.engine.buckets import serialize_bucket
 from l0fast.engine.sglang import SGLangEngine, sglang_engine
@@ -310,8 +311,8 @@ def test_time_in_which_new_weights_come_is_no_requests(running, engine, model, m
         loop = asyncio.get_running_loop()
         task = asyncio.create_task(engine.generate(PROMPT, sampling(390), conversation="late"))
         await until_running(engine, 1)
-        (deadline,), due = engine._deadlines, loop.time() + 0.2
-        deadline.reschedule(due)
+        (under_way,), due = engine._under_way, loop.time() + 0.2
+        under_way.own.reschedule(due)
 
         async def take_late(*weights):
             # the clock is the loop's
@@ -324,6 +325,37 @@ def test_time_in_which_new_weights_come_is_no_requests(running, engine, model, m
         return await task
 
     assert len(running.run(main()).version_spans) == 2
+
+
+def test_time_in_which_new_weights_come_is_no_episodes(running, engine, model, monkeypatch):
+    take = engine._take_buckets
+
+    async def main():
+        loop = asyncio.get_running_loop()
+
+        async def episode() -> Sampled:
+            async with asyncio.timeout(60) as whole:
+                with deadlines_of(whole):
+                    episodes.append(whole)
+                    return await engine.generate(PROMPT, sampling(390), conversation="episode")
+
+        episodes: list[asyncio.Timeout] = []
+        before = asyncio.create_task(episode())
+        await until_running(engine, 1)
+
+        async def take_late(*weights):
+            playing.append(asyncio.create_task(episode()))
+            await asyncio.sleep(0)
+            assert [whole.when() for whole in episodes] == [None, None]
+            await take(*weights)
+
+        playing: list[asyncio.Task[Sampled]] = [before]
+        monkeypatch.setattr(engine, "_take_buckets", take_late)
+        await running.update(model)
+        assert all(loop.time() < (whole.when() or 0) <= loop.time() + 60 for whole in episodes)
+        return [await task for task in playing]
+
+    assert [len(sampled.response_ids) for sampled in running.run(main())] == [390, 390]
 
 
 def test_one_that_sleeps_takes_no_core_unless_it_must_keep_requests(running, engine, model, monkeypatch):
