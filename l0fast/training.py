@@ -56,12 +56,14 @@ from l0fast.tasks.scoring import Scorer
 from l0fast.types import Group, Task, Trajectory, Turn
 
 T = TypeVar("T")
+_ASK_FOR_THE_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Ctrl-C and `kill`; a terminal that is gone; what schedulers give warning with before they kill, as `sbatch --signal=USR1@120`."""
 ADVICE_AFTER = frozenset(4**n for n in range(1, 8))
 """Steps after which a run is simulated to say what would make it faster: it takes seconds of a core [steps]."""
 
 
 async def run(invocation: Invocation) -> int:
-    """Run to the end, or to Ctrl-C or SIGTERM; the summary is written either way. Returns the exit code.
+    """Run to the end, or to Ctrl-C or another signal that asks for it; the summary is written either way. Returns the exit code.
 
     What ends a run otherwise is raised, with a note that says how to go on with it.
     """
@@ -112,31 +114,35 @@ def _open_run_dir(invocation: Invocation) -> RunDir:
 
 
 async def _until_interrupted(work: Coroutine[Any, Any, None], live: Live) -> bool:
-    """Await `work`. The first SIGINT or SIGTERM cancels it, which is then True; a second one kills as usual."""
+    """Await `work`. The first signal that asks for the end cancels it, which is then True.
+
+    The same one again kills as usual. Another one does not: who sends SIGINT or SIGUSR1 may go on to SIGTERM by a clock.
+    """
     task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
     interrupted = False
 
-    def release() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-
-    def interrupt() -> None:
+    def interrupt(number: signal.Signals) -> None:
         nonlocal interrupted
+        loop.remove_signal_handler(number)
+        if interrupted:
+            return
         interrupted = True
-        release()
         live.phase("ending, as soon as the learner is between two steps; once more ends it at once")
         task.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupt)
+    # nohup has SIGHUP ignored, and a terminal's end is then none of the run's
+    numbers = [n for n in _ASK_FOR_THE_END if n is not signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+    for number in numbers:
+        loop.add_signal_handler(number, interrupt, number)
     try:
         await task
     except asyncio.CancelledError:
         if not interrupted:
             raise
     finally:
-        release()
+        for number in numbers:
+            loop.remove_signal_handler(number)
     return interrupted
 
 

@@ -9,7 +9,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -45,7 +45,7 @@ from l0fast.run_dir import (
 from l0fast.seeding import derive_seed
 from l0fast.tasks.curriculum import load_curriculum
 from l0fast.tasks.scoring import open_scorer
-from l0fast.training import Rooms, Training, _to_its_end, check, staleness
+from l0fast.training import Rooms, Training, _to_its_end, _until_interrupted, check, staleness
 from l0fast.training import run as train
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 from tests.command import children_of, finish, seen, start, wait_until_gone
@@ -731,6 +731,59 @@ def test_ctrl_c_while_pictures_are_drawn_ends_a_run_that_has_told_what_came_of_i
     assert main(["--run-dir", str(tmp_path / "run")]) == 130
     assert "stopped before held-out accuracy was measured" in capsys.readouterr().out
     assert read_summary(tmp_path / "run")["finished"]
+
+
+def until_interrupted(told: Sequence[signal.Signals]) -> bool:
+    """Whether work counts as interrupted that gets these signals: one, and the others while it saves what there is."""
+
+    async def main() -> bool:
+        async def work() -> None:
+            try:
+                await gets(told[0])
+            finally:
+                for number in told[1:]:
+                    await gets(number)
+
+        return await _until_interrupted(work(), Live(1, console=Console(file=io.StringIO())))
+
+    async def gets(number: signal.Signals) -> None:
+        signal.raise_signal(number)
+        for _ in range(10):
+            # the loop looks for it
+            await asyncio.sleep(0)
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("number", [
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+])  # fmt: skip
+def test_what_a_terminal_or_a_scheduler_gives_warning_with_ends_a_run_cleanly(number: signal.Signals):
+    before = signal.getsignal(number)
+    assert until_interrupted([number])
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("told", [
+    # LSF, ten seconds apart; SLURM with --signal=USR1@120; a terminal that closes, as systemd ends a session
+    [signal.SIGINT, signal.SIGTERM], [signal.SIGUSR1, signal.SIGTERM], [signal.SIGHUP, signal.SIGTERM],
+])  # fmt: skip
+def test_a_warning_that_is_followed_by_another_one_leaves_a_run_its_time_to_save(told: list[signal.Signals]):
+    assert until_interrupted(told)
+
+
+def test_ctrl_c_twice_ends_a_run_at_once():
+    with pytest.raises(KeyboardInterrupt):
+        until_interrupted([signal.SIGINT, signal.SIGINT])
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert not until_interrupted([signal.SIGHUP])
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture
