@@ -9,8 +9,9 @@
 
 A message is `u32 header length | u32 payload length | header (JSON object) | payload (raw bytes)`, both ways. Requests
 carry `id` and `op`; many may be in flight and may be answered in any order. A child that dies fails every pending call at
-once, with its exit status and the last lines it wrote. It has a session of its own, so Ctrl-C reaches only the driver;
-it asks the kernel to be killed with its parent, so a killed driver leaves nothing behind.
+once, with its exit status and the last lines it wrote. It has a session of its own, so Ctrl-C reaches only the driver; where
+all processes of a job are told to end at once, as by systemd and LSF, it leaves that to the driver, which wants to save first.
+It asks the kernel to be killed with its parent, so a killed driver leaves nothing behind.
 
 A child that works on one request at a time may say what it is at, and how long that may take (`Channel.progress`, a page
 of shared memory: signs.py). Its request is then late when a sign is, however long all of it takes. One that is late is
@@ -67,6 +68,8 @@ _HELD = {
 }
 """States of a process that is not its own master, as in /proc/PID/stat."""
 _PR_SET_PDEATHSIG = 1
+_LEFT_TO_THE_DRIVER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+"""That ask a process to end: a child does when its driver does."""
 
 
 class Message(NamedTuple):
@@ -362,6 +365,10 @@ class Channel:
         setup = json.loads(sys.argv[1])
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         faulthandler.register(signal.SIGUSR1)
+        for number in _LEFT_TO_THE_DRIVER:
+            # not ignored: what we start would inherit that
+            signal.signal(number, lambda *_: None)
+            signal.siginterrupt(number, False)
         if os.getppid() != setup["parent"]:
             # the driver died before we could ask to die with it
             sys.exit(1)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -279,6 +280,34 @@ def test_one_that_can_no_longer_say_what_it_was_at_has_said_it(spawn, stop):
                 await worker.call("stops itself", timeout_s=0.1, parts=3, limit_s=0.1, signal=stop)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_child_that_is_told_to_end_with_all_others_is_there_while_its_driver_saves(spawn, number):
+    async def main():
+        async with spawn() as worker, asyncio.timeout(20):
+            os.kill(worker.pid, number)
+            _, payload = await worker.call("echo", b"saved", timeout_s=10, x=1)
+            return payload, worker.pid
+
+    payload, pid = asyncio.run(main())
+    assert payload == b"devas"
+    assert not alive(pid)
+
+
+def test_what_a_child_starts_can_be_told_to_end(spawn):
+    async def main():
+        async with spawn() as worker:
+            header, _ = await worker.call("fork", timeout_s=10)
+            return ignored(header["child"])
+
+    # Python has its own programs ignore SIGPIPE, and SIGXFSZ
+    assert asyncio.run(main()) <= {signal.SIGPIPE, signal.SIGXFSZ}
+
+
+def ignored(pid: int) -> set[int]:
+    (mask,) = re.findall(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return {number for number in range(1, 32) if int(mask, 16) >> (number - 1) & 1}
 
 
 def test_a_driver_that_was_held_up_still_takes_the_answer_that_waits(spawn):
