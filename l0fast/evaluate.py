@@ -45,6 +45,7 @@ from l0fast.evaluation.benchmarks import Benchmark, load_benchmarks
 from l0fast.evaluation.direct import DirectAnswerer
 from l0fast.evaluation.episodes import Episodes, Outcome, fingerprint, read_outcomes
 from l0fast.evaluation.report import compared, comparison_table, figures, summary, write_report
+from l0fast.files import UNLOCKED
 from l0fast.first_process import step_back
 from l0fast.garbage import OldObjects, old_objects_aside
 from l0fast.loop_lag import LoopLag
@@ -109,6 +110,8 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
             say(benchmark.report or f"{benchmark.name}: {len(benchmark.tasks):,} questions")
         await asyncio.to_thread(_claim, plan, policy)
         episodes = await enter(Episodes(plan.out / "episodes.jsonl"))
+        if not episodes.locked:
+            say(UNLOCKED.format(plan.out))
         await asyncio.to_thread(_check_questions, plan, benchmarks, episodes)
         chat = await asyncio.to_thread(Chat, policy.folder) if policy else None
         engine = await enter(_engine(plan, policy, config, benchmarks))

@@ -1,9 +1,18 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and that one process writes at a time."""
 
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
+
+_NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP))
+UNLOCKED = (
+    "the file system of {} has no locks, so nothing keeps another process from writing there, too: start no second one"
+)
+""""{}" is a folder."""
 
 
 @contextmanager
@@ -24,3 +33,20 @@ def whole_file(path: Path) -> Iterator[Path]:
 def write_whole(path: Path, data: bytes) -> None:
     with whole_file(path) as partial:
         partial.write_bytes(data)
+
+
+def lock(file: IO[Any]) -> bool:
+    """Have a file to ourselves until it is closed. The lock is the kernel's, so that a process that is killed leaves none.
+
+    False where its file system has no locks: Lustre that is mounted without `flock`, NFS without a lock daemon.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True

@@ -10,7 +10,7 @@
     checkpoints/step_000008/       all that going on from there takes; written by the learner, whole or not at all
     plots/  model/                 made at the end by others
 
-One run writes it at a time: the kernel's lock on `log.txt` goes with the process, so a killed run leaves none. A resumed run
+One run writes it at a time: `log.txt` is locked where the file system has locks (`RunDir.locked`). A resumed run
 first removes what was written after its checkpoint, so that it is written once; it does so only once everything it needs has
 started, so that one that can't start leaves the folder as it was.
 
@@ -19,7 +19,6 @@ the sleeps it takes the interpreter back from the event loop at once: 10-35 ms o
 """
 
 import asyncio
-import fcntl
 import os
 import re
 import shlex
@@ -41,7 +40,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError, WorldError, boundary, holds
-from l0fast.files import whole_file, write_whole
+from l0fast.files import lock, whole_file, write_whole
 from l0fast.ids import Ids
 from l0fast.types import Group, Trajectory, Turn
 
@@ -102,7 +101,8 @@ class RunDir:
         """Whether all that another run left is still there: true until `go_on_after`."""
         self._log = (path / "log.txt").open("a", encoding="utf-8")
         try:
-            fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.locked = lock(self._log)
+            """Whether no other run can write here meanwhile."""
         except BlockingIOError:
             self._log.close()
             raise UsageError(

@@ -37,6 +37,7 @@ from l0fast.agent.nb_agent import NBAgent
 from l0fast.cli import Invocation, newest_checkpoint
 from l0fast.config import RunConfig
 from l0fast.errors import LearnerError, UsageError, holds
+from l0fast.files import UNLOCKED
 from l0fast.garbage import OldObjects, let_go, old_objects_aside
 from l0fast.heldout import HeldOut, accuracy
 from l0fast.learner.advantage import RunningMean, Values, streams
@@ -83,6 +84,8 @@ async def run(invocation: Invocation) -> int:
         live.phase(f"l0fast {__version__}, {begins}, writing {invocation.run_dir}")
         if doubt := hardly_meant(config, model_folder(config.model.path)):
             live.phase(doubt)
+        if not run_dir.locked:
+            live.phase(UNLOCKED.format(run_dir.path))
         try:
             interrupted = await _until_interrupted(training.run(), live)
         except BaseException as e:

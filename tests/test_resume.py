@@ -4,6 +4,8 @@ That the same seed gives the same run is part of it: the two that are compared s
 """
 
 import asyncio
+import errno
+import fcntl
 import io
 import shutil
 import signal
@@ -681,6 +683,19 @@ def test_what_ends_a_run_says_how_to_go_on(tmp_path: Path, monkeypatch, capsys, 
     assert len(said) == 2
     assert hint in said[1]
     assert hint in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_run_goes_on_where_there_are_no_locks_and_says_so(tmp_path: Path, monkeypatch, capsys):
+    async def runs(training: Training) -> None: ...
+
+    def refuses(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    monkeypatch.setattr(Training, "run", runs)
+    monkeypatch.setattr("l0fast.training.draw_in_subprocess", lambda path: asyncio.sleep(0))
+    assert main(["--run-dir", str(tmp_path / "run")]) == 0
+    assert f"the file system of {tmp_path / 'run'} has no locks" in capsys.readouterr().out
 
 
 def test_a_setting_that_shows_itself_wrong_at_the_start_leaves_nothing_to_resume(tmp_path: Path, monkeypatch, capsys):

@@ -5,7 +5,6 @@ cut off by a kill is not read, and its episode played again. Failed ones have no
 """
 
 import asyncio
-import fcntl
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import orjson
 
 from l0fast.errors import UsageError
+from l0fast.files import lock
 from l0fast.run_dir import dump_row, trajectory_row
 from l0fast.types import Task, Trajectory
 
@@ -51,7 +51,7 @@ def fingerprint(task: Task | Mapping[str, Any]) -> str:
 
 
 class Episodes:
-    """The file of an evaluation. Use with `async with`; raises UsageError while another process does, or where it can't be locked."""
+    """The file of an evaluation. Use with `async with`; raises UsageError while another process does."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -62,7 +62,7 @@ class Episodes:
     async def __aenter__(self) -> "Episodes":
         self._file = await asyncio.to_thread(self.path.open, "ab")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.locked = lock(self._file)
             await asyncio.to_thread(self._read)
         except BaseException as e:
             self._file.close()
