@@ -44,6 +44,19 @@ def _site_folders(config: SandboxConfig) -> list[str]:
     return sorted({sysconfig.get_path(p) for p in ("purelib", "platlib")}) if config.preload else []
 
 
+def _library_folders() -> list[str]:
+    """Where this Python may find its libraries, as one of an environment module does: without, it would not start, or with
+    others of that name. But for folders above this package or the user's own.
+    """
+    closed = [Path(folder).resolve() for folder in (GUEST, os.path.expanduser("~"))]
+    folders = [Path(entry).resolve() for entry in os.environ.get("LD_LIBRARY_PATH", "").split(":") if entry]
+    return [
+        str(folder)
+        for folder in dict.fromkeys(folders)
+        if folder.is_dir() and not any(path.is_relative_to(folder) for path in closed)
+    ]
+
+
 def _closed_to_others(path: str) -> bool:
     """True where some folder on the way can't be entered by a uid that is nobody's."""
     return any(not p.stat().st_mode & 0o001 for p in (Path(path).resolve(), *Path(path).resolve().parents))
@@ -203,13 +216,15 @@ class LocalBackend:
         if prefix != sys.base_prefix:
             env["PYTHONHOME"] = prefix
         site = [reach(folder) for folder in site]
+        if libraries := [reach(folder) for folder in _library_folders()]:
+            env["LD_LIBRARY_PATH"] = ":".join(libraries)
         config = {
             "root": root,
             # it cleans up before it goes
             "death_signal": SIGTERM,
             "program": str(GUEST),
             "site": site,
-            "read": [*SYSTEM, *ETC, prefix, *site],
+            "read": [*SYSTEM, *ETC, prefix, *site, *libraries],
             "keep_fds": list(opened),
             "own_pids": False,
         }
@@ -234,8 +249,8 @@ class LocalBackend:
                 argv += ["--ro-bind", path, path]
         for path in ETC:
             argv += ["--ro-bind-try", path, path]
-        site = _site_folders(self._config)
-        for folder in (sys.base_prefix, *site):
+        site, libraries = _site_folders(self._config), _library_folders()
+        for folder in (sys.base_prefix, *site, *libraries):
             if not folder.startswith("/usr"):
                 # bwrap makes the folders on the way for its own user alone
                 for parent in reversed(Path(folder).parents[:-1]):
@@ -255,11 +270,12 @@ class LocalBackend:
             "death_signal": SIGKILL,
             "program": "/l0fast",
             "site": site,
-            "read": [*SYSTEM, *ETC, sys.base_prefix, *site],
+            "read": [*SYSTEM, *ETC, sys.base_prefix, *site, *libraries],
             "keep_fds": [],
             "own_pids": True,
         }
-        return [*argv, *_python(), "/l0fast"], environment(), config
+        env = environment() | ({"LD_LIBRARY_PATH": ":".join(libraries)} if libraries else {})
+        return [*argv, *_python(), "/l0fast"], env, config
 
 
 def _uids_to_give(kind: str) -> int:

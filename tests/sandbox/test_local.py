@@ -3,8 +3,10 @@
 import asyncio
 import errno
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -112,6 +114,33 @@ def test_a_machines_lower_limits_are_a_sessions(kind):
     argv = [sys.executable, "-c", code.format(kind=kind)]
     said = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=env)
     assert said.stdout.strip() == str((1 << 20, 1 << 20)), said.stderr
+
+
+@pytest.mark.parametrize("kind", ["process", "bwrap"], indirect=True)
+def test_libraries_that_python_finds_by_its_environment_are_found_in_a_session(kind, new_pool, monkeypatch, tmp_path):
+    """As those of a Python that came with `module load`, its own library among them."""
+    (libraries := tmp_path / "lib").mkdir()
+    source = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libm.so" in line)
+    shutil.copy(source, libraries / "libof_a_module.so")
+    # agents must not read what these hold
+    home, none, ours = tmp_path, tmp_path / "none", GUEST.parents[1]
+    monkeypatch.setenv("HOME", str(home / "me"))
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{libraries}:{home}::{none}:{ours}:/")
+
+    async def main():
+        pool = new_pool(kind)
+        await pool.start()
+        try:
+            async with pool.session({}, seed=1) as session:
+                cell = (
+                    "import ctypes, os\nctypes.CDLL('libof_a_module.so')\nlen(os.environ['LD_LIBRARY_PATH'].split(':'))"
+                )
+                return await session.execute(cell)
+        finally:
+            await pool.close()
+
+    result = asyncio.run(main())
+    assert (result.output, result.error) == ("1\n", None)
 
 
 def test_this_package_is_closed_to_sessions_where_it_is_installed_beside_their_python(
