@@ -192,5 +192,7 @@ def check_layout(config: RunConfig, model_path: Path, *, gpus: int, memories: Se
 
 
 def gpu_memories() -> list[float]:
-    """Of this machine's GPUs, without importing torch [bytes]. Raises UsageError where nvidia-smi does not work."""
-    return [mib * 2**20 for [mib] in nvidia_smi.ask(("memory.total",), "how much memory the GPUs have", UsageError)]
+    """Of the GPUs that are ours, without importing torch [bytes]. Raises UsageError where nvidia-smi does not work."""
+    ours = nvidia_smi.names(range(num_gpus()))
+    memories = nvidia_smi.ask(("memory.total",), "how much memory the GPUs have", UsageError, gpus=ours)
+    return [mib * 2**20 for [mib] in memories]

@@ -1,7 +1,8 @@
 """What nvidia-smi knows of this machine's GPUs: torch, asked for the same, would take memory of each of them."""
 
+import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from l0fast.errors import L0fastError
 
@@ -23,3 +24,9 @@ def ask(fields: Sequence[str], what: str, error: type[L0fastError], *, gpus: Seq
         return [[float(value) for value in line.split(",")] for line in said.splitlines()]
     except (OSError, subprocess.SubprocessError, ValueError) as e:
         raise error(f"{' '.join(command)} does not say {what} ({e}): is the NVIDIA driver in order?") from e
+
+
+def names(gpus: Iterable[int]) -> list[str]:
+    """What GPUs are called there that are numbers to CUDA, for which CUDA_VISIBLE_DEVICES chooses among all of the machine's."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(gpu) if visible is None else visible.split(",")[gpu].strip() for gpu in gpus]

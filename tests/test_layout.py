@@ -8,7 +8,7 @@ import pytest
 from l0fast.cli import parse, shipped_recipes
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
-from l0fast.layout import Layout, check_layout, engine_kind, memory_complaint, sglang_layout
+from l0fast.layout import Layout, check_layout, engine_kind, gpu_memories, memory_complaint, sglang_layout
 from l0fast.learner import cost
 from l0fast.learner.cost import GIB, SHAPES
 
@@ -179,6 +179,18 @@ def test_the_check_reads_the_model_and_the_gpus(tmp_path):
     # nothing is known of this one's costs: torch will say
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     assert check_layout(run, tmp_path, gpus=1, memories=[1.0]).engines == 1
+
+
+def test_the_gpus_that_are_read_are_the_runs_own(tmp_path, monkeypatch):
+    """And not the small one for a display, say, or those of others on the node."""
+    (tmp_path / "nvidia-smi").write_text(
+        '#!/bin/sh\ncase "$1" in --id=3,2) echo 81559; echo 81559;; *) echo 4096; echo 4096; echo 81559; echo 81559;; esac\n'
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 2")
+    monkeypatch.setattr("l0fast.layout.num_gpus", lambda: 2)
+    assert gpu_memories() == [81559 * 2**20] * 2
 
 
 @pytest.mark.parametrize("recipe", [name for name in shipped_recipes() if name.startswith("l0_")])

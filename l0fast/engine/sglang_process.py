@@ -347,8 +347,7 @@ def _of_free(share: float, gpus: Iterable[int]) -> float:
     Raises:
         EngineError: nvidia-smi does not work.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [*map(str, gpus)] if visible is None else [visible.split(",")[gpu].strip() for gpu in gpus]
+    names = nvidia_smi.names(gpus)
     memories = nvidia_smi.ask(("memory.total", "memory.free"), "how much memory is free", EngineError, gpus=names)
     return min(max(share, _MOST_OF_FREE), max(share * total / max(free, 1.0) for total, free in memories))
 

@@ -18,6 +18,7 @@ Nothing is trained while the caller generates, unless it sends groups as they fi
 
 import asyncio
 import importlib.metadata
+import itertools
 import os
 import socket
 import time
@@ -55,6 +56,7 @@ BLAME_S = 2.0
 """Time that other ranks get to fail too, once one has: the first to say so may only have lost the one that died [s]."""
 
 T = TypeVar("T")
+_DEVICES = Path("/dev")
 
 
 @dataclass(slots=True)
@@ -476,11 +478,19 @@ def num_gpus() -> int:
             return 0
     except importlib.metadata.PackageNotFoundError:
         return 0
-    found = sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia[0-9]*"))
+    # those of other jobs are seen, too; the scheduler's cgroup keeps them closed
+    files = (path for path in _DEVICES.glob("nvidia[0-9]*") if path.name[6:].isdigit())
+    found = sum(os.access(path, os.R_OK | os.W_OK) for path in files)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return found
-    return min(found, sum(name.strip() not in ("", "-1") for name in visible.split(",")))
+    # the first name that is none hides all that follow, as Slurm's NoDevFiles
+    names = itertools.takewhile(lambda name: _is_gpu(name, found), map(str.strip, visible.split(",")))
+    return min(found, len([*names]))
+
+
+def _is_gpu(name: str, found: int) -> bool:
+    return name.startswith(("GPU-", "MIG-")) or (name.isdecimal() and int(name) < found)
 
 
 @asynccontextmanager

@@ -21,7 +21,7 @@ from l0fast.ipc import Message, shared_bytes, shared_weights, spawn_worker
 from l0fast.learner import client as client_module
 from l0fast.learner.advantage import critic_targets, number_turns, values_of_turns
 from l0fast.learner.checkpoint import Checkpoints
-from l0fast.learner.client import LearnerClient, batch_advantages, batch_packs, learner, num_ranks
+from l0fast.learner.client import LearnerClient, batch_advantages, batch_packs, learner, num_gpus, num_ranks
 from l0fast.learner.critic import CriticModel
 from l0fast.learner.packing import payload_bytes, write_payload
 from l0fast.learner.policy_model import PolicyModel
@@ -401,6 +401,33 @@ def waits_in_the_kernel(pid: int) -> None:
 def test_there_is_a_rank_for_each_gpu_unless_set(monkeypatch, gpus, wanted, ranks):
     monkeypatch.setattr(client_module, "num_gpus", lambda: gpus)
     assert num_ranks(with_learner(ranks=wanted)) == ranks
+
+
+@pytest.mark.parametrize(("visible", "ours", "gpus"), [
+    (None, "0123", 4),
+    # a cgroup keeps those of another job closed, whose files are there all the same
+    (None, "23", 2),
+    ("0,1", "23", 2),
+    ("2, 1", "0123", 2),
+    ("", "0123", 0),
+    # CUDA reads up to the first name that is none; Slurm's of a job that has asked for no GPU
+    ("NoDevFiles", "0123", 0),
+    ("-1", "0123", 0),
+    ("1,-1,2", "0123", 1),
+    ("0,4,1", "0123", 1),
+    ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6,GPU-61432ca8", "0123", 2),
+])  # fmt: skip
+def test_gpus_are_those_that_cuda_will_find(monkeypatch, tmp_path, visible, ours, gpus):
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm", "nvidia-caps"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(client_module, "_DEVICES", tmp_path)
+    monkeypatch.setattr(client_module.os, "access", lambda path, mode: path.name[6:] in set(ours))
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "2.11.0")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert num_gpus() == gpus
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
