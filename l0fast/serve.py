@@ -104,7 +104,7 @@ async def serve(
                 name=f"{server}'s server",
                 # the folder's name from here is the model's name
                 cwd=models,
-                env=_OFFLINE | {"TMPDIR": str(temporary)},
+                env=_OFFLINE | _past_proxies(_reachable(host)) | {"TMPDIR": str(temporary)},
                 on_line=on_line,
             ) as process:
                 url = f"http://{_reachable(host)}:{port}"
@@ -210,6 +210,15 @@ def _free_port(host: str, port: int) -> int:
 def _reachable(host: str) -> str:
     everywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
     return everywhere.get(host, f"[{host}]" if ":" in host else host)
+
+
+def _past_proxies(host: str) -> dict[str, str]:
+    """SGLang's server asks itself a first question, by way of the environment's proxy where nothing says otherwise, and ends
+    where that has no answer.
+    """
+    others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    names = ",".join(filter(None, (others, "localhost", "127.0.0.1", "::1", host.strip("[]"))))
+    return {"no_proxy": names, "NO_PROXY": names}
 
 
 async def _answers(url: str, process: Child, timeout_s: float) -> None:

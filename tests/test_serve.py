@@ -11,9 +11,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import proxy_bypass_environment
 
 import pytest
 
+import l0fast.serve
 from l0fast.agent.chat import Chat
 from l0fast.ask import ask
 from l0fast.children import child
@@ -21,7 +24,7 @@ from l0fast.engine.base import SampledText, Sampling
 from l0fast.engine.openai import EndpointConfig, openai_engine
 from l0fast.errors import EngineError
 from l0fast.policies import MODELS
-from l0fast.serve import PLAIN_SAMPLING, _answers, _command, _lay_out, main
+from l0fast.serve import PLAIN_SAMPLING, _answers, _command, _lay_out, main, serve
 from l0fast.types import TrajectoryStatus
 from tests.command import children_of, wait_until_gone
 
@@ -132,6 +135,33 @@ def test_another_model_is_refused_in_the_servers_words(url: str):
 
     with pytest.raises(EngineError, match="pinned to 'geography'"):
         asyncio.run(run())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::", "10.1.2.3"])
+def test_a_server_reaches_itself_past_a_proxy(monkeypatch, host: str):
+    """As on a cluster's nodes, from where the world is reached by one."""
+    monkeypatch.setenv("http_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "intranet")
+    env: dict[str, str] = {}
+
+    @contextlib.asynccontextmanager
+    async def starts(*words: str, env: dict[str, str], into: dict[str, str] = env, **rest: object):
+        into |= env
+        yield
+
+    async def main() -> str:
+        async with serve("geography", server="transformers", host=host) as found:
+            return found.url
+
+    monkeypatch.setattr(l0fast.serve, "child", starts)
+    monkeypatch.setattr(l0fast.serve, "_which", lambda server: server)
+    monkeypatch.setattr(l0fast.serve, "_free_port", lambda host, port: 8000)
+    monkeypatch.setattr(l0fast.serve, "_answers", lambda *args: asyncio.sleep(0))
+    itself = urlsplit(asyncio.run(main())).hostname
+    assert itself
+    for name in (itself, "localhost", "intranet"):
+        assert proxy_bypass_environment(name, {"no": env["no_proxy"]})
+    assert not proxy_bypass_environment("example.org", {"no": env["no_proxy"]})
 
 
 async def wait_for_an_answer(module: str, *words: str, timeout_s: float) -> None:
