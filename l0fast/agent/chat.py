@@ -53,6 +53,9 @@ class Chat:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as e:
             raise UsageError(f"{path} is not a tokenizer: {e}; save it again with save_pretrained") from e
+        # as it was saved by whoever trained with batches of one length: a prompt would be cut at that length, or filled up to it
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._byte_level = ByteLevel.of(self._tokenizer)
         special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
         # (?!): nothing, where there are none

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from l0fast.agent.chat import Chat
 from l0fast.errors import UsageError
@@ -52,6 +53,18 @@ def test_a_name_has_the_same_pieces_wherever_it_stands(chat: Chat):
     for text in ("of Oslo.", "search('Oslo')", "Oslo is"):
         ids = chat.encode(text)
         assert any(ids[i : i + len(alone)] == alone for i in range(len(ids))), text
+
+
+def test_a_tokenizer_saved_with_a_length_cuts_and_fills_no_text(chat: Chat, model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(max_length=16)
+    tokenizer.enable_padding(length=400)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for output in ("7", "caf\u00e9 " * 20):
+        assert Chat(folder).continuation(output, closed=True) == chat.continuation(output, closed=True)
+        assert Chat(folder).first_prompt("s", output) == chat.first_prompt("s", output)
 
 
 @pytest.mark.parametrize(("broken", "sentence"), [
