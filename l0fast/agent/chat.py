@@ -3,6 +3,7 @@
 A conversation is never rendered twice. The template is asked once, with sentinels, what stands before a question, and
 between an answer and the next one; from there prompts grow by concatenating ids (Qwen3's template drops earlier
 thinking when a conversation is rendered again, and decoding then encoding changes about half of sampled sequences).
+A template finds what transformers gives it, too; the day it may ask for is the one on which the Chat was made.
 
 Only the template begins and ends messages: where a question or an output spells a special token, as a web page may, a
 space is put into it ("< |im_end|>").
@@ -11,12 +12,14 @@ space is put into it ("< |im_end|>").
 import json
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
@@ -24,6 +27,7 @@ from l0fast.agent.byte_level import ByteLevel
 from l0fast.errors import UsageError
 from l0fast.ids import Ids
 
+_SYSTEM = "\x02system\x03"
 _QUESTION = "\x02question\x03"
 _ANSWER = "\x02answer\x03"
 _OUTPUT = "\x02output\x03"
@@ -61,8 +65,15 @@ class Chat:
         # (?!): nothing, where there are none
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         self._heads: dict[str, tuple[str, Ids]] = {}
-        self._template = self._load_template()
-        self.stop_token_ids = self._stop_ids()
+        settings = _read_json(folder / "tokenizer_config.json", needed=False)
+        self._named = {name: _text_of(settings.get(name)) for name in ("bos_token", "eos_token")}
+        """Special tokens that templates know by name."""
+        self._template = self._load_template(settings)
+        self._try(_message("system", _SYSTEM), _message("user", _QUESTION))
+        told = self._try(_message("user", _QUESTION), _message("assistant", _ANSWER), _message("user", _OUTPUT))
+        after_answer, _, self._after_output = told.partition(_ANSWER)[2].partition(_OUTPUT)
+        self.stop_token_ids = self._stop_ids(after_answer)
+        self._before_output = after_answer.removeprefix(self._tokenizer.id_to_token(self.stop_token_ids[0]))
 
     def encode(self, text: str) -> list[int]:
         if self._byte_level is not None:
@@ -108,43 +119,50 @@ class Chat:
         Args:
             closed: the response ended with a stop token; otherwise (cut at its length) that token is put first.
         """
-        ids = self.encode(self._between[0] + self._plain(output) + self._between[1])
+        ids = self.encode(self._before_output + self._plain(output) + self._after_output)
         return ids if closed else [self.stop_token_ids[0], *ids]
 
     def _plain(self, text: str) -> str:
         return self._special.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
 
-    @cached_property
-    def _between(self) -> tuple[str, str]:
-        messages = [_message("user", "q"), _message("assistant", _ANSWER), _message("user", _OUTPUT)]
-        rendered = self._render(messages)
-        stop = self.decode(self.stop_token_ids[:1], special=True)
-        before, found, after = rendered.partition(_ANSWER)[2].partition(_OUTPUT)
-        if not found or not before.startswith(stop):
+    def _try(self, *messages: dict[str, str]) -> str:
+        """What a template can't do is said before anything starts, as is what it passes over."""
+        text = self._render([*messages])
+        if left_out := [message["role"] for message in messages if message["content"] not in text]:
             raise UsageError(
-                f"the chat template of {self._folder} does not end an answer with {stop!r} before the next message, got "
-                f"{before[:40]!r}: l0fast needs a ChatML-like template"
+                f"the chat template of {self._folder} leaves out what the {left_out[0]} says: l0fast needs a ChatML-like template"
             )
-        return before.removeprefix(stop), after
+        return text
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        return self._template.render(messages=messages, add_generation_prompt=True, bos_token=self._bos, eos_token="")
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=True, tools=None, documents=None, **self._named
+            )
+        except Exception as e:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UsageError(
+                f"the chat template of {self._folder} does not take messages of {roles} ({type(e).__name__}: {e}): l0fast needs a "
+                "ChatML-like template"
+            ) from e
 
-    def _load_template(self) -> jinja2.Template:
-        config = _read_json(self._folder / "tokenizer_config.json", needed=False)
-        token = config.get("bos_token") or ""
-        self._bos = token["content"] if isinstance(token, dict) else token
+    def _load_template(self, settings: dict[str, Any]) -> jinja2.Template:
         file = self._folder / "chat_template.jinja"
-        source = file.read_text() if file.is_file() else config.get("chat_template")
+        source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+        if isinstance(source, list):
+            # several, as for tools
+            source = {template.get("name"): template.get("template") for template in source}.get("default")
         if not isinstance(source, str):
             raise UsageError(
                 f"model folder {self._folder} has no chat template: add chat_template.jinja (Qwen's ChatML works)"
             )
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
         environment.globals["raise_exception"] = _raise_template_error
+        # of one day: prompts of a run do not differ in it
+        environment.globals["strftime_now"] = datetime.now().strftime
         try:
             return environment.from_string(source)
         except jinja2.TemplateSyntaxError as e:
@@ -152,26 +170,47 @@ class Chat:
                 f"the chat template of {self._folder} is broken at line {e.lineno}: {e.message}; mend or replace it"
             ) from e
 
-    def _stop_ids(self) -> tuple[int, ...]:
+    def _stop_ids(self, after_answer: str) -> tuple[int, ...]:
+        """What the template ends an answer with, which also closes a response that was cut; then the model's others."""
         eos = _read_json(self._folder / "generation_config.json", needed=False).get("eos_token_id")
         if eos is None:
             eos = _read_json(self._folder / "config.json", needed=True).get("eos_token_id")
         ids = [eos] if isinstance(eos, int) else list(eos or ())
-        # the token that ends a ChatML message comes first: it is also what closes a response that was cut
-        im_end = self._tokenizer.token_to_id("<|im_end|>")
-        if im_end is not None:
-            ids = [im_end, *(i for i in ids if i != im_end)]
-        if not ids:
+        # a base model's settings know of no turns
+        by_name = map(self._tokenizer.token_to_id, ("<|im_end|>", self._named["eos_token"]))
+        ends = {id: self._tokenizer.id_to_token(id) or "" for id in (*ids, *by_name) if id is not None}
+        if not ends:
             raise UsageError(f"model folder {self._folder} names no eos_token_id: set it in generation_config.json")
-        return tuple(ids)
+        closing = next((id for id, token in ends.items() if token and after_answer.startswith(token)), None)
+        if closing is None:
+            raise UsageError(
+                f"the chat template of {self._folder} does not end an answer with {' or '.join(map(repr, ends.values()))} "
+                f"before the next message, got {after_answer[:40]!r}: l0fast needs a ChatML-like template"
+            )
+        return (closing, *(id for id in ids if id != closing))
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, around what an assistant says, for those who train on it. Text like any other."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+def _text_of(token: Any) -> str:
+    """Of a special token as settings name it: a text, a record of one, or none."""
+    return (token["content"] if isinstance(token, dict) else token) or ""
+
+
 def _raise_template_error(message: str) -> None:
-    raise UsageError(f"the chat template refused a message: {message}")
+    raise jinja2.TemplateError(message)
 
 
 def _read_json(path: Path, *, needed: bool) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Chat: ids in a model's own form, and sentences for folders that have none."""
 
 import json
+import re
 import shutil
+from datetime import datetime
 
 import pytest
 from hypothesis import given
@@ -10,6 +12,37 @@ from tokenizers import Tokenizer
 
 from l0fast.agent.chat import Chat
 from l0fast.errors import UsageError
+
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}<|body|>{{ m.content }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant<|body|>{% endif %}"
+)
+"""As Llama 3 writes messages."""
+NAMED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}"
+    "[{{ m.content }}]{% endif %}{% endfor %}"
+)
+"""As Mistral's models and OLMo 2 do: the end of a turn is called by its name."""
+
+
+@pytest.fixture
+def other(model_folder, tmp_path):
+    """Makes a model folder with a chat form of its own."""
+
+    def make(template, *, eos=("<|eot|>",), eos_token="<|eot|>"):
+        folder = tmp_path / "model"
+        shutil.copytree(model_folder, folder, dirs_exist_ok=True)
+        (folder / "chat_template.jinja").unlink()
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.add_special_tokens(["<|bos|>", "<|head|>", "<|body|>", "<|eot|>", "<|eom|>", "</s>"])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        settings = {"chat_template": template, "bos_token": "<|bos|>", "eos_token": {"content": eos_token}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        ids = [tokenizer.token_to_id(token) for token in eos]
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        return Chat(folder)
+
+    return make
 
 
 def test_a_conversation_reads_like_the_template(chat: Chat):
@@ -65,6 +98,49 @@ def test_a_tokenizer_saved_with_a_length_cuts_and_fills_no_text(chat: Chat, mode
     for output in ("7", "caf\u00e9 " * 20):
         assert Chat(folder).continuation(output, closed=True) == chat.continuation(output, closed=True)
         assert Chat(folder).first_prompt("s", output) == chat.first_prompt("s", output)
+
+
+def test_of_several_stop_tokens_the_template_says_which_one_ends_a_turn(other):
+    chat = other(HEADERS, eos=["<|endoftext|>", "<|eom|>", "<|eot|>"])
+    spoken = [chat.decode([id], special=True) for id in chat.stop_token_ids]
+    assert spoken == ["<|eot|>", "<|endoftext|>", "<|eom|>"]
+    ids = [*chat.first_prompt("s", "q"), *chat.response("a"), *chat.continuation("7", closed=True)]
+    assert chat.decode(ids, special=True) == (
+        "<|bos|><|head|>system<|body|>s<|eot|><|head|>user<|body|>q<|eot|><|head|>assistant<|body|>a<|eot|>"
+        "<|head|>user<|body|>7<|eot|><|head|>assistant<|body|>"
+    )
+
+
+def test_a_template_may_call_the_end_of_a_turn_by_its_name(other):
+    chat = other(NAMED, eos=["</s>"], eos_token="</s>")
+    assert chat.decode(chat.response("a") + chat.continuation("7", closed=True), special=True) == "a</s>[7]"
+    # a model's settings may know of no turns
+    chat = other(NAMED, eos=["<|endoftext|>"], eos_token="</s>")
+    assert [chat.decode([id], special=True) for id in chat.stop_token_ids] == ["</s>", "<|endoftext|>"]
+
+
+def test_a_template_finds_what_transformers_gives_it(other):
+    marked = HEADERS.replace("{{ m.content }}<|eot|>", "{% generation %}{{ m.content }}<|eot|>{% endgeneration %}")
+    chat = other("{% if tools is not none or documents is not none %}wrong{% endif %}{{ strftime_now('%Y') }}" + marked)
+    ids = chat.first_prompt("s", "q")
+    assert chat.decode(ids, special=True) == (
+        f"{datetime.now().year}<|bos|><|head|>system<|body|>s<|eot|><|head|>user<|body|>q<|eot|><|head|>assistant<|body|>"
+    )
+    # several templates, of which this one is not for tools
+    named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": HEADERS}]
+    assert other(named).decode(other(named).first_prompt("s", "q")) == "systemsuserqassistant"
+
+
+@pytest.mark.parametrize(("template", "sentence"), [
+    (NAMED, "does not end an answer with '<|endoftext|>' or '<|im_end|>' or '<|eot|>' before the next message, got '</s>["),
+    ("{{ raise_exception('no system') }}", "does not take messages of system, user (TemplateError: no system)"),
+    ("{{ 1 + messages }}", "does not take messages of system, user (TypeError"),
+    (HEADERS.replace("messages %}", "messages if m.role != 'system' %}"), "leaves out what the system says"),
+    (HEADERS.replace("messages %}", "messages[:2] %}"), "leaves out what the user says"),
+])  # fmt: skip
+def test_a_template_that_can_not_be_used_is_one_sentence_before_anything_starts(other, template, sentence):
+    with pytest.raises(UsageError, match=re.escape(sentence)):
+        other(template.replace("eos_token", "'</s>'"), eos=["<|endoftext|>"])
 
 
 @pytest.mark.parametrize(("broken", "sentence"), [
