@@ -92,7 +92,7 @@ class Turn:
     version_spans: tuple[tuple[int, int, int], ...] = ()
     """(policy version, start, end): who sampled ids [start, end), where weights came meanwhile. Empty: all of `policy_version`."""
     text: str
-    """`response_ids` decoded, special tokens dropped."""
+    """`response_ids` decoded, special tokens dropped; a <think> that the prompt ends with stands first."""
     output: str | None
     """What the agent was shown next; None where no cell ran because the text was malformed (`complaint` was shown)."""
     complaint: str | None = None

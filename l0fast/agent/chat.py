@@ -31,6 +31,7 @@ _SYSTEM = "\x02system\x03"
 _QUESTION = "\x02question\x03"
 _ANSWER = "\x02answer\x03"
 _OUTPUT = "\x02output\x03"
+_THINK, _THOUGHT = "<think>", "</think>"
 _MAX_HEADS = 64
 """System prompts whose ids are kept; a run has few."""
 
@@ -74,6 +75,9 @@ class Chat:
         after_answer, _, self._after_output = told.partition(_ANSWER)[2].partition(_OUTPUT)
         self.stop_token_ids = self._stop_ids(after_answer)
         self._before_output = after_answer.removeprefix(self._tokenizer.id_to_token(self.stop_token_ids[0]))
+        prompt = self._after_output
+        self._opening = _THINK if prompt.rfind(_THINK) > prompt.rfind(_THOUGHT) else ""
+        """What a prompt says for the model, whose response begins inside of it."""
 
     def encode(self, text: str) -> list[int]:
         if self._byte_level is not None:
@@ -111,7 +115,11 @@ class Chat:
 
     def response(self, text: str) -> list[int]:
         """Ids a policy would have sampled to say `text`, end of turn included."""
-        return [*self.encode(text), self.stop_token_ids[0]]
+        return [*self.encode(text.removeprefix(self._opening)), self.stop_token_ids[0]]
+
+    def said(self, response_ids: Sequence[int]) -> str:
+        """A response as text, with the <think> of models that always think, which stands at the end of their prompts."""
+        return self._opening + self.decode(response_ids)
 
     def continuation(self, output: str, *, closed: bool) -> list[int]:
         """Ids from the end of a response to where the next one starts.

@@ -25,7 +25,7 @@ MESSAGE_TOKENS = 8
 @dataclass(frozen=True, slots=True)
 class Response:
     text: str
-    """Special tokens dropped."""
+    """Special tokens dropped, and a <think> that the prompt ends with put first."""
     prompt_ids: Ids
     """Exactly what the engine saw; empty where it saw messages."""
     sampled: Sampled
@@ -83,7 +83,7 @@ class _IdConversation:
             seed=seed,
         )
         sampled = await self._engine.generate(prompt_ids, sampling, conversation=self._name)
-        return Response(self._chat.decode(sampled.response_ids), prompt_ids, sampled)
+        return Response(self._chat.said(sampled.response_ids), prompt_ids, sampled)
 
     def add(self, response: Response, reply: str) -> None:
         self._context.add(response.sampled.response_ids, reply)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from l0fast.agent.chat import Chat
+from l0fast.agent.parsing import parse_action
 from l0fast.errors import UsageError
 
 HEADERS = (
@@ -129,6 +130,21 @@ def test_a_template_finds_what_transformers_gives_it(other):
     # several templates, of which this one is not for tools
     named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": HEADERS}]
     assert other(named).decode(other(named).first_prompt("s", "q")) == "systemsuserqassistant"
+
+
+def test_a_thought_that_the_prompt_opens_belongs_to_the_response(other):
+    text = "<think>Look it up first.</think><code>search('Oslo')</code>"
+    opens = HEADERS.replace("<|head|>assistant<|body|>{% endif %}", "<|head|>assistant<|body|><think>\n{% endif %}")
+    chat = other(opens)
+    assert chat.decode(chat.first_prompt("s", "q")).endswith("<think>\n")
+    ids = chat.response(text)
+    assert chat.decode(ids) == text.removeprefix("<think>")
+    assert chat.said(ids) == text
+    assert parse_action(chat.said(ids)).well_formed
+    # one that is closed at once, or none at all
+    for template in (opens.replace("<think>\n", "<think>\n\n</think>\n"), HEADERS):
+        chat = other(template)
+        assert chat.said(chat.response(text)) == chat.decode(chat.response(text)) == text
 
 
 @pytest.mark.parametrize(("template", "sentence"), [

@@ -1,6 +1,7 @@
 """NBAgent in a real sandbox, with an engine that says what the test tells it to."""
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -107,6 +108,17 @@ def test_an_episode_searches_remembers_and_submits(chat: Chat):
     assert engine.prompts[1].endswith("<output>\n['The capital of Norway is Oslo.']\n</output>\nassistant\n")
     (segment,) = segments_of(trajectory)  # one append-only row
     assert len(segment.spans) == 3
+
+
+def test_a_turn_of_a_model_whose_prompts_begin_its_thought_is_well_formed(model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\\n'", "assistant\\n<think>\\n'"))
+    trajectory, engine = play(Chat(folder), say("submit_final_answer('Oslo')"))
+    assert engine.prompts[0].endswith("assistant\n<think>\n")
+    assert trajectory.turns[0].well_formed
+    assert trajectory.turns[0].text == say("submit_final_answer('Oslo')")
 
 
 def test_malformed_text_is_answered_with_a_complaint_and_nothing_runs(chat: Chat):
