@@ -5,8 +5,8 @@ between an answer and the next one; from there prompts grow by concatenating ids
 thinking when a conversation is rendered again, and decoding then encoding changes about half of sampled sequences).
 A template finds what transformers gives it, too; the day it may ask for is the one on which the Chat was made.
 
-Only the template begins and ends messages: where a question or an output spells a special token, as a web page may, a
-space is put into it ("< |im_end|>").
+Only the template begins and ends messages: where a question or an output spells a special token, or one that the template
+puts around messages, as a web page may, a space is put into it ("< |im_end|>").
 """
 
 import json
@@ -62,17 +62,19 @@ class Chat:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._byte_level = ByteLevel.of(self._tokenizer)
-        special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
-        # (?!): nothing, where there are none
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         self._heads: dict[str, tuple[str, Ids]] = {}
         settings = _read_json(folder / "tokenizer_config.json", needed=False)
         self._named = {name: _text_of(settings.get(name)) for name in ("bos_token", "eos_token")}
         """Special tokens that templates know by name."""
         self._template = self._load_template(settings)
-        self._try(_message("system", _SYSTEM), _message("user", _QUESTION))
+        asked = self._try(_message("system", _SYSTEM), _message("user", _QUESTION))
         told = self._try(_message("user", _QUESTION), _message("assistant", _ANSWER), _message("user", _OUTPUT))
         after_answer, _, self._after_output = told.partition(_ANSWER)[2].partition(_OUTPUT)
+        # DeepSeek's tokens that begin messages are not called special
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        special = [token.content for token in added if token.special or token.content in asked + told]
+        # (?!): nothing, where there are none
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         self.stop_token_ids = self._stop_ids(after_answer)
         self._before_output = after_answer.removeprefix(self._tokenizer.id_to_token(self.stop_token_ids[0]))
         prompt = self._after_output
