@@ -8,8 +8,8 @@
     <-- whom it did not reach --                                             destroy_weights_update_group
 
 NCCL between GPUs, gloo on the CPU. A group that has lost a member is of no use to the others, so each engine has its own:
-one that dies or hangs keeps the others waiting for `wait_s` at most, and takes nobody with it. A group is made anew for each
-update, so that an engine that was rebuilt is like any other, and no state can get out of step. The price: a group is set up
+one that dies or hangs keeps the others waiting for `wait_s` at most, and takes nobody with it; also
+between its joining and its first broadcast, when NCCL waits for it without end. A group is made anew for each update, so that an engine that was rebuilt is like any other, and no state can get out of step. The price: a group is set up
 at each update, and the weights leave rank 0 once for each engine.
 
 NCCL refuses two ranks on one GPU, so engines must be on others than rank 0 (`engine.layout` "split"). Over gloo this is run
@@ -17,9 +17,11 @@ against SGLang 0.5.23 on the CPU; over NCCL it is yet to be run.
 """
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +73,7 @@ class Broadcast:
             for bucket in buckets:
                 if self._groups:
                     flat = FlattenedTensorBucket(named_tensors=bucket).get_flattened_tensor()
-                    said("sending weights to engines", self._wait_s)
-                    self._send(flat)
+                    self._send(flat, said)
         finally:
             while self._groups:
                 _destroy(self._groups.popitem()[1])
@@ -117,19 +118,45 @@ class Broadcast:
             group_name=name,
         )
 
-    def _send(self, flat: "Tensor") -> None:
-        import torch.distributed as dist
-
-        deadline = time.monotonic() + self._wait_s
+    def _send(self, flat: "Tensor", said: Callable[[str, float], None]) -> None:
         works: dict[int, Any] = {}
 
         def start(engine: int) -> None:
-            works[engine] = dist.broadcast(flat, src=0, group=self._groups[engine], async_op=True)
+            works[engine] = self._start(engine, flat)
 
         for engine in list(self._groups):
+            said("sending weights to engines", self._wait_s)
             self._unless_lost(engine, lambda engine=engine: start(engine))
+        said("sending weights to engines", self._wait_s)
+        deadline = time.monotonic() + self._wait_s
         for engine, work in works.items():
             self._unless_lost(engine, lambda work=work: self._wait(work, deadline))
+
+    def _start(self, engine: int, flat: "Tensor") -> Any:
+        """A broadcast under way. NCCL makes the group's communicator with the first, and does not return from that until all of
+        the engine's ranks do the same. So it is a thread that waits for them, and stays behind with those that don't come.
+        """
+        import torch
+        import torch.distributed as dist
+
+        # a thread has another one, and another device
+        stream = torch.cuda.stream(torch.cuda.current_stream(flat.device)) if flat.is_cuda else nullcontext()
+        started: Future[Any] = Future()
+
+        def start(group: Any) -> None:
+            try:
+                with stream:
+                    started.set_result(dist.broadcast(flat, src=0, group=group, async_op=True))
+            except Exception as e:  # noqa: BLE001, for whoever waits
+                started.set_exception(e)
+
+        threading.Thread(target=start, args=(self._groups[engine],), daemon=True).start()
+        try:
+            return started.result(self._wait_s)
+        except TimeoutError:
+            # nothing can be asked of its group, not even to abort
+            del self._groups[engine]
+            raise TimeoutError(f"it joined, and did not take its first bucket within {self._wait_s:g} s") from None
 
     def _wait(self, work: Any, deadline: float) -> None:
         # waiting for NCCL's only has the stream wait, whatever timeout it is given
