@@ -7,13 +7,13 @@ call, with its imports done before a call's time begins, and dies with the drive
 import asyncio
 import ctypes
 import multiprocessing
-import os
 import resource
 import signal
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, CancelledError
 from typing import Any, ParamSpec, TypeVar
 
+from l0fast.cgroups import cores
 from l0fast.errors import UsageError, WorldError
 
 P = ParamSpec("P")
@@ -78,7 +78,7 @@ class ChildPool:
         except ImportError as e:
             raise UsageError(f"{self._doing} needs pebble: {self._needs}") from e
         return ProcessPool(
-            max_workers=max(1, min(8, len(os.sched_getaffinity(0)) // 4)),
+            max_workers=max(1, min(8, cores() // 4)),
             initializer=_start_child,
             initargs=self._initargs,
             context=multiprocessing.get_context("spawn"),

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from l0fast.cgroups import MOUNTED, OWN, cgroup_files, cores
 from l0fast.cli import default_recipe
 from l0fast.config import SandboxConfig
 from l0fast.errors import L0fastError, SandboxError
@@ -101,7 +102,8 @@ def _system() -> Finding:
 
 
 def _cores() -> Finding:
-    return Finding("cores", "ok", f"{len(os.sched_getaffinity(0))} for this process, {os.cpu_count()} in all")
+    of_quota = " by its cgroup's quota" if cores() < len(os.sched_getaffinity(0)) else ""
+    return Finding("cores", "ok", f"{cores()} for this process{of_quota}, {os.cpu_count()} in all")
 
 
 def _memory() -> Finding:
@@ -412,19 +414,13 @@ def _cgroup_limit(controller: str, v1: str, v2: str) -> int | None:
 
 
 def _cgroup_limits(
-    controller: str, v1: str, v2: str, own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
+    controller: str, v1: str, v2: str, own: Path = OWN, mounted: Path = MOUNTED
 ) -> Iterator[tuple[int, Path]]:
     """Each limit from this process's cgroup up to the root, with the file `v1` or `v2` that it was read from."""
-    for line in own.read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        root, name = (mounted / controller, v1) if controllers else (mounted, v2)
-        here = root / path.lstrip("/")
-        for file in (folder / name for folder in (here, *here.parents) if folder.is_relative_to(root)):
-            # "max", or near 2^63, is none
-            if file.is_file() and (text := file.read_text().strip()).isdigit() and int(text) < 1 << 60:
-                yield int(text), file
+    for file in cgroup_files(controller, v1, v2, own=own, mounted=mounted):
+        # "max", or near 2^63, is none
+        if (text := file.read_text().strip()).isdigit() and int(text) < 1 << 60:
+            yield int(text), file
 
 
 # --- saying it -------------------------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ FLOORS = [
         "hub",
         "nvidia_smi",
         "allocator",
+        "cgroups",
         "deadlines",
         "ids",
         "segments",

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from l0fast.cgroups import cores
 from l0fast.engine.slot_model import SlotModel, sample
 from l0fast.engine.slots import Placement, SlotBook
 from l0fast.engine.threads import Threads, waited_s
@@ -303,7 +304,7 @@ def pick_device(wanted: str) -> str:
 
 
 def _build(channel: Channel, args: dict[str, Any]) -> Scheduler:
-    torch.set_num_threads(args["threads"] or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(args["threads"] or cores())
     device = pick_device(args["device"])
     if device == "cpu":
         stand_back()

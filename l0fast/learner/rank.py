@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l0fast.allocator import without_expandable_segments
+from l0fast.cgroups import cores
 from l0fast.errors import UsageError
 from l0fast.ipc import Channel, Message, SharedBytes, SharedWeights, stand_back
 
@@ -77,7 +78,7 @@ def run(channel: Channel, args: dict[str, Any]) -> None:
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
     config = LearnerConfig.model_validate(args["config"])
     rank, world = args["rank"], args["world"]
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // world))
+    torch.set_num_threads(config.threads or max(1, cores() // world))
     torch.manual_seed(args["seed"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args["on_gpus"] and device == "cpu":

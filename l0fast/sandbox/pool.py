@@ -10,12 +10,12 @@ shard that fails to start `MAX_FAILURES` times in a row closes its slot, and wit
 
 import ast
 import asyncio
-import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import lru_cache
 from types import MappingProxyType
 
+from l0fast.cgroups import cores
 from l0fast.errors import SandboxError
 from l0fast.sandbox.base import Session, ToolSpec
 from l0fast.sandbox.launch import OUTPUT_BYTES
@@ -28,7 +28,7 @@ BACKOFF_S = 0.1
 """Wait after the first failed start, doubled after each: some 6 s in all, in which a daemon may restart [s]."""
 LAUNCHES_AT_ONCE = 8
 """Shards being started at once."""
-STARTS_AT_ONCE = max(2, len(os.sched_getaffinity(0)))
+STARTS_AT_ONCE = max(2, cores())
 """Sessions being started at once [sessions]. A start is a processor's work from end to end (a fork, and the page faults
 that follow it, most of it in the kernel): more of them than processors come up no sooner, and keep the loop waiting for
 one. Two, so that one that hangs doesn't stop the others."""

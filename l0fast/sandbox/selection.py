@@ -1,13 +1,13 @@
 """Which sandbox this machine can have: the strongest that works, or the one asked for by name, or a refusal."""
 
 import math
-import os
 import platform
 import resource
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from l0fast.cgroups import cores
 from l0fast.config import SandboxConfig
 from l0fast.errors import SandboxError, UsageError
 from l0fast.sandbox.guest.seccomp import TABLES
@@ -67,7 +67,7 @@ def _backend(kind: str, config: SandboxConfig, log: Callable[[str], None]) -> Ba
 
 def _pool(backend: Backend, config: SandboxConfig, max_sessions: int) -> SandboxPool:
     needed = math.ceil(max_sessions / config.sessions_per_shard)
-    wanted = min(max_sessions, len(os.sched_getaffinity(0)) // CORES_PER_SHARD)
+    wanted = min(max_sessions, cores() // CORES_PER_SHARD)
     return SandboxPool(
         backend,
         num_shards=max(needed, wanted, 1),

@@ -11,6 +11,7 @@ import textwrap
 
 import pytest
 
+from l0fast.cgroups import cores
 from l0fast.errors import SandboxError
 from l0fast.sandbox.daemon import daemon
 from l0fast.sandbox.docker import LABEL, driver_label
@@ -111,7 +112,7 @@ def test_no_more_sessions_start_at_once_than_there_are_processors(new_pool, kind
             await pool.close()
 
     asyncio.run(main())
-    assert peak == min(16, max(2, len(os.sched_getaffinity(0))))
+    assert peak == min(16, max(2, cores()))
 
 
 def test_a_lease_waits_for_a_place_and_the_pool_says_so_when_none_comes(new_pool, kind):
