@@ -2,6 +2,7 @@
 
     python -m l0fast.run [RECIPE] [--run-dir DIR] [--seed N] [--smoke] [--dry-run] [--section.key VALUE ...]
     python -m l0fast.run --resume DIR [--dry-run] [--num-steps N] [...]
+    python -m l0fast.run [RECIPE] --run-dir DIR --go-on [...]       the first or the second, by what DIR holds
 
     defaults < recipe (TOML) < --smoke < flags        merged as one tree, validated once, as a whole
     the run's config.toml < flags                     to go on with it; what would make another run of it is refused
@@ -30,7 +31,15 @@ from pydantic.fields import FieldInfo
 from l0fast import __version__
 from l0fast.config import Config, RunConfig
 from l0fast.errors import UsageError
-from l0fast.run_dir import check_free, checkpoints, new_run_hint, read_config, read_driver_state, read_summary
+from l0fast.run_dir import (
+    check_free,
+    checkpoints,
+    is_free,
+    new_run_hint,
+    read_config,
+    read_driver_state,
+    read_summary,
+)
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -92,13 +101,15 @@ class _Command(Config):
     recipe: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RECIPE")]] = "geography"
     """A TOML file, or the name of a recipe that ships; may stand anywhere among the flags."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder the run is written to; None makes runs/RECIPE-TIME. One that holds something is refused."""
+    """Folder the run is written to; None makes runs/RECIPE-TIME. One that holds something is refused without --go-on."""
     smoke: tyro.conf.FlagCreatePairsOff[bool] = False
     """Two steps of the same path with few questions."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Resolve, validate and print the plan; write nothing."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Go on with the run in DIR from its newest checkpoint, with its settings; --num-steps and those of machinery may change."""
+    go_on: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Begin the run, or go on with it where --run-dir holds it: one line for a job that is stopped and started again."""
 
 
 class _CommandLine(RunConfig, _Command):
@@ -118,6 +129,8 @@ class Invocation:
     dry_run: bool = False
     resume: Path | None = None
     """The checkpoint to go on from: the newest when parsed. A run that was still ending then may have left a newer one."""
+    anew: bool = False
+    """Whether the folder is that of the same run, which left nothing to go on from: it makes way."""
     changes: tuple[str, ...] = ()
     """What the flags changed of the settings of a run that goes on, e.g. "num_steps = 48, was 24"."""
 
@@ -127,7 +140,7 @@ def parse(argv: Sequence[str]) -> Invocation:
 
     Raises:
         UsageError: anything a person can set right.
-        SystemExit: 0, after `--help` was printed.
+        SystemExit: 0, after `--help` was printed, or that there is nothing left to do.
     """
     if any(word in ("-h", "--help") for word in argv):
         _print_help()
@@ -144,7 +157,13 @@ def parse(argv: Sequence[str]) -> Invocation:
     smoke, dry_run = command.get("smoke", False), command.get("dry_run", False)
     layers = [_read_toml(recipe), SMOKE if smoke else {}, flags]
     config = _validate(layers, recipe)
-    run_dir = command.get("run_dir") or Path("runs") / f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    run_dir = command.get("run_dir")
+    if command.get("go_on"):
+        if run_dir is None:
+            raise UsageError("--go-on goes on with the run that a folder holds, and there is none: add --run-dir DIR")
+        if not is_free(run_dir):
+            return _gone_on(run_dir, read_config(run_dir), config, dry_run, recipe=recipe.stem)
+    run_dir = run_dir or Path("runs") / f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     check_free(run_dir)
     return Invocation(recipe=recipe.stem, config=config, run_dir=run_dir, smoke=smoke, dry_run=dry_run)
 
@@ -159,6 +178,13 @@ def _resumed(
         )
     before = read_config(run_dir)
     config = _validate([before.model_dump(mode="json"), flags], run_dir / "config.toml")
+    return _gone_on(run_dir, before, config, command.get("dry_run", False))
+
+
+def _gone_on(run_dir: Path, before: RunConfig, config: RunConfig, dry_run: bool, *, recipe: str = "") -> Invocation:
+    """Go on with the run of a folder. `recipe`: as where it was begun, for a run that may have left nothing to go on from, or
+    nothing to do.
+    """
     changed = {
         path: (old, new)
         for path, _ in _leaves(RunConfig)
@@ -170,11 +196,18 @@ def _resumed(
                 f"{_flag(path)} {new} would make another run of {run_dir}, which has {old}: leave it out to go on, or "
                 f"{new_run_hint(run_dir)}"
             )
+    if recipe:
+        summary = read_summary(run_dir)
+        if summary.get("finished") and summary["steps"] == config.num_steps:
+            print(f"{run_dir} is done, with all of its {config.num_steps} steps")  # noqa: T201 - it is the answer
+            raise SystemExit(0)
+        if not checkpoints(run_dir):
+            return Invocation(recipe=recipe, config=config, run_dir=run_dir, dry_run=dry_run, anew=True)
     return Invocation(
-        recipe=f"as in {run_dir / 'config.toml'}",
+        recipe=recipe or f"as in {run_dir / 'config.toml'}",
         config=config,
         run_dir=run_dir,
-        dry_run=command.get("dry_run", False),
+        dry_run=dry_run,
         resume=newest_checkpoint(run_dir, config.num_steps),
         changes=tuple(f"{path} = {new}, was {old}" for path, (old, new) in changed.items()),
     )
@@ -257,7 +290,7 @@ def render_plan(invocation: Invocation) -> str:
         "recipe": invocation.recipe + (" (smoke)" if invocation.smoke else ""),
         "run dir": f"{invocation.run_dir} (goes on from {invocation.resume.name})"
         if invocation.resume
-        else f"{invocation.run_dir} (not made)",
+        else f"{invocation.run_dir} ({'made again' if invocation.anew else 'not made'})",
         "model": c.model.path,
         "task": f"{len(c.task.train)} sources of training questions, {len(c.task.eval)} of held-out ones; tools: "
         f"{', '.join(c.tools.use) or 'none'}"

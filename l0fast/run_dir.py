@@ -31,6 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,28 @@ class RunDir:
             return cls(path)
         except OSError as e:
             raise UsageError(f"run folder {path} can't be written ({e.strerror}): choose another with --run-dir") from e
+
+    @classmethod
+    def anew(cls, path: Path, config: RunConfig) -> "RunDir":
+        """Make it where a run has left no checkpoint, whose folder makes way: it is `path` with .1 at its end, or .2, ...
+
+        Raises:
+            UsageError: that run is still writing it, or has left a checkpoint meanwhile, or it can't be moved.
+        """
+        with cls.resume(path):
+            if checkpoints(path):
+                raise UsageError(
+                    f"{path} has a checkpoint by now, of a run that was ending: give the same command again"
+                )
+            numbered = (path.with_name(f"{path.name}.{number}") for number in count(1))
+            try:
+                path.rename(next(other for other in numbered if not other.exists()))
+            except OSError as e:
+                raise UsageError(
+                    f"run folder {path}, which has no checkpoint to go on from, can't make way ({e.strerror}): move it, or "
+                    "choose another with --run-dir"
+                ) from e
+        return cls.create(path, config)
 
     @classmethod
     def resume(cls, path: Path) -> "RunDir":
@@ -246,10 +269,18 @@ def step_name(step: int) -> str:
     return f"step_{step:04d}"
 
 
+def is_free(path: Path) -> bool:
+    """Whether it is missing or an empty folder. Raises UsageError where that can't be seen."""
+    try:
+        return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    except OSError as e:
+        raise UsageError(f"run folder {path} can't be looked into ({e.strerror}): choose another with --run-dir") from e
+
+
 def check_free(path: Path) -> None:
     """Raise UsageError unless `path` is missing or an empty folder, below folders that may be written."""
     try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not is_free(path):
             what = "holds files" if path.is_dir() else "is a file"
             raise UsageError(
                 f"run folder {path} {what}, and a run never overwrites: choose another with --run-dir, or move it"

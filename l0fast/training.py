@@ -76,7 +76,7 @@ async def run(invocation: Invocation) -> int:
         Live(config.num_steps, invocation.run_dir, log=run_dir.log) as live,
     ):
         training = Training(config, run_dir, live, started)
-        begins = f"recipe {invocation.recipe}"
+        begins = f"recipe {invocation.recipe}" + "; again, for there was no checkpoint" * invocation.anew
         if invocation.resume:
             # once more, for now the folder is this run's: the other one may have gone on since the words were read
             training.go_on(newest_checkpoint(invocation.run_dir, config.num_steps))
@@ -111,6 +111,8 @@ async def run(invocation: Invocation) -> int:
 
 
 def _open_run_dir(invocation: Invocation) -> RunDir:
+    if invocation.anew:
+        return RunDir.anew(invocation.run_dir, invocation.config)
     if invocation.resume is None:
         return RunDir.create(invocation.run_dir, invocation.config)
     return RunDir.resume(invocation.run_dir)

@@ -316,6 +316,103 @@ def test_a_run_that_still_goes_on_is_left_alone(stopped: Path):
         assert left_in(stopped) == before
 
 
+# --- the same line each time ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def again(tmp_path: Path) -> list[str]:
+    """The words of a job that is stopped and started again."""
+    return ["invented", "--run-dir", str(tmp_path / "run"), "--go-on", "--num-steps", "12", "--learner.lr", "0.001"]
+
+
+def left_by(words: list[str], *steps: int, **summary: Any) -> Path:
+    """The folder that their first run left, with checkpoints of these steps."""
+    invocation = parse(words)
+    assert (invocation.resume, invocation.anew) == (None, False)
+    with RunDir.create(invocation.run_dir, invocation.config) as run_dir:
+        run_dir.metrics({"step": 1})
+        for step in steps:
+            checkpoint(run_dir.checkpoint_path(step), step=step)
+        if summary:
+            run_dir.summary(summary)
+    return invocation.run_dir
+
+
+def test_the_line_that_began_a_run_goes_on_with_it(again: list[str]):
+    run_dir = left_by(again, 4, 8, steps=8, finished=False)
+    later = parse(again)
+    assert later.resume == run_dir / "checkpoints" / "step_000008"
+    assert (later.config, later.changes, later.anew) == (read_config(run_dir), (), False)
+    assert parse([*again, "--engine.slots", "7"]).changes == ("engine.slots = 7, was 128",)
+
+
+def test_a_line_for_another_run_does_not_go_on_with_it(again: list[str]):
+    left_by(again, 8)
+    with pytest.raises(UsageError, match=r"--seed 1 would make another run of"):
+        parse([*again, "--seed", "1"])
+    with pytest.raises(UsageError, match=r"--task.kind geography would make another run of"):
+        parse(again[1:])
+
+
+def test_a_line_whose_run_is_done_has_done_its_work(again: list[str], capsys):
+    run_dir = left_by(again, 12, steps=12, finished=True)
+    shutil.rmtree(run_dir / "checkpoints")
+    before = left_in(run_dir)
+    with pytest.raises(SystemExit) as ended:
+        main(again)
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"{run_dir} is done, with all of its 12 steps\n"
+    assert left_in(run_dir) == before
+
+
+def test_a_run_that_was_killed_in_its_last_evaluation_has_that_to_do(again: list[str]):
+    run_dir = left_by(again, 12)
+    assert parse(again).resume == run_dir / "checkpoints" / "step_000012"
+
+
+def test_a_run_that_left_nothing_to_go_on_from_begins_again_and_nothing_is_lost(again: list[str], monkeypatch, capsys):
+    async def runs(training: Training) -> None:
+        assert training.step == 0
+
+    monkeypatch.setattr(Training, "run", runs)
+    monkeypatch.setattr("l0fast.training.draw_in_subprocess", lambda path: asyncio.sleep(0))
+    run_dir = left_by(again)
+    assert "made again" in render_plan(parse([*again, "--dry-run"]))
+    before = {path.relative_to(run_dir): data for path, data in left_in(run_dir).items()}
+    assert main(again) == 0
+    assert "again, for there was no checkpoint" in capsys.readouterr().out
+    assert read_metrics(run_dir) == []
+    aside = run_dir.with_name("run.1")
+    assert {path.relative_to(aside): data for path, data in left_in(aside).items()} == before
+    (run_dir / "summary.json").unlink()
+    assert main(again) == 0
+    assert run_dir.with_name("run.2").is_dir()
+
+
+def test_a_run_that_still_goes_on_does_not_make_way(again: list[str]):
+    invocation = parse(again)
+    with RunDir.create(invocation.run_dir, invocation.config):
+        later = parse(again)
+        assert later.anew
+        with pytest.raises(UsageError, match="still goes on"):
+            RunDir.anew(later.run_dir, later.config)
+    checkpoint(invocation.run_dir / "checkpoints" / "step_000008", step=8)
+    with pytest.raises(UsageError, match="has a checkpoint by now"):
+        RunDir.anew(later.run_dir, later.config)
+    assert [path.name for path in invocation.run_dir.parent.iterdir()] == ["run"]
+
+
+def test_what_can_not_be_gone_on_with_is_one_sentence(again: list[str], tmp_path: Path):
+    with pytest.raises(UsageError, match="add --run-dir DIR"):
+        parse(["--go-on"])
+    with pytest.raises(UsageError, match="--go-on has no place beside it"):
+        parse(["--resume", str(tmp_path), "--go-on"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is .* the folder of a run"):
+        parse(again)
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
