@@ -3,6 +3,10 @@
     SandboxPool.session()  ->  the least loaded shard that is alive and has a place (else wait, with a deadline)
     _keep(slot), one each  ->  start a shard | wait until it is lost or used up | clean up after it | again
 
+A shard is used up when none of its uids is left that was never used, after some 32,000 sessions. Those that it has then go on
+to their end beside a new one, which gives the rest of its places: all shards may come so far at once, and an agent that had to
+wait for the longest episode of one would wait in vain.
+
 Who waits for whom: an episode waits for a place, at most `start_timeout_s`; a place is freed by the zygote's word that
 nothing of a session is left. A lost session or shard is SandboxError in the episodes it held and nobody else's; a
 shard that fails to start `MAX_FAILURES` times in a row closes its slot, and with the last slot gone every lease says why.
@@ -57,6 +61,9 @@ class SandboxPool:
         self.start_timeout_s = start_timeout_s
         self._grace_s = grace_s
         self._shards: dict[int, Shard] = {}
+        self._retired: dict[int, list[Shard]] = {slot: [] for slot in range(num_shards)}
+        """Of each slot those before its shard that have sessions left."""
+        self._leaving: set[asyncio.Task[None]] = set()
         self._keepers: list[asyncio.Task[None]] = []
         self._starts = asyncio.Semaphore(STARTS_AT_ONCE)
         self._launches = asyncio.Semaphore(LAUNCHES_AT_ONCE)
@@ -69,7 +76,10 @@ class SandboxPool:
 
     def load(self) -> dict[str, int]:
         """Sessions that have not ended, by shard: {"shard 0": 31}."""
-        return {f"shard {slot}": shard.load for slot, shard in self._shards.items()}
+        return {f"shard {slot}": self._load(slot) for slot in self._shards}
+
+    def _load(self, slot: int) -> int:
+        return sum(shard.load for shard in (self._shards[slot], *self._retired[slot]))
 
     async def start(self) -> None:
         """Start all shards. Raises SandboxError where one can't be, with nothing left behind."""
@@ -97,6 +107,7 @@ class SandboxPool:
     async def _start_shard(self) -> Shard:
         async with self._launches:
             shard = await Shard.start(self.backend, self.start_timeout_s)
+        shard.places = self._per_shard
         if self._per_shard == 1:
             # a zygote an agent: the next one gets a new one
             shard.retire_after(1)
@@ -104,10 +115,12 @@ class SandboxPool:
 
     async def close(self) -> None:
         """End every session and every zygote; back when nothing is left. Raises what a keeper died of."""
-        for keeper in self._keepers:
-            keeper.cancel()
-        results = await asyncio.gather(*self._keepers, return_exceptions=True)
-        results += await asyncio.gather(*(s.close() for s in self._shards.values()), return_exceptions=True)
+        tasks = [*self._keepers, *self._leaving]
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        shards = [*self._shards.values(), *(shard for retired in self._retired.values() for shard in retired)]
+        results += await asyncio.gather(*(s.close() for s in shards), return_exceptions=True)
         self._shards.clear()
         await self.backend.close()
         for result in results:
@@ -139,9 +152,9 @@ class SandboxPool:
         try:
             async with limit, self._starts:
                 while True:
-                    free = [s for s in self._shards.values() if s.open and s.load < self._per_shard]
+                    free = [slot for slot, s in self._shards.items() if s.open and self._load(slot) < self._per_shard]
                     if free:
-                        shard = min(free, key=lambda s: s.load)
+                        shard = self._shards[min(free, key=self._load)]
                         return shard, await shard.lease(tools.values(), seed, self.start_timeout_s, files)
                     if not any(self._alive(keeper) for keeper in self._keepers):
                         raise SandboxError(f"no shard is left: {self._last_failure}") from self._last_failure
@@ -172,8 +185,13 @@ class SandboxPool:
         while failures < MAX_FAILURES:
             old = self._shards.get(slot)
             if old is not None:
-                await old.finished()
-                await old.close()
+                await old.retired()
+                if old.over:
+                    await old.close()
+                else:
+                    self._retired[slot].append(old)
+                    leaving = asyncio.create_task(self._let_leave(slot, old), name=f"retired sandbox shard {slot}")
+                    self._leaving.add(leaving)
                 del self._shards[slot]
             try:
                 self._place(slot, await self._start_shard())
@@ -183,6 +201,13 @@ class SandboxPool:
                 failures += 1
                 if failures < MAX_FAILURES:
                     await asyncio.sleep(BACKOFF_S * 2 ** (failures - 1))
+        self._change.set()
+
+    async def _let_leave(self, slot: int, shard: Shard) -> None:
+        """Clean up after a retired shard when its last session has ended."""
+        await shard.finished()
+        await shard.close()
+        self._retired[slot].remove(shard)
         self._change.set()
 
 

@@ -103,11 +103,14 @@ class Shard:
         self._sids = itertools.count()
         # half of the uids are for the zygote's own use, and one is for its trial
         self.starts_left: int | None = None if config["uid_base"] is None else config["uid_count"] // 2 - 1
+        self.places = 1
+        """Sessions that it may have at once."""
         self._leases: dict[int, Lease] = {}
         self._outbox: deque[tuple[bytes, tuple[int, ...]]] = deque()
         self._writing = False
         self._ready: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._dead: asyncio.Future[SandboxError] = self._loop.create_future()
+        self._retired: asyncio.Future[None] = self._loop.create_future()
         self._finished: asyncio.Future[None] = self._loop.create_future()
         self._loop.add_reader(self._control.fileno(), self._readable)
         self.report: Report
@@ -162,9 +165,18 @@ class Shard:
         """Take no more than so many sessions from now on; the shard has then finished."""
         self.starts_left = sessions if self.starts_left is None else min(sessions, self.starts_left)
 
+    async def retired(self) -> None:
+        """Wait until the shard is lost, or has no uid left and fewer sessions than places: another may give the rest of them."""
+        await asyncio.shield(self._retired)
+
     async def finished(self) -> None:
         """Wait until the shard is lost, or has neither sessions nor uids left."""
         await asyncio.shield(self._finished)
+
+    @property
+    def over(self) -> bool:
+        """Whether it has finished."""
+        return self._finished.done()
 
     async def lease(self, tools: Iterable[ToolSpec], seed: int, timeout_s: float, files: Mapping[str, str]) -> Lease:
         """Fork a session. Raises SandboxError; UsageError where the files can't be had."""
@@ -186,6 +198,7 @@ class Shard:
         # before anything is waited for: another lease may begin meanwhile
         if self.starts_left is not None:
             self.starts_left -= 1
+            self._look()
         posted = False
         passed: list[int] = []
         try:
@@ -215,8 +228,9 @@ class Shard:
                 lease.output.close()
                 del self._leases[lease.sid]
                 # the zygote knows nothing of it: the place is free, and its start can still be had
-                if self.starts_left is not None:
+                if self.starts_left is not None and not self._retired.done():
                     self.starts_left += 1
+                self._look()
                 self.on_change()
             raise
         return lease
@@ -307,13 +321,15 @@ class Shard:
                 lease = self._leases.pop(sid)
                 lease.channel.lose(SandboxError(f"the session ended by itself ({error or f'exit status {status}'})"))
                 lease.ended.set_result(None)
-                if self.starts_left == 0 and not self._leases:
-                    self._finish()
+                self._look()
                 self.on_change()
 
-    def _finish(self) -> None:
-        if not self._finished.done():
-            self._finished.set_result(None)
+    def _look(self) -> None:
+        """Whether it has retired by now, and finished."""
+        if self.starts_left == 0 and self.load < self.places:
+            _settle(self._retired)
+            if not self._leases:
+                _settle(self._finished)
 
     def _fail(self, error: SandboxError) -> None:
         if self._dead.done():
@@ -334,5 +350,11 @@ class Shard:
         if not self._ready.done():
             self._ready.set_exception(error)
             self._ready.exception()
-        self._finish()
+        _settle(self._retired)
+        _settle(self._finished)
         self.on_change()
+
+
+def _settle(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)

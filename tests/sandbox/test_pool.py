@@ -346,6 +346,57 @@ def test_a_shard_without_fresh_uids_retires_when_its_last_session_ends(new_pool,
     asyncio.run(main())
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="uids are given to sessions by root")
+def test_shards_that_are_used_up_together_keep_no_agent_waiting_for_the_sessions_they_have(new_pool, kind):
+    """As those of a run are, whose every step gives each of them as many sessions."""
+
+    async def main():
+        pool = new_pool(kind, num_shards=2, sessions_per_shard=2)
+        await pool.start()
+        try:
+            old = pool.shards
+            for shard in old:
+                shard.starts_left = 1
+            async with pool.session({}, seed=1) as a, pool.session({}, seed=2) as b:
+                assert not any(shard.open for shard in old)
+                async with pool.session({}, seed=3), pool.session({}, seed=4) as d:
+                    assert not {*old} & {*pool.shards}
+                    assert pool.load() == {"shard 0": 2, "shard 1": 2}
+                    # no more than there are places in all
+                    late = asyncio.create_task(one_cell(pool))
+                    for session in (a, b, d):
+                        assert (await session.execute("'alive'")).output == "'alive'\n"
+                    assert not late.done()
+                assert (await late).output == "'ran'\n"
+            async with asyncio.timeout(20):
+                await asyncio.gather(*pool._leaving)
+            assert not any(alive(shard.launched.pid) for shard in old)
+            assert pool.load() == {"shard 0": 0, "shard 1": 0}
+        finally:
+            await pool.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="uids are given to sessions by root")
+def test_a_pool_that_is_closed_ends_retired_shards_and_their_sessions_too(new_pool, kind, left_over):
+    async def main():
+        pool = new_pool(kind)
+        await pool.start()
+        (old,) = pool.shards
+        pid = zygote_pid(old)
+        old.starts_left = 1
+        session = pool.session({}, seed=1)
+        await session.__aenter__()
+        await one_cell(pool)
+        assert old not in pool.shards
+        await pool.close()
+        await session.__aexit__(None, None, None)
+        assert left_over(old, pid) == []
+
+    asyncio.run(main())
+
+
 async def one_uid(pool):
     async with pool.session({}, seed=1) as session:
         return (await session.execute("import os\nos.getuid()")).output
