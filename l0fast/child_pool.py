@@ -1,7 +1,8 @@
 """Work that may burn a core, grow or go on for ever, in child processes that can be killed: pebble's pool, made async.
 
 For libraries that take what strangers wrote: sympy an expression, a PDF reader a file. A child is started at the first
-call, with its imports done before a call's time begins, and dies with the driver.
+call, with its imports done before a call's time begins, and dies with the driver. One that ends is followed by another,
+whatever it was at.
 """
 
 import asyncio
@@ -56,6 +57,9 @@ class ChildPool:
             Exception: what `function` raised.
         """
         async with self._starting:
+            if self._pool is not None and not self._pool.active:
+                # to pebble a child that ended while it had nothing to do, killed where memory is short, is the end of them all
+                await self.close()
             if self._pool is None:
                 self._pool = await asyncio.to_thread(self._start)
         from pebble import ProcessExpired
@@ -68,9 +72,10 @@ class ChildPool:
 
     async def close(self) -> None:
         """Kill the children."""
-        if self._pool is not None:
-            self._pool.stop()
-            await asyncio.to_thread(self._pool.join)
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.stop()
+            await asyncio.to_thread(pool.join)
 
     def _start(self) -> Any:
         try:

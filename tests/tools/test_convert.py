@@ -2,7 +2,9 @@
 
 import asyncio
 import io
+import os
 import random
+import signal
 import time
 import warnings
 import zipfile
@@ -155,6 +157,20 @@ def test_a_child_that_goes_on_for_ever_or_ends_costs_its_own_call_only():
                 await pool.run(_endless)
             with pytest.raises(WorldError, match="the process for testing ended"):
                 await pool.run(_end)
+            return await pool.run(len, "abc")
+        finally:
+            await pool.close()
+
+    assert asyncio.run(main()) == 3
+
+
+def test_a_child_that_is_killed_while_it_has_nothing_to_do_is_followed_by_another():
+    async def main():
+        pool = ChildPool("testing", needs="", initializer=_nothing, timeout_s=10)
+        try:
+            os.kill(await pool.run(os.getpid), signal.SIGKILL)
+            # until it is known, which ends it
+            await asyncio.to_thread(pool._pool._pool_manager_loop.join)
             return await pool.run(len, "abc")
         finally:
             await pool.close()
