@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+import tracemalloc
 from collections import defaultdict
 from pathlib import Path
 
@@ -238,3 +239,20 @@ def test_a_ranks_profile_is_put_where_it_was_in_time(tmp_path: Path):
     assert all(abs(e["ts"] - learn["ts"]) < 2000 for e in products)
     assert len({e["pid"] for e in merged if e["name"] in ("aten::mm", "kernel")}) == 4
     assert "rank 1: python" in {e["args"]["name"] for e in merged if e["name"] == "process_name"}
+
+
+def test_a_profile_is_merged_into_a_trace_larger_than_memory_has_room_for(tmp_path: Path):
+    trace, path = Trace(1), tmp_path / "trace.json"
+    for i in range(5000):
+        trace.episode(f"e{i}").end(status="completed", turns=3)
+    events = written(trace, path)
+    profile = tmp_path / "rank.json"
+    profile.write_text('{"traceEvents": []}')
+    tracemalloc.start()
+    try:
+        merge_torch(path, [profile])
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert json.loads(path.read_bytes()) == events
+    assert peak_bytes < path.stat().st_size / 2, "all events as objects took some fifty times that"
