@@ -7,6 +7,7 @@ cut off by a kill is not read, and its episode played again. Failed ones have no
 import asyncio
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from l0fast.errors import UsageError
+from l0fast.errors import UsageError, WorldError, boundary
 from l0fast.files import lock
 from l0fast.run_dir import dump_row, trajectory_row
 from l0fast.types import Task, Trajectory
@@ -78,12 +79,14 @@ class Episodes:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ):
-        self._file.close()
+        with suppress(OSError):  # what could not be written, as was told
+            self._file.close()
 
     async def add(self, benchmark: str, sample: int, trajectory: Trajectory, scores: Mapping[str, float]) -> None:
-        """Write an episode, off the loop."""
+        """Write an episode, off the loop. Raises WorldError where it can't be written."""
         async with self._lock:
-            await asyncio.to_thread(self._write, benchmark, sample, trajectory, scores)
+            with boundary(WorldError, f"write {self.path}"):
+                await asyncio.to_thread(self._write, benchmark, sample, trajectory, scores)
         outcome = _outcome(trajectory, scores)
         if not outcome.failed:
             self.done[benchmark, trajectory.task.id, sample] = outcome

@@ -90,6 +90,22 @@ def test_the_same_command_goes_on_after_a_kill_that_cut_a_line_off(done, tmp_pat
     }
 
 
+def test_a_disk_that_is_full_ends_an_evaluation_with_a_sentence(tmp_path, capsys, monkeypatch):
+    read = Episodes._read
+
+    def then_full(self: Episodes) -> None:
+        read(self)
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, self._file.fileno())
+        os.close(full)
+
+    monkeypatch.setattr(Episodes, "_read", then_full)
+    assert main([*COMMAND, "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert f"l0fast: could not write {tmp_path}/out/episodes.jsonl: OSError: [Errno 28] No space left on device" in said
+    assert "Traceback" not in said
+
+
 def test_another_evaluation_does_not_go_into_the_same_folder(done, capsys):
     assert main([*COMMAND, "--out", str(done), "--seed", "1"]) == 2
     assert "holds another evaluation, with seed = 0 and not 1" in capsys.readouterr().err.replace("\n", " ")
