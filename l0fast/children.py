@@ -104,14 +104,18 @@ async def output_of(module: str, *args: str, error: type[L0fastError], without: 
         without: what there is none of when it fails, as its error begins: "no advice on runs/x".
 
     Raises:
-        error: it failed, with its last line, or took longer than `timeout_s` [s].
+        error: it could not be started, failed, with its last line, or took longer than `timeout_s` [s].
     """
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", module, *args),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", module, *args),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except OSError as e:
+        # no memory for another process, or no number
+        raise error(f"{without} ({e})") from e
     try:
         async with asyncio.timeout(timeout_s):
             out, err = await process.communicate()

@@ -1,6 +1,7 @@
 """A program of someone else's as a child: its words, its end, and ours."""
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from l0fast.children import TAIL_LINES, child
+from l0fast.children import TAIL_LINES, child, output_of
+from l0fast.rollout.whatif import AdviceError
 from tests.command import children_of, wait_until_gone
 
 
@@ -106,3 +108,12 @@ def test_it_ends_when_we_are_killed(program: Path):
         assert Path(f"/proc/{pid}").exists()
         parent.send_signal(signal.SIGKILL)
     assert not wait_until_gone({pid})
+
+
+def test_a_machine_without_room_for_another_process_is_an_error_of_the_kind_that_was_asked_for(monkeypatch):
+    async def no_memory(*words: str, **kinds: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", no_memory)
+    with pytest.raises(AdviceError, match=r"no advice on runs/x \(\[Errno 12\] Cannot allocate memory\)"):
+        asyncio.run(output_of("odd_program", error=AdviceError, without="no advice on runs/x", timeout_s=1))
