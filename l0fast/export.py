@@ -60,7 +60,7 @@ def export(checkpoint: Path, out: Path, *, dtype: str = "float32", model: Path |
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from l0fast.learner.policy_model import unchanged_files
+    from l0fast.learner.policy_model import keep_unchanged
 
     check_out(out)
     state = read_driver_state(checkpoint)
@@ -83,8 +83,7 @@ def export(checkpoint: Path, out: Path, *, dtype: str = "float32", model: Path |
         partial.mkdir(parents=True)
         try:
             shell.save_pretrained(partial, state_dict=weights)
-            for file in unchanged_files(model):
-                shutil.copyfile(file, partial / file.name)
+            keep_unchanged(model, partial, to)
             partial.rename(out)
         except BaseException:
             shutil.rmtree(partial)

@@ -77,6 +77,26 @@ def test_weights_are_rounded_to_the_dtype_and_the_folder_says_so(run, tmp_path: 
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
 
 
+def test_settings_stay_in_the_words_of_the_model_the_run_began_with(policy_folder: Path, tmp_path: Path):
+    older = shutil.copytree(policy_folder, tmp_path / "older")
+    settings = json.loads((older / "config.json").read_text())
+    for name in ("rope_parameters", "dtype", "architectures"):
+        settings.pop(name)
+    # as transformers 4 wrote them, which does not know rope_parameters
+    settings |= {"rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "bfloat16", "auto_map": {"AutoConfig": "a.B"}}
+    (older / "config.json").write_text(json.dumps(settings))
+    policy = saved(tmp_path / "run", older)
+    policy.save(tmp_path / "saved")
+    export(find_checkpoint(tmp_path / "run"), tmp_path / "out", dtype="bfloat16")
+    del settings["auto_map"], settings["torch_dtype"]
+    settings["architectures"] = ["Qwen3ForCausalLM"]
+    for folder, dtype in (("saved", "float32"), ("out", "bfloat16")):
+        assert json.loads((tmp_path / folder / "config.json").read_text()) == settings | {"torch_dtype": dtype}
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype="auto")
+        assert model.config.rope_parameters["rope_theta"] == 1e6
+        assert str(model.dtype) == f"torch.{dtype}"
+
+
 def test_lora_is_merged(policy_folder: Path, tmp_path: Path):
     pytest.importorskip("peft")
     policy = saved(tmp_path / "run", policy_folder, lora_rank=4)

@@ -17,6 +17,7 @@ of the batch (packing.cut), the same on all ranks, and a part gets a step of its
 What a step reports is the same on all ranks: sums over all tokens of all ranks, the longest time of any.
 """
 
+import json
 import math
 import shutil
 from collections import defaultdict
@@ -398,8 +399,7 @@ class PolicyModel:
             with torch.device("meta"):
                 shell = AutoModelForCausalLM.from_config(self.model.config, dtype=torch.float32)
             shell.save_pretrained(path, state_dict=weights)
-            for file in unchanged_files(self.model_path):
-                shutil.copyfile(file, path / file.name)
+            keep_unchanged(self.model_path, path, torch.float32)
 
 
 def _in_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
@@ -416,6 +416,26 @@ def _in_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Ite
 
 def _copy(pack: Pack) -> Pack:
     return Pack(**{name: getattr(pack, name).copy() for name in Pack.__slots__})
+
+
+def keep_unchanged(start: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Put into a model folder that transformers has written what training does not change, as `start` has it.
+
+    The settings, too, in the words of whoever wrote them: this transformers has words of its own for the angles (rope_parameters),
+    and one before 5 that reads them takes its defaults, for other log-probs than were trained.
+
+    Args:
+        dtype: of the weights written.
+    """
+    for file in unchanged_files(start):
+        shutil.copyfile(file, folder / file.name)
+    path = folder / "config.json"
+    written, settings = json.loads(path.read_bytes()), json.loads((start / "config.json").read_bytes())
+    # names files of code, which are not copied
+    settings.pop("auto_map", None)
+    named = [name for name in ("dtype", "torch_dtype") if name in settings] or ["dtype"]
+    settings |= dict.fromkeys(named, str(dtype).removeprefix("torch."))
+    path.write_text(json.dumps({"architectures": written["architectures"]} | settings, indent=2) + "\n")
 
 
 def unchanged_files(folder: Path) -> set[Path]:
