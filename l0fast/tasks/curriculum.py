@@ -11,7 +11,6 @@ from itertools import zip_longest
 from typing import Protocol
 
 from l0fast.config import RunConfig, TaskConfig
-from l0fast.errors import UsageError
 from l0fast.seeding import derive_seed
 from l0fast.tasks import load_variants, load_world
 from l0fast.tasks.invented import invented_world
