@@ -130,7 +130,10 @@ def _questions(texts: Sequence[str]) -> Iterator[str]:
 
 async def _judge(store: Store, options: argparse.Namespace, say: Any) -> None:
     config = EndpointConfig(
-        url=options.judge_endpoint, model=options.judge_model, max_concurrent=options.judge_concurrency
+        url=options.judge_endpoint,
+        model=options.judge_model,
+        max_concurrent=options.judge_concurrency,
+        own_temperature=True,
     )
     after = judged = 0
     async with openai_engine(config) as engine:

@@ -10,8 +10,9 @@ What goes wrong:
                                                            until `attempts` or `timeout_s` are used up: EngineError
     401, 403, 404, a redirect                              UsageError: what to set right
     other refusals, answers that are none, or too long     EngineError, with the endpoint's own words
-Two words of the dialect are learned from a refusal that names them: `max_tokens` is called `max_completion_tokens` by
-newer servers, and older ones don't know `stream_options`.
+Its dialect is learned from a refusal that names a word: `max_tokens` is called `max_completion_tokens` by newer servers; older
+ones don't know `stream_options`, some no `seed`, and models that reason no `stop`: their answers are cut here. A temperature
+that a model doesn't take is the user's to change, but for judges and the like (`own_temperature`).
 
 The key comes from the environment and goes nowhere else: not into settings, logs or errors (blanked, should an endpoint
 repeat it), not to where a redirect points, and not over plain http to another machine unless its variable was named.
@@ -22,6 +23,7 @@ import codecs
 import ipaddress
 import logging
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -74,6 +76,8 @@ class EndpointConfig(Config):
     """Requests that run at once [requests]."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer and are part of it. </code> keeps a model from inventing the output of its own code."""
+    own_temperature: bool = False
+    """Ask a model that takes no temperature but its own without one; else that is told to the user."""
     body: Mapping[str, Any] = {}
     """Further fields of a request, e.g. {"top_p": 0.9}; they win over ours, and None leaves one out."""
 
@@ -238,7 +242,7 @@ class OpenAIEngine:
 
     def _refused(self, response: aiohttp.ClientResponse, answer: bytes, body: Mapping[str, Any]) -> Exception:
         """What an answer that isn't 200 means."""
-        status, said = response.status, self._clean(_complaint(answer))
+        status, said = response.status, self._clean(complaint(answer))
         how = f"it answered {status} {self._clean(response.reason or '')}".rstrip() + (f": {said}" if said else "")
         if status in (408, 409, 429) or status >= 500:
             # none at all, or by a clock that differs from ours: a wait that grows, as without it
@@ -256,17 +260,21 @@ class OpenAIEngine:
             return UsageError(f"{self._url} has no model {self._config.model!r}, or is no such endpoint ({how})")
         if status in (400, 422) and self._learn(said, body):
             return _Passing(how, 0.0)
+        if status in (400, 422) and _names(said, "temperature") and "temperature" in body:
+            return UsageError(
+                f"{self._url} does not take the temperature {body['temperature']:g} ({how}): ask with another --temperature"
+            )
         return EngineError(f"{self._url} refused a request: {how}")
 
     def _learn(self, said: str, body: Mapping[str, Any]) -> bool:
         """Whether the refusal of `body` tells how to say the same in this endpoint's dialect."""
         if "max_completion_tokens" in said and "max_tokens" in body:
             self._renamed["max_tokens"] = "max_completion_tokens"
-        elif "stream_options" in said and "stream_options" in body:
-            self._unknown.add("stream_options")
-        else:
-            return False
-        return True
+            return True
+        optional = ("stream_options", "seed", "stop", *["temperature"] * self._config.own_temperature)
+        refused = [name for name in optional if name in body and _names(said, name)]
+        self._unknown.update(refused)
+        return bool(refused)
 
     async def _streamed(self, response: aiohttp.ClientResponse, max_bytes: int, told: "_Telling | None") -> "_Answer":
         answer, events = _Answer(told), Events()
@@ -292,7 +300,7 @@ class OpenAIEngine:
                 f"{shown!r}: is it such an endpoint?"
             ) from None
         if completion.error is not None:
-            raise _Passing(f"it broke off with {self._clean(_complaint(data))}")
+            raise _Passing(f"it broke off with {self._clean(complaint(data))}")
         return completion
 
     def _counted(self, answer: "_Answer") -> SampledText:
@@ -309,9 +317,12 @@ class OpenAIEngine:
             raise EngineError(
                 f"{self._url} returned an answer without a choice: is {self._config.model!r} a chat model?"
             )
+        text, finish_reason = answer.text(self._config.stop), answer.finish_reason
+        if "stop" in self._unknown and (short := cut(text, self._config.stop)) != text:
+            text, finish_reason = short, "stop"
         return SampledText(
-            text=answer.text(self._config.stop),
-            finish_reason=answer.finish_reason,
+            text=text,
+            finish_reason=finish_reason,
             prompt_tokens=counts and counts.prompt_tokens,
             completion_tokens=counts and counts.completion_tokens,
         )
@@ -414,6 +425,17 @@ def ended(text: str, stops: Sequence[str], by: int | str | None) -> str:
     if by is None:
         by = next((s for s in stops if s.startswith("</") and text.count("<" + s[2:]) > text.count(s)), None)
     return text + by if isinstance(by, str) and by in stops and not text.endswith(by) else text
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """`text` as far as the first of `stops` after its thinking: what an endpoint that knows no such texts should have ended it at.
+
+    >>> cut("<think></code>?</think><code>1</code><output>2</output>", ["</code>"])
+    '<think></code>?</think><code>1</code>'
+    """
+    thought, closed, said = text.partition("</think>") if "</think>" in text else ("", "", text)
+    ends = [said.index(stop) + len(stop) for stop in stops if stop in said]
+    return thought + closed + said[: min(ends)] if ends else text
 
 
 class Events:
@@ -545,12 +567,19 @@ async def _limited(response: aiohttp.ClientResponse, max_bytes: int, *, cut: boo
     return bytes(data)
 
 
-def _complaint(body: bytes) -> str:
-    """The words of an error, wherever the endpoint puts them."""
+def _names(said: str, field: str) -> bool:
+    """Whether a refusal speaks of a field of the request, and doesn't only use the word."""
+    return field in said if "_" in field else re.search(rf"""['"`]{field}\\?['"`]""", said) is not None
+
+
+def complaint(body: bytes) -> str:
+    """The words of an error, wherever a service puts them."""
     try:
         said = orjson.loads(body)
     except orjson.JSONDecodeError:
         return body.decode(errors="replace")
+    # Gemini's has it in a list
+    said = said[0] if isinstance(said, list) and len(said) == 1 else said
     for name in ("error", "message", "detail"):
         if isinstance(said, dict) and said.get(name):
             said = said[name]

@@ -129,6 +129,7 @@ async def open_judge(config: JudgeConfig) -> AsyncIterator[ModelJudge | None]:
         api_key_env=config.api_key_env,
         timeout_s=config.timeout_s,
         max_concurrent=config.max_concurrent,
+        own_temperature=True,
     )
     async with openai_engine(endpoint) as engine, open_broker(config.cache_file) as broker:
         yield ModelJudge(config, engine, broker)

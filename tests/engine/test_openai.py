@@ -436,6 +436,57 @@ def test_the_dialect_is_learned_once():
     assert engine.usage.uncounted == 2
 
 
+STOP_REFUSED = "Unsupported parameter: 'stop' is not supported with this model."
+TEMPERATURE_REFUSED = (
+    "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
+)
+GEMINI = [{"error": {"code": 400, "message": 'Invalid JSON payload received. Unknown name "seed": Cannot find field.'}}]
+MISTRAL = {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}
+
+
+def refused(code: int, said: Any) -> Reply:
+    async def reply(request: web.Request) -> web.StreamResponse:
+        return web.json_response(said, status=code)
+
+    return reply
+
+
+@pytest.mark.parametrize("reply", [refused(400, GEMINI), refused(422, MISTRAL)])
+def test_an_endpoint_that_knows_no_seed_is_asked_without(reply: Reply):
+    said, requests, _ = ask([reply, data(whole())])
+    assert [("seed" in request, "stop" in request) for request in requests] == [(True, False), (False, False)]
+    assert said.finish_reason == "stop"
+
+
+def test_what_a_model_says_past_a_text_that_it_can_not_be_stopped_at_is_cut_off():
+    async def twice(engine: OpenAIEngine) -> Any:
+        return [await engine.generate(ASK, SAMPLING, conversation=name) for name in "ab"]
+
+    goes_on = "<think>or </code>?</think><code>search('Oslo')</code><output>Norway</output><code>submit"
+    choice = {"message": {"content": goes_on}, "finish_reason": "length"}
+    answers = [data({"choices": [choice]}), data(whole("Oslo"))]
+    said, requests, _ = ask(
+        [refused(400, {"error": {"message": STOP_REFUSED}}), *answers], use=twice, stop=("</code>",)
+    )
+    assert ["stop" in request for request in requests] == [True, False, False]
+    first, second = said
+    assert (first.text, first.finish_reason) == ("<think>or </code>?</think><code>search('Oslo')</code>", "stop")
+    assert second.text == "Oslo"
+
+
+def test_a_word_that_a_refusal_only_uses_is_not_taken_out():
+    with pytest.raises(EngineError, match="stop asking"):
+        ask([status(400, "stop asking about seed and temperature")], stop=("</code>",))
+
+
+def test_a_temperature_that_a_model_does_not_take_is_the_users_to_change_or_left_to_a_judge():
+    reply = refused(400, {"error": {"message": TEMPERATURE_REFUSED}})
+    with pytest.raises(UsageError, match="does not take the temperature 0.5 .*: ask with another --temperature"):
+        ask([reply])
+    _, requests, _ = ask([reply, data(whole())], own_temperature=True)
+    assert ["temperature" in request for request in requests] == [True, False]
+
+
 def test_no_more_run_at_once_than_allowed():
     running, most = 0, 0
 
