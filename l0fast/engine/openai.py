@@ -8,7 +8,7 @@ and encoding text again gives other ids for about half of all sampled sequences.
 What goes wrong:
     no connection, a lost or cut one, 408, 409, 429, 5xx   asked again: after Retry-After, else with growing waits,
                                                            until `attempts` or `timeout_s` are used up: EngineError
-    401, 403, 404, a redirect                              UsageError: what to set right
+    401, 402, 404, a redirect; 403 before any answer       UsageError: what to set right
     other refusals, answers that are none, or too long     EngineError, with the endpoint's own words
 Its dialect is learned from a refusal that names a word: `max_tokens` is called `max_completion_tokens` by newer servers; older
 ones don't know `stream_options`, some no `seed`, and models that reason no `stop`: their answers are cut here. A temperature
@@ -252,10 +252,13 @@ class OpenAIEngine:
             return UsageError(
                 f"{self._url} redirects to {self._clean(response.headers.get('Location', 'nowhere'))}: give that address"
             )
-        if status in (401, 403):
+        # of one that has let us in, 403 is about what was asked: OpenRouter has it for words that a filter holds back
+        if status == 401 or (status == 403 and not self.usage.answers):
             which = self._config.api_key_env or DEFAULT_KEY
             held = "holds another key" if self._key else "is not set, or not sent to such an address"
             return UsageError(f"{self._url} lets nobody in without a key it knows ({how}): {which} {held}")
+        if status == 402:
+            return UsageError(f"{self._url} answers nobody whose account is empty ({how}): top it up, and go on")
         if status == 404:
             return UsageError(f"{self._url} has no model {self._config.model!r}, or is no such endpoint ({how})")
         if status in (400, 422) and self._learn(said, body):

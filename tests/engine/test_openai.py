@@ -410,6 +410,7 @@ def test_an_answer_that_unpacks_without_end_is_left():
     ("reply", "words"),
     [
         (status(401, f"wrong key {KEY}"), "OPENAI_API_KEY holds another key"),
+        (status(402, "Insufficient Balance"), "402 Payment Required: Insufficient Balance.*top it up"),
         (status(403), "without a key"),
         (status(404), "no model 'm'"),
         (status(307, Location="https://example.com/v1"), "redirects to https://example.com/v1"),
@@ -485,6 +486,18 @@ def test_a_temperature_that_a_model_does_not_take_is_the_users_to_change_or_left
         ask([reply])
     _, requests, _ = ask([reply, data(whole())], own_temperature=True)
     assert ["temperature" in request for request in requests] == [True, False]
+
+
+def test_what_is_held_back_by_a_filter_costs_one_answer_where_others_came():
+    async def thrice(engine: OpenAIEngine) -> str:
+        await engine.generate(ASK, SAMPLING, conversation="a")
+        with pytest.raises(EngineError, match="403 Forbidden: your input was flagged"):
+            await engine.generate(ASK, SAMPLING, conversation="b")
+        return (await engine.generate(ASK, SAMPLING, conversation="c")).text
+
+    flagged = refused(403, {"error": {"message": "your input was flagged"}})
+    text, _, _ = ask([data(whole("Oslo")), flagged, data(whole("Rome"))], use=thrice)
+    assert text == "Rome"
 
 
 def test_no_more_run_at_once_than_allowed():
