@@ -7,13 +7,16 @@
 
 Both: a deadline for all of it, a limit on bytes (after decompression), proxies of the environment not used. What may pass
 (no connection, 408, 429, 5xx) is `Passing`, an OSError, so the broker asks again, after Retry-After where that was said;
-anything else is a ToolError with the status, for the agent to read.
+anything else is a ToolError with the status, for the agent to read. Not so where a service turns one request after the other
+away for who asks (a key that is wrong, credits that are used up): no agent can help that, and a policy would be trained on
+what it can't do. It is a `UsageError`, and ends the run.
 """
 
 import asyncio
 import ipaddress
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -26,7 +29,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from l0fast import __version__
-from l0fast.errors import ToolError
+from l0fast.engine.openai import complaint
+from l0fast.errors import ToolError, UsageError
 from l0fast.http_dates import retry_after_s
 from l0fast.tools.broker import Passing
 
@@ -34,6 +38,10 @@ MAX_REDIRECTS = 5
 MAX_URL_CHARS = 2000
 MAX_RETRY_AFTER_S = 10.0
 """Longest wait that a service may ask for; one that asks for more is asked no more [s]."""
+MAX_TURNED_AWAY = 10
+"""Requests in a row that a service may refuse for who asks. Not one: now and then one is refused by mistake."""
+MAX_WORDS_CHARS = 200
+"""Of what a service says of a refusal [characters]."""
 USER_AGENT = f"l0fast/{__version__}"
 _UNICAST = ipaddress.ip_network("2000::/3")
 """The part of IPv6 that is handed out as anybody's."""
@@ -55,6 +63,8 @@ class Http:
 
     def __init__(self, public: aiohttp.ClientSession, service: aiohttp.ClientSession, max_bytes: int, private: bool):
         self._public, self._service, self._max_bytes, self._private = public, service, max_bytes, private
+        self._turned_away: Counter[str] = Counter()
+        """By service, in a row."""
 
     async def page(self, url: str) -> Page:
         """Fetch what a model has named. Raises ToolError, or Passing."""
@@ -82,7 +92,7 @@ class Http:
     async def json(
         self, method: str, url: str, *, headers: Mapping[str, str], name: str, body: Any = None, query: Any = None
     ) -> Any:
-        """What a service answers. Raises ToolError or Passing, neither of which shows the address or the key."""
+        """What a service answers. Raises ToolError, Passing or UsageError, none of which shows the whole address or the key."""
         text = await self.text(method, url, headers=headers, name=name, body=body, query=query)
         try:
             return orjson.loads(text)
@@ -99,10 +109,34 @@ class Http:
                 method, URL(url), headers={**sent, **headers}, data=data, params=query, allow_redirects=False
             ) as response:
                 if response.status != 200:
-                    raise _refusal(response, name)
-                return await self._body(response)
+                    raise await self._refused(response, name, headers)
+                answer = await self._body(response)
+        except UsageError:
+            # a ValueError
+            raise
         except (aiohttp.ClientError, OSError, ValueError) as e:
             raise _failure(e, name) from e
+        del self._turned_away[name]
+        return answer
+
+    async def _refused(self, response: aiohttp.ClientResponse, name: str, headers: Mapping[str, str]) -> Exception:
+        """A service's refusal, with its words; time after time for who asks, it is for the user to read."""
+        words = complaint(await self._body(response))
+        # whoever stands before a service answers with a page
+        words = "" if words.lstrip().startswith("<") else words
+        for value in headers.values():
+            # a service may repeat the key
+            words = words.replace(value.rpartition(" ")[2] or "\0", "***")
+        words = " ".join(words.split())[:MAX_WORDS_CHARS]
+        # Serper has 400 for an account that is empty, and for a query that it can't take
+        turned_away = response.status in (401, 402, 403) or (response.status == 400 and "credit" in words.lower())
+        self._turned_away[name] += turned_away
+        if not turned_away or self._turned_away[name] < MAX_TURNED_AWAY:
+            return _refusal(response, name, words)
+        return UsageError(
+            f"{response.url.host} has turned {MAX_TURNED_AWAY} requests of {name} in a row away, the last with "
+            f"{_status(response, words)}: set its key right, or see what is left on its account, and go on"
+        )
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
         body = bytearray()
@@ -210,10 +244,14 @@ def checked_url(url: str, *, private: bool = False) -> URL:
     return target
 
 
-def _refusal(response: aiohttp.ClientResponse, name: str) -> Exception:
+def _status(response: aiohttp.ClientResponse, words: str) -> str:
     # bytes that are no UTF-8 arrive as halves of surrogate pairs, which JSON does not have
     reason = (response.reason or "").encode(errors="replace").decode()
-    status = f"{response.status} {reason}".rstrip()
+    return f"{response.status} {reason}".rstrip() + (f" ({words})" if words else "")
+
+
+def _refusal(response: aiohttp.ClientResponse, name: str, words: str = "") -> Exception:
+    status = _status(response, words)
     if response.status in (408, 429) or response.status >= 500:
         wait_s = retry_after_s(response.headers.get("Retry-After"), time.time())
         if wait_s is not None and wait_s > MAX_RETRY_AFTER_S:

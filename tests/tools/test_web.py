@@ -9,7 +9,7 @@ from l0fast.config import WebConfig
 from l0fast.errors import ToolError, UsageError
 from l0fast.tools.broker import ToolPolicy, open_broker
 from l0fast.tools.convert import open_converter
-from l0fast.tools.http import open_http
+from l0fast.tools.http import MAX_TURNED_AWAY, open_http
 from l0fast.tools.web import PROVIDERS, secrets, web_search_tool, webpage_tool
 
 ANSWERS = {
@@ -114,6 +114,73 @@ def test_errors_never_show_the_key(serving):
 
     found, _ = searching(serving, "exa", echo)
     assert found[0]["title"] == "your key is ***"
+
+
+REFUSALS = [
+    ("serper", 403, {"message": "Unauthorized.", "statusCode": 403}, "403 Forbidden (Unauthorized.)"),
+    ("serper", 400, {"message": "Not enough credits", "statusCode": 400}, "400 Bad Request (Not enough credits)"),
+    ("exa", 402, {"error": "No more credits", "tag": "NO_MORE_CREDITS"}, "402 Payment Required (No more credits)"),
+    ("firecrawl", 401, {"success": False, "error": "Unauthorized: Invalid token"}, "401 Unauthorized (Unauthorized: I"),
+]
+"""As they answer where the key is wrong or the account empty."""
+
+
+def searches(serving, name, answers):
+    """What a search said each time, the service having these answers one after the other."""
+    waiting = iter(answers)
+
+    async def take(request):
+        status, said = next(waiting)
+        return web.json_response(said, status=status)
+
+    async def main():
+        said = []
+        async with serving(take) as url, open_http(timeout_s=5, max_bytes=100_000) as http, open_broker() as broker:
+            config = WebConfig(search_provider=name, search_url=url + "/search")
+            tool = broker.wrap(web_search_tool(config, http), ToolPolicy(secrets=secrets()))
+            for number in range(len(answers)):
+                try:
+                    said.append(await tool.call(f"question {number}"))
+                except ToolError as e:
+                    said.append(str(e))
+        return said
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize(("name", "status", "answer", "told"), REFUSALS)
+def test_a_service_that_turns_everybody_away_ends_the_run_in_its_own_words(serving, name, status, answer, told):
+    refused = [(status, answer)] * MAX_TURNED_AWAY
+    assert all(said.startswith(f"web search answered {told}") for said in searches(serving, name, refused[:-1]))
+    with pytest.raises(UsageError, match="127.0.0.1 has turned 10 requests of web search in a row away") as caught:
+        searches(serving, name, refused)
+    assert told in str(caught.value)
+
+
+def test_a_key_that_a_service_repeats_is_not_shown_to_the_user_either(serving):
+    with pytest.raises(UsageError, match="no such key: \\*\\*\\*") as caught:
+        searches(serving, "exa", [(401, {"error": f"no such key: {KEY}"})] * MAX_TURNED_AWAY)
+    assert KEY not in str(caught.value)
+
+
+def test_a_service_that_turns_one_away_now_and_then_goes_on(serving):
+    refused, found = (403, {"message": "Unauthorized."}), (200, ANSWERS["serper"])
+    said = searches(serving, "serper", [*[refused] * (MAX_TURNED_AWAY - 1), found] * 2)
+    assert said.count(FOUND["serper"]) == 2
+
+
+def test_a_query_that_a_service_can_not_take_is_the_agents_own(serving):
+    refused = (400, {"message": "Query is too long", "statusCode": 400})
+    said = searches(serving, "serper", [refused] * 2 * MAX_TURNED_AWAY)
+    assert set(said) == {"web search answered 400 Bad Request (Query is too long)"}
+
+
+def test_a_page_before_a_service_is_not_quoted(serving):
+    async def answer(request):
+        return web.Response(status=403, text="<!DOCTYPE html>\n<title>Just a moment...</title>")
+
+    with pytest.raises(ToolError, match="web search answered 403 Forbidden$"):
+        searching(serving, "serper", answer)
 
 
 def test_what_was_recorded_is_replayed_with_the_service_gone_and_no_key(serving, tmp_path, monkeypatch):
