@@ -138,6 +138,8 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
             began = time.monotonic()
             played, failed = await _play(plan, benchmarks, answerers, scorer, episodes, old_objects, say)
             wall_s = time.monotonic() - began
+        for complaint in broker.complaints():
+            say(complaint)
         # before the report is worked out, which may take the loop a while
         late = {name: value for name, value in lag.take_step().items() if name.startswith("loop/blocked")}
         late |= lag.take_run()

@@ -435,6 +435,8 @@ class Training:
             if learned.get(complaint):
                 self.live.phase(f"step {self.step}: {learned[complaint]}")
         metrics |= await self._curve(heldout, beside)
+        for complaint in rooms.broker.complaints():
+            self.live.phase(f"step {self.step}: {complaint}")
         # before the next step's episodes count in it
         state = self._state(heldout)
         groups.done()

@@ -47,6 +47,8 @@ from l0fast.tools.threads import InThread
 
 MAX_BACKOFF_S = 5.0
 """Longest wait between two tries [s]."""
+FEW_CALLS = 20
+"""So few of a tool's are not complained about: an agent may well ask for what is not there [calls]."""
 
 # stamina logs every retry as a warning; without a handler of its own logger they'd all land on stderr
 _NO_LOG = logging.NullHandler()
@@ -139,6 +141,13 @@ class Broker:
                 taken[key] = taken.get(key, 0) + value
         return taken
 
+    def complaints(self) -> list[str]:
+        """For people, since the last `take_step`: a line for each tool that left most of its calls without an answer.
+
+        Agents are told, and go on without; to who trains them it would be a policy that learns to do without.
+        """
+        return [line for tool in self._tools.values() if (line := tool.complaint())]
+
     async def _end(self) -> None:
         tasks = [task for tool in self._tools.values() for task in tool.end()]
         if tasks:
@@ -186,6 +195,8 @@ class Counts:
     """Tries after a first."""
     failures: int = 0
     """Given up by the broker: passing failures that stayed, no slot, not in the recording."""
+    errors: int = 0
+    """ToolErrors of the tool's own: what it said it can't do."""
     queue_s: float = 0.0
     """Waited for slots, summed over tries [s]."""
     run_s: float = 0.0
@@ -217,6 +228,8 @@ class _Tool:
         self._tasks: set[asyncio.Task[bytes]] = set()
         self._blanked = _spellings(policy.secrets)
         self._counts = Counts()
+        self._last_words = ""
+        """Of the last call without an answer."""
         self._ended = False
 
     async def call(self, /, *args: Any, **kw: Any) -> Any:
@@ -246,6 +259,16 @@ class _Tool:
         taken, self._counts = self._counts, Counts()
         return taken
 
+    def complaint(self) -> str:
+        """Empty where most calls were answered, or few were made."""
+        counts = self._counts
+        made, missing = counts.calls - counts.hits - counts.shared, counts.failures + counts.errors
+        if made < FEW_CALLS or missing <= made / 2:
+            return ""
+        # who asks too often is told so by this number
+        hint = " (--tools.per-minute spaces calls out)" if " 429 " in f"{self._last_words} " else ""
+        return f"{self._identity}() left {missing:,} of {made:,} calls without an answer, the last of them: {self._last_words}{hint}"
+
     def end(self) -> set[asyncio.Task[bytes]]:
         """Cancel every flight; the tasks to wait for."""
         self._ended = True
@@ -271,8 +294,9 @@ class _Tool:
                 self._memory.put(key, recorded)
                 return recorded
             if self._mode == "replay":
-                self._counts.failures += 1
-                raise ToolError(f"the recording has no answer to this call of {self._spec.name}(): make one it has")
+                raise self._given_up(
+                    f"the recording has no answer to this call of {self._spec.name}(): make one it has"
+                )
         answer = await self._tried(args, kw)
         self._memory.put(key, answer)
         if self._file is not None:
@@ -303,12 +327,18 @@ class _Tool:
                         raise first
                     return await self._try(args, kw)
         except _Failed as e:
-            self._counts.failures += 1
             tries = "1 attempt" if num == 1 else f"{num} attempts"
             # a tool's own words may hold a key, in an address say
             how = self._blank(str(e))
-            raise ToolError(f"{self._spec.name}() gave no answer in {tries} ({how}): try later, or do without") from e
+            raise self._given_up(
+                f"{self._spec.name}() gave no answer in {tries} ({how}): try later, or do without"
+            ) from e
         raise AssertionError("stamina ended without an outcome")
+
+    def _given_up(self, words: str) -> ToolError:
+        self._counts.failures += 1
+        self._last_words = words
+        return ToolError(words)
 
     async def _try(self, args: tuple[Any, ...], kw: dict[str, Any]) -> bytes:
         """One try, in a slot. Raises ToolError, _Failed for what else is the world's, and bugs."""
@@ -355,7 +385,9 @@ class _Tool:
         """What is raised instead of a tool's exception; itself where it is a bug."""
         policy = self._policy
         if isinstance(e, ToolError):
-            return ToolError(self._blank(str(e)))
+            self._counts.errors += 1
+            self._last_words = self._blank(str(e))
+            return ToolError(self._last_words)
         if isinstance(e, TypeError):
             # to its callers a TypeError would be the agent's mistake, and its arguments were right
             return RuntimeError(f"tool {self.name} failed, or its result is not JSON-like: {e}")

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import gc
 import itertools
 import logging
@@ -755,12 +756,51 @@ def test_a_step_has_every_tools_figures_and_starts_from_zero():
                 await settle()
                 held.go.set()
             step = broker.take_step()
-            figures = ["calls", "hits", "shared", "retries", "failures", "queue_s", "run_s"]
+            figures = ["calls", "hits", "shared", "retries", "failures", "errors", "queue_s", "run_s"]
             assert list(step) == [f"tools/{name}/{figure}" for name in ("search", "pages.open") for figure in figures]
             assert step["tools/search/run_s"] > 0 < step["tools/search/queue_s"]
             assert step["tools/search/calls"] == 2
             assert not any(value for key, value in step.items() if key.startswith("tools/pages.open"))
             assert not any(broker.take_step().values())
+
+    asyncio.run(main())
+
+
+def test_a_tool_that_leaves_most_calls_without_an_answer_is_complained_about_until_the_step_is_taken():
+    async def main() -> None:
+        async def search(query: str) -> str:
+            if query.startswith("down"):
+                raise OSError
+            if query.startswith("no"):
+                raise ToolError(f"nothing, and hush, of {query}")
+            return "found"
+
+        async with open_broker() as broker:
+            ask = broker.wrap(tool(search), ToolPolicy(attempts=1, secrets=("hush",))).call
+
+            async def asked(word: str, number: int) -> None:
+                for i in range(number):
+                    with contextlib.suppress(ToolError):
+                        await ask(f"{word} {i}")
+
+            await asked("down", 4)
+            await asked("no", 7)
+            # joined, or answered from memory: no calls of the tool's
+            await asked("yes", 8)
+            await asked("yes", 8)
+            # too few to tell
+            assert broker.complaints() == []
+            await asked("well", 3)
+            # a half
+            assert broker.complaints() == []
+            await asked("no, ", 1)
+            [line] = broker.complaints()
+            assert (
+                line == "search() left 12 of 23 calls without an answer, the last of them: nothing, and ***, of no,  0"
+            )
+            step = broker.take_step()
+            assert (step["tools/search/failures"], step["tools/search/errors"]) == (4, 8)
+            assert broker.complaints() == []
 
     asyncio.run(main())
 
