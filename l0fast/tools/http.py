@@ -12,7 +12,6 @@ away for who asks (a key that is wrong, credits that are used up): no agent can 
 what it can't do. It is a `UsageError`, and ends the run.
 """
 
-import asyncio
 import ipaddress
 import socket
 import time
@@ -33,6 +32,7 @@ from l0fast.engine.openai import complaint
 from l0fast.errors import ToolError, UsageError
 from l0fast.http_dates import retry_after_s
 from l0fast.tools.broker import Passing
+from l0fast.tools.threads import InThread
 
 MAX_REDIRECTS = 5
 MAX_URL_CHARS = 2000
@@ -180,13 +180,17 @@ class NotPublic(OSError):
 
 
 class PublicResolver(AbstractResolver):
-    """Names to addresses, all of which are public. What it returns is what is connected to: a second look-up can't differ."""
+    """Names to addresses, all of which are public. What it returns is what is connected to: a second look-up can't differ.
+
+    Each look-up has a thread of its own. A model comes up with names whose servers keep silent for half a minute, and uvloop looks up
+    two at once, in all of the process (libuv's threadpool.c: slow work takes half of its four threads).
+    """
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family, flags=socket.AI_ADDRCONFIG)
+        look_up = InThread(socket.getaddrinfo)
+        found = await look_up(host, port, type=socket.SOCK_STREAM, family=family, flags=socket.AI_ADDRCONFIG)
         results: list[ResolveResult] = []
         for of_family, _, proto, _, address in found:
             ip = str(address[0])

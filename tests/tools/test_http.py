@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import threading
 
 import pytest
 from aiohttp import web
@@ -77,15 +78,38 @@ def test_a_redirect_to_this_machine_is_refused_too(serving, monkeypatch):
 
 def test_a_name_that_resolves_to_a_private_address_is_refused(monkeypatch):
     async def main(address):
-        async def getaddrinfo(*args, **kwargs):
+        def getaddrinfo(*args, **kwargs):
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 80)) for a in address]
 
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
         return await PublicResolver().resolve("name.example", 80)
 
     assert [r["host"] for r in asyncio.run(main(["93.184.215.14"]))] == ["93.184.215.14"]
     with pytest.raises(NotPublic):
         asyncio.run(main(["93.184.215.14", "10.0.0.1"]))
+
+
+def test_names_that_take_long_to_look_up_hold_no_other_up(monkeypatch):
+    answered = threading.Event()
+
+    def getaddrinfo(host, port, **kwargs):
+        if host != "fast.example":
+            answered.wait()
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.215.14", port))]
+
+    async def main():
+        resolver = PublicResolver()
+        slow = [asyncio.create_task(resolver.resolve(f"slow-{n}.example")) for n in range(40)]
+        try:
+            await asyncio.sleep(0)
+            assert [found["hostname"] for found in await resolver.resolve("fast.example", 80)] == ["fast.example"]
+            assert not any(task.done() for task in slow)
+        finally:
+            answered.set()
+        assert len(await asyncio.gather(*slow)) == 40
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 @pytest.mark.parametrize(
