@@ -50,16 +50,16 @@ from l0fast.first_process import step_back
 from l0fast.garbage import OldObjects, old_objects_aside
 from l0fast.loop_lag import LoopLag
 from l0fast.policies import GENERAL_AGENT, Policy, open_policy
-from l0fast.rooms import agent_of, search_policy
+from l0fast.rooms import absent_comparers, absent_readers, agent_of, check_judge, search_policy
 from l0fast.run_dir import write_json
 from l0fast.sandbox import open_sandbox
 from l0fast.sandbox.base import Sandbox
 from l0fast.seeding import derive_seed
-from l0fast.tasks.judge import open_judge
+from l0fast.tasks.judge import judge_endpoint, open_judge, try_judge
 from l0fast.tasks.scoring import Scorer, open_scorer
 from l0fast.tools.broker import Broker, open_broker
 from l0fast.tools.local_search import LocalSearch, search_tool
-from l0fast.tools.toolbox import Toolbox, open_toolbox
+from l0fast.tools.toolbox import Toolbox, check_tools, open_toolbox, try_tools
 from l0fast.trajectory import spell_out
 from l0fast.types import Task, Trajectory
 from l0fast.warm_start.demonstrations import Demonstrator
@@ -108,13 +108,18 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
         benchmarks = await asyncio.to_thread(load_benchmarks, plan.benchmarks, config.task, plan.questions)
         for benchmark in benchmarks:
             say(benchmark.report or f"{benchmark.name}: {len(benchmark.tasks):,} questions")
-        await asyncio.to_thread(_claim, plan, policy)
+        # none is opened that nobody asks
+        tools = () if plan.direct else plan.tools or config.tools.use
+        _check(config, tools, benchmarks)
+        about = _about(plan, policy)
+        await asyncio.to_thread(_claim, plan.out, about)
         episodes = await enter(Episodes(plan.out / "episodes.jsonl"))
         if not episodes.locked:
             say(UNLOCKED.format(plan.out))
+        # now that nobody else can: of one that came to no answer it may say something else
+        await asyncio.to_thread(write_json, plan.out / "evaluation.json", about)
         await asyncio.to_thread(_check_questions, plan, benchmarks, episodes)
         chat = await asyncio.to_thread(Chat, policy.folder) if policy else None
-        engine = await enter(_engine(plan, policy, config, benchmarks))
         sandbox = await enter(open_sandbox(config.sandbox, max_sessions=plan.max_open, log=say))
         broker = await enter(open_broker(config.tools.cache_file, config.tools.cache_mode))
         judge = await enter(open_judge(config.judge))
@@ -124,7 +129,13 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
         scorer = await enter(
             open_scorer(reward, max_new_tokens=config.agent.max_new_tokens, sandbox=sandbox, judge=judge)
         )
-        box = await enter(open_toolbox(plan.tools or config.tools.use, config.tools, config.web, broker))
+        box = await enter(open_toolbox(tools, config.tools, config.web, broker))
+        waiting = [task for b in benchmarks for _, task, _ in _unanswered(b, plan, episodes)]
+        if waiting and config.tools.cache_mode != "replay":
+            await try_tools(box)
+        if config.reward.judge or any(task.check == "judge" for task in waiting):
+            await try_judge(judge)
+        engine = await enter(_engine(plan, policy, config, benchmarks))
         answerers = {
             b.name: DirectAnswerer(chat=chat, engine=engine, config=config.agent)
             if plan.direct
@@ -162,6 +173,16 @@ def _of(benchmark: Benchmark, plan: Plan, episodes: Episodes) -> dict[str, list[
     return {task: [episodes.done[key] for key in keys if key in episodes.done] for task, keys in wanted.items()}
 
 
+def _unanswered(benchmark: Benchmark, plan: Plan, episodes: Episodes) -> list[tuple[str, Task, int]]:
+    """Benchmark, task and number of each sample that has no vote yet."""
+    return [
+        (benchmark.name, task, n)
+        for task in benchmark.tasks
+        for n in range(plan.samples)
+        if (benchmark.name, task.id, n) not in episodes.done
+    ]
+
+
 async def _play(
     plan: Plan,
     benchmarks: Sequence[Benchmark],
@@ -172,13 +193,7 @@ async def _play(
     say: Callable[[str], None],
 ) -> tuple[int, dict[str, int]]:
     """All that is missing; how many were played, and how many failed, by benchmark."""
-    todo = [
-        (b.name, task, n)
-        for b in benchmarks
-        for task in b.tasks
-        for n in range(plan.samples)
-        if (b.name, task.id, n) not in episodes.done
-    ]
+    todo = [missing for b in benchmarks for missing in _unanswered(b, plan, episodes)]
     failed: dict[str, int] = {}
     done, told = 0, time.monotonic()
     if len(todo) < (total := sum(len(b.tasks) for b in benchmarks) * plan.samples):
@@ -264,9 +279,19 @@ def _agent(
     return agent_of(config, chat, engine, sandbox, tools, box)
 
 
-def _claim(plan: Plan, policy: Policy | None) -> None:
-    """The folder is this command's, or nobody's yet. Raises UsageError."""
-    about = {
+def _check(config: RunConfig, tools: Sequence[str], benchmarks: Sequence[Benchmark]) -> None:
+    """What would be found missing at the first call or the first answer. Raises UsageError."""
+    check_tools(tools, config.tools, config.web)
+    judge_endpoint(config.judge)
+    checks = {b.name: {task.check for task in b.tasks} for b in benchmarks}
+    check_judge(config, [f"some of {name}" for name, of in checks.items() if "judge" in of])
+    for what in (*absent_readers(config, tools), *absent_comparers(config, set().union(*checks.values()))):
+        raise UsageError(f"{what}, or leave that out")
+
+
+def _about(plan: Plan, policy: Policy | None) -> dict[str, Any]:
+    """What two commands have in common that write into one folder."""
+    return {
         # not the word: tomorrow a run has a newer checkpoint
         "model": policy.origin if policy else plan.model,
         "endpoint": plan.endpoint and plan.endpoint.url,
@@ -276,24 +301,29 @@ def _claim(plan: Plan, policy: Policy | None) -> None:
         "tools": list(plan.tools),
         "seed": plan.seed,
     }
-    file = plan.out / "evaluation.json"
+
+
+def _claim(out: Path, about: Mapping[str, Any]) -> None:
+    """The folder is this command's, nobody's yet, or one's that came to no answer. Raises UsageError."""
+    file, answers = out / "evaluation.json", out / "episodes.jsonl"
     try:
-        plan.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             # a kill may leave the beginning of one
-            if any(path.suffix != ".partial" for path in plan.out.iterdir()):
-                raise UsageError(f"{plan.out} is not empty, and no evaluation: give another --out")
+            if any(path.suffix != ".partial" for path in out.iterdir()):
+                raise UsageError(f"{out} is not empty, and no evaluation: give another --out")
             write_json(file, about)
             return
         before = orjson.loads(file.read_bytes())
+        answered = answers.exists() and answers.stat().st_size > 0
     except OSError as e:
-        raise UsageError(f"{plan.out} can't hold an evaluation ({e.strerror}): give another --out") from e
+        raise UsageError(f"{out} can't hold an evaluation ({e.strerror}): give another --out") from e
     except orjson.JSONDecodeError as e:
         raise UsageError(f"{file} is not what an evaluation writes ({e}): give another --out") from e
-    if before != about:
+    if answered and before != about:
         name = next(name for name in about if before.get(name) != about[name])
         raise UsageError(
-            f"{plan.out} holds another evaluation, with {name} = {before.get(name)!r} and not {about[name]!r}: give another --out"
+            f"{out} holds another evaluation, with {name} = {before.get(name)!r} and not {about[name]!r}: give another --out"
         )
 
 

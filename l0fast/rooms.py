@@ -43,12 +43,12 @@ from l0fast.sandbox import open_sandbox
 from l0fast.sandbox.base import Sandbox, ToolSpec
 from l0fast.sinks import absent_sinks
 from l0fast.tasks.curriculum import NAMED_TOOLS, Curriculum, load_curriculum
-from l0fast.tasks.judge import open_judge
+from l0fast.tasks.judge import judge_endpoint, open_judge, try_judge
 from l0fast.tasks.scoring import Scorer, load_custom, open_scorer
 from l0fast.tasks.world import World
 from l0fast.tools.broker import Broker, ToolPolicy, open_broker
 from l0fast.tools.local_search import LocalSearch, search_tool
-from l0fast.tools.toolbox import Toolbox, describe_tools, open_toolbox, policy_of
+from l0fast.tools.toolbox import Toolbox, check_tools, open_toolbox, policy_of, try_tools
 from l0fast.warm_start.demonstrations import Demonstrator
 
 
@@ -70,17 +70,29 @@ class Rooms:
 def check(config: RunConfig) -> None:
     """All that can be found wrong before anything starts. Raises UsageError."""
     check_settings(config)
+    on_hub = is_hub_name(config.model.path)
+    if not on_hub:
+        _check_model(config)
+    for what in absent_packages(config, check_questions(config)):
+        raise UsageError(f"{what}, or leave that out")
+    if on_hub:
+        # last: it may take an hour to come
+        _check_model(config)
+
+
+def _check_model(config: RunConfig) -> None:
     folder = model_folder(config.model.path)
     Chat(folder).continuation("", closed=True)
     check_model_folder(folder, config.agent.context_tokens)
     if engine_kind(config) == "sglang":
         check_layout(config, folder, gpus=num_gpus())
-    for what in absent_packages(config, check_questions(config)):
-        raise UsageError(f"{what}, or leave that out")
 
 
 def check_questions(config: RunConfig) -> set[str]:
     """Read what is asked, and return by which checks it is judged. Raises UsageError."""
+    if config.task.kind == "questions":
+        check_tools(config.tools.use, config.tools, config.web)
+    judge_endpoint(config.judge)
     try:
         curriculum = load_curriculum(config)
         heldout = curriculum.heldout(config.eval.questions)
@@ -88,27 +100,46 @@ def check_questions(config: RunConfig) -> set[str]:
         raise
     except ValueError as e:
         raise UsageError(f"eval.questions = {config.eval.questions}: {e}") from e
-    if config.task.kind == "questions":
-        describe_tools(config.tools.use, config.web)
-    if not config.judge.endpoint:
-        judged = {
-            "reward.judge asks a model": bool(config.reward.judge),
-            "some of task.eval is judged by a model": any(task.check == "judge" for task in heldout),
-            "some of task.train is judged by a model": "judge" in curriculum.checks,
-        }
-        for what in (what for what, is_so in judged.items() if is_so):
-            raise UsageError(
-                f"{what}, but judge.endpoint is empty: set --judge.endpoint and --judge.model, or leave that out"
-            )
+    judged = {
+        "some of task.eval": any(task.check == "judge" for task in heldout),
+        "some of task.train": "judge" in curriculum.checks,
+    }
+    check_judge(config, [what for what, is_so in judged.items() if is_so])
     return {*curriculum.checks, *(task.check for task in heldout)}
+
+
+def check_judge(config: RunConfig, judged: Sequence[str]) -> None:
+    """`judged`: what is judged by a model. Raises UsageError where there is none to ask."""
+    asks = [
+        *["reward.judge asks a model"] * bool(config.reward.judge),
+        *(f"{what} is judged by a model" for what in judged),
+    ]
+    if asks and not config.judge.endpoint:
+        raise UsageError(
+            f"{asks[0]}, but judge.endpoint is empty: set --judge.endpoint and --judge.model, or leave that out"
+        )
 
 
 def absent_packages(config: RunConfig, checks: Collection[str]) -> list[str]:
     """What a run asks for that is not installed, each with the way to get it."""
-    absent = absent_sinks(config.metrics.sinks)
-    if (config.reward.math or "math" in checks) and find_spec("math_verify") is None:
-        absent.append("expressions are compared by math-verify, which is not installed: pip install 'l0fast[math]'")
-    return absent
+    tools = config.tools.use if config.task.kind == "questions" else ()
+    return [*absent_sinks(config.metrics.sinks), *absent_readers(config, tools), *absent_comparers(config, checks)]
+
+
+def absent_readers(config: RunConfig, tools: Collection[str]) -> list[str]:
+    """Of what reads pages and files: agents would be told so at every page, and nobody else."""
+    reads = "inspect_file" in tools or ("get_webpage_in_markdown" in tools and config.web.page_reader == "local")
+    absent = [name for name in ("trafilatura", "pypdf", "openpyxl", "pebble") if find_spec(name) is None]
+    if not reads or not absent or config.tools.cache_mode == "replay":
+        return []
+    return [f"pages and files are read with {', '.join(absent)}, which is not installed: pip install 'l0fast[web]'"]
+
+
+def absent_comparers(config: RunConfig, checks: Collection[str]) -> list[str]:
+    """Of what compares answers."""
+    if not (config.reward.math or "math" in checks) or find_spec("math_verify") is not None:
+        return []
+    return ["expressions are compared by math-verify, which is not installed: pip install 'l0fast[math]'"]
 
 
 def check_settings(config: RunConfig) -> None:
@@ -207,6 +238,9 @@ async def open_rooms(
         open_judge(config.judge) as judge,
         open_scorer(config.reward, max_new_tokens=config.agent.max_new_tokens, sandbox=sandbox, judge=judge) as scorer,
     ):
+        if config.tools.cache_mode != "replay":
+            await try_tools(toolbox)
+        await try_judge(judge)
         with shared_weights(folder) as weights:
             kind = engine_kind(config)
             layout = check_layout(config, folder, gpus=num_gpus()) if kind == "sglang" else None

@@ -6,16 +6,19 @@ import threading
 from contextlib import nullcontext
 
 import pytest
+from aiohttp import web
 
 from l0fast import rooms
 from l0fast.agent.chat import Chat
 from l0fast.config import RunConfig, TaskConfig
 from l0fast.engine.simulated import SimulatedEngine
+from l0fast.errors import UsageError
 from l0fast.layout import Layout
 from l0fast.meters import Meters
 from l0fast.tasks.curriculum import load_curriculum
 from l0fast.tasks.world import World
 from l0fast.warm_start.demonstrations import Demonstrator
+from tests.web_server import serving
 
 CONFIG = RunConfig(task=TaskConfig(kind="invented", num_variants=1))
 
@@ -94,6 +97,55 @@ def test_a_demonstrator_learns_its_worlds_in_another_thread(monkeypatch: pytest.
     asyncio.run(main())
     assert added.keys() == {world.name for world in worlds}
     assert threading.current_thread() not in added.values()
+
+
+def asking(tmp_path, **sections) -> RunConfig:
+    """A run over questions, with web search and a judge."""
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    task = {"kind": "questions", "train": [str(questions)], "eval": [str(questions)]}
+    return RunConfig.model_validate({"task": task, "tools": {"use": ["web_search"]}} | sections)
+
+
+def test_what_costs_nothing_to_look_at_is_looked_at_before_a_model_is_downloaded(monkeypatch, tmp_path):
+    def download(name: str) -> None:
+        raise AssertionError("it may take an hour")
+
+    monkeypatch.setattr(rooms, "download_model", download)
+    monkeypatch.setenv("SERPER_API_KEY", "k")
+    model = {"path": "nobody/nothing"}
+    judge = {"endpoint": "http://127.0.0.1:9", "model": "m", "api_key_env": "NONE"}
+    with pytest.raises(UsageError, match="the environment has no NONE"):
+        rooms.check(asking(tmp_path, model=model, judge=judge))
+    monkeypatch.setattr(rooms, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="read with trafilatura, pypdf, openpyxl, pebble, which is not installed"):
+        rooms.check(asking(tmp_path, model=model, tools={"use": ["get_webpage_in_markdown"]}))
+    monkeypatch.delenv("SERPER_API_KEY")
+    with pytest.raises(UsageError, match="the environment has no SERPER_API_KEY"):
+        rooms.check(asking(tmp_path, model=model))
+    with pytest.raises(AssertionError, match="an hour"):
+        rooms.check(asking(tmp_path, model=model, tools={"use": []}))
+
+
+@pytest.mark.parametrize("path", ["/search", "/judge/chat/completions"])
+def test_a_search_or_a_judge_that_does_not_answer_is_found_before_a_learner_starts(monkeypatch, tmp_path, path):
+    monkeypatch.setenv("SERPER_API_KEY", "wrong")
+    monkeypatch.setattr(rooms, "open_sandbox", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(rooms, "learner", lambda *args, **kwargs: pytest.fail("it takes minutes to start"))
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response({"message": "No."}, status=400 if request.path == path else 200)
+
+    async def main():
+        async with serving(answer) as url:
+            services = {"web": {"search_url": f"{url}/search"}, "judge": {"endpoint": f"{url}/judge", "model": "m"}}
+            config = asking(tmp_path, **services)
+            meters = Meters(config, tmp_path, log=lambda line: None, warn=lambda line: None)
+            async with rooms.open_rooms(config, tmp_path, meters, lambda line: None):
+                pass
+
+    with pytest.raises(UsageError, match="a first (search of the web|judgement) failed .*400 Bad Request.*No"):
+        asyncio.run(main())
 
 
 def test_the_first_question_costs_no_more_than_any_other():

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 
 from l0fast.config import JudgeConfig
 from l0fast.engine.base import Sampling, TextEngine
-from l0fast.engine.openai import EndpointConfig, openai_engine
+from l0fast.engine.openai import EndpointConfig, api_key, endpoint_url, openai_engine
 from l0fast.errors import EngineError, ToolError, UsageError, WorldError
 from l0fast.sandbox.base import ToolSpec
 from l0fast.tools.broker import Broker, ToolPolicy, open_broker
@@ -115,12 +115,10 @@ def read_grade(text: str) -> str:
     return found[-1].lower().replace(" ", "_")
 
 
-@asynccontextmanager
-async def open_judge(config: JudgeConfig) -> AsyncIterator[ModelJudge | None]:
-    """The judge that `config` names, None where it names none. Raises UsageError for an endpoint that can't be used."""
+def judge_endpoint(config: JudgeConfig) -> EndpointConfig | None:
+    """Where the judge is asked, None where `config` names none. Raises UsageError for one that can't be used."""
     if not config.endpoint:
-        yield None
-        return
+        return None
     if not config.model:
         raise UsageError(f"judge.endpoint = {config.endpoint!r} has no model: name one with --judge.model")
     endpoint = EndpointConfig(
@@ -131,5 +129,27 @@ async def open_judge(config: JudgeConfig) -> AsyncIterator[ModelJudge | None]:
         max_concurrent=config.max_concurrent,
         own_temperature=True,
     )
+    api_key(endpoint, endpoint_url(endpoint.url))
+    return endpoint
+
+
+async def try_judge(judge: ModelJudge | None) -> None:
+    """Have it grade one answer, before what is expensive starts. Raises UsageError where no grade comes."""
+    if judge is not None:
+        try:
+            await judge.grade("What is the capital of Norway?", ["Oslo"], "Oslo")
+        except WorldError as e:
+            raise UsageError(
+                f"a first judgement failed ({e}): see to its endpoint, or name another with --judge.endpoint and --judge.model"
+            ) from e
+
+
+@asynccontextmanager
+async def open_judge(config: JudgeConfig) -> AsyncIterator[ModelJudge | None]:
+    """The judge that `config` names, None where it names none. Raises UsageError for an endpoint that can't be used."""
+    endpoint = judge_endpoint(config)
+    if endpoint is None:
+        yield None
+        return
     async with openai_engine(endpoint) as engine, open_broker(config.cache_file) as broker:
         yield ModelJudge(config, engine, broker)

@@ -17,8 +17,8 @@ from typing import Any
 
 from l0fast.config import ToolsConfig, WebConfig
 from l0fast.corpus.remote import elasticsearch, retrieve
-from l0fast.engine.openai import EndpointConfig, openai_engine
-from l0fast.errors import UsageError
+from l0fast.engine.openai import EndpointConfig, api_key, endpoint_url, openai_engine
+from l0fast.errors import ToolError, UsageError
 from l0fast.sandbox.base import ToolSpec
 from l0fast.tools.broker import Broker, ToolPolicy
 from l0fast.tools.convert import Converter, open_converter
@@ -30,6 +30,8 @@ from l0fast.types import Task
 
 OWN = ("web_search", "get_webpage_in_markdown", "inspect_file", "visual_qa")
 """What is known here, besides the registry."""
+TRIAL = "capital of Norway"
+"""What is searched for to see whether a search answers."""
 NEED_HTTP = {"web_search", "get_webpage_in_markdown", "visual_qa", "retrieve", "elasticsearch"}
 
 
@@ -38,6 +40,8 @@ class Toolbox:
     common: tuple[ToolSpec, ...]
     """The same for all episodes."""
     of_task: tuple[TaskTool, ...]
+    web_search: ToolSpec | None = None
+    """Ours, where it is among them."""
 
     def for_task(self, task: Task) -> tuple[ToolSpec, ...]:
         """What an episode of this task has besides."""
@@ -72,6 +76,7 @@ async def open_toolbox(
         if set(names) & {"get_webpage_in_markdown", "inspect_file"}:
             converter = await stack.enter_async_context(open_converter())
         common: list[ToolSpec] = []
+        searching: ToolSpec | None = None
         of_task: list[TaskTool] = []
         for name in names:
             match name:
@@ -79,7 +84,8 @@ async def open_toolbox(
                     assert http is not None
                     version = f"{web.search_provider}, {web.search_results}"
                     spec = web_search_tool(web, http, replay=replay)
-                    common.append(broker.wrap(spec, _versioned(policy, version)))
+                    searching = broker.wrap(spec, _versioned(policy, version))
+                    common.append(searching)
                 case "get_webpage_in_markdown":
                     assert http is not None
                     assert converter is not None
@@ -91,14 +97,7 @@ async def open_toolbox(
                     of_task.append(inspect_file_of(inspect))
                 case "visual_qa":
                     assert http is not None
-                    if not (web.vision_endpoint and web.vision_model):
-                        raise UsageError(
-                            "visual_qa asks a model that sees: name one with --web.vision-endpoint and --web.vision-model"
-                        )
-                    endpoint = EndpointConfig(
-                        url=web.vision_endpoint, model=web.vision_model, api_key_env=web.vision_api_key_env
-                    )
-                    engine = await stack.enter_async_context(openai_engine(endpoint))
+                    engine = await stack.enter_async_context(openai_engine(_vision(web)))
                     look = broker.wrap(visual_qa_tool(engine, http), _versioned(policy, web.vision_model))
                     of_task.append(visual_qa_of(look))
                 case _ if name.startswith(("retrieve=", "elasticsearch=")):
@@ -110,9 +109,46 @@ async def open_toolbox(
                     if not isinstance(loaded, ToolSpec):
                         loaded = await stack.enter_async_context(loaded)
                     common.append(broker.wrap(loaded, policy, scope=name.partition("=")[2]))
-        box = Toolbox(tuple(common), tuple(of_task))
+        box = Toolbox(tuple(common), tuple(of_task), searching)
         _check_names(names, (*box.common, *box.for_task(_EXAMPLE)))
         yield box
+
+
+def check_tools(names: Sequence[str], tools: ToolsConfig, web: WebConfig) -> None:
+    """All that `open_toolbox` would refuse of a key, an address or a name, before anything is opened. Raises UsageError."""
+    nothing: Any = None
+    describe_tools(names, web)
+    if "web_search" in names:
+        web_search_tool(web, nothing, replay=tools.cache_mode == "replay")
+    if "visual_qa" in names:
+        endpoint = _vision(web)
+        api_key(endpoint, endpoint_url(endpoint.url))
+
+
+async def try_tools(box: Toolbox) -> None:
+    """Ask the web one thing before what is expensive starts. Raises UsageError where no answer comes.
+
+    A key that is wrong, an account that is empty or a network that is not there would be told to every agent, and to nobody
+    else.
+    """
+    if box.web_search is None:
+        return
+    try:
+        await box.web_search.call(TRIAL)
+    except ToolError as e:
+        raise UsageError(
+            f"a first search of the web failed ({e}): see to its key, its account, this machine's network, and of a SearXNG "
+            "that its settings list json under search.formats; or replay a recording (--tools.cache-mode replay)"
+        ) from e
+
+
+def _vision(web: WebConfig) -> EndpointConfig:
+    """The model that sees. Raises UsageError."""
+    if not (web.vision_endpoint and web.vision_model):
+        raise UsageError("visual_qa asks a model that sees: name one with --web.vision-endpoint and --web.vision-model")
+    return EndpointConfig(
+        url=web.vision_endpoint, model=web.vision_model, api_key_env=web.vision_api_key_env, own_temperature=True
+    )
 
 
 def _check_names(words: Sequence[str], specs: Sequence[ToolSpec]) -> None:

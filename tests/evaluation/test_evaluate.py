@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 
 from l0fast.agent.chat import Chat
+from l0fast.errors import UsageError
 from l0fast.evaluate import evaluate, main, plan_of
 from l0fast.evaluation.direct import final_answer
 from l0fast.evaluation.episodes import Episodes, fingerprint, read_outcomes
@@ -185,6 +186,89 @@ def test_two_evaluations_are_compared_question_by_question(done, capsys):
 def test_what_can_not_be_evaluated_is_one_sentence(words, complaint, capsys, tmp_path):
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
     assert complaint in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("check", "words", "absent", "complaint"),
+    [
+        ("judge", [], "", "some of q is judged by a model, but judge.endpoint is empty"),
+        ("exact_match", ["--tools", "web_search"], "", "the environment has no SERPER_API_KEY"),
+        ("exact_match", ["--tools", "visual_qa"], "", "name one with --web.vision-endpoint"),
+        ("exact_match", ["--tools", "get_webpage_in_markdown"], "trafilatura", "read with trafilatura, which is not inst"),
+        ("math", [], "math_verify", "compared by math-verify, which is not installed"),
+        ("judge", ["--judge.endpoint", "http://127.0.0.1:9", "--judge.model", "m", "--judge.api-key-env", "NONE"], "", "no NONE"),
+    ],
+)  # fmt: skip
+def test_what_the_first_answer_would_find_missing_is_told_before_anything_is_asked_or_claimed(
+    check, words, absent, complaint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    monkeypatch.setattr("l0fast.rooms.find_spec", lambda name: None if name == absent else name)
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "2", "check": check}) + "\n")
+    command = ["m", "--endpoint", "http://127.0.0.1:9", "--on", str(tmp_path / "q.jsonl")]
+    assert main([*command, *words, "--out", str(tmp_path / "out")]) == 2
+    assert complaint in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def trial(tmp_path, answer, flags):
+    """How an evaluation ended, and which paths its one server was asked for."""
+    (tmp_path / "q.jsonl").write_text('{"question": "1 + 1?", "answer": "2", "check": "judge"}\n')
+    asked = []
+
+    async def take(request):
+        asked.append(request.path)
+        return await answer(request)
+
+    async def evaluated():
+        async with serving(take) as url:
+            words = ["m", "--endpoint", url, "--on", str(tmp_path / "q.jsonl"), "--sandbox.kind", "process"]
+            words += ["--judge.endpoint", f"{url}/judge", "--judge.model", "j", "--web.search-url", f"{url}/search"]
+            plan, _ = plan_of([*words, "--out", str(tmp_path / "out"), *flags])
+            assert plan is not None
+            return await evaluate(plan, lambda line: None)
+
+    try:
+        return asyncio.run(evaluated()), asked
+    except UsageError as e:
+        return str(e), asked
+
+
+def test_a_search_or_a_judge_that_does_not_answer_is_found_before_the_model_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("SERPER_API_KEY", "wrong")
+
+    async def refuse(request):
+        return web.json_response({"message": "Unauthorized.", "statusCode": 403}, status=403)
+
+    said, asked = trial(tmp_path, refuse, ["--tools", "web_search"])
+    assert said.startswith(
+        "a first search of the web failed (web search answered 403 Forbidden (Unauthorized.)): see to"
+    )
+    assert asked == ["/search"]
+
+    async def ramble(request):
+        choice = {"message": {"content": "I would say that it is right."}, "finish_reason": "stop"}
+        return web.json_response({"choices": [choice]})
+
+    # the folder is not that of a command that came to no answer: its key, say, is another one now
+    said, asked = trial(tmp_path, ramble, ["--direct", "--tools", "web_search"])
+    assert said.startswith("a first judgement failed (the judge j gave no grade: a judgement without a grade")
+    # no tool is asked where none can be called
+    assert asked == ["/judge/chat/completions"]
+
+
+def test_what_was_answered_needs_no_search_or_judge_any_more(tmp_path, monkeypatch):
+    async def answer(request):
+        said = "GRADE: CORRECT" if request.path.startswith("/judge") else "ANSWER: 2"
+        return web.json_response({"choices": [{"message": {"content": said}, "finish_reason": "stop"}]})
+
+    # the port is another one: so are the flags
+    monkeypatch.setattr("l0fast.evaluate._about", lambda plan, policy: {})
+    report, asked = trial(tmp_path, answer, ["--direct"])
+    assert report["benchmarks"]["q"]["accuracy"] == 1.0
+    assert sorted(asked) == ["/judge/chat/completions", "/judge/chat/completions", "/v1/chat/completions"]
+    report, asked = trial(tmp_path, answer, ["--direct"])
+    assert (report["benchmarks"]["q"]["accuracy"], asked) == (1.0, [])
 
 
 def test_an_evaluation_that_still_goes_on_is_left_alone(done, tmp_path, capsys):
