@@ -15,11 +15,14 @@ from typing import Any
 from l0fast.config import WebConfig
 from l0fast.errors import ToolError, UsageError
 from l0fast.sandbox.base import ToolSpec
+from l0fast.tools.cache import Key, Memory
 from l0fast.tools.convert import Converter
 from l0fast.tools.http import Http, checked_url
 
 SNIPPET_CHARS = 600
 """Of one result [characters]."""
+MAX_KEPT_PAGES, MAX_KEPT_BYTES = 1000, 64 << 20
+"""Pages whose further parts are answered without reading them again [pages], [bytes]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,8 @@ def web_search_tool(config: WebConfig, http: Http, *, replay: bool = False) -> T
 def webpage_tool(config: WebConfig, http: Http, converter: Converter) -> ToolSpec:
     """`get_webpage_in_markdown`, a part of a page at a time."""
     key = os.environ.get(READER_KEY, "").strip()
+    # the broker keeps parts: to read all of a page for each of them would cost as often, and might give another page
+    pages = Memory(MAX_KEPT_PAGES, MAX_KEPT_BYTES)
 
     async def read(url: str) -> str:
         if config.page_reader == "jina":
@@ -145,7 +150,10 @@ def webpage_tool(config: WebConfig, http: Http, converter: Converter) -> ToolSpe
         return await converter.markdown(page.body, page.content_type, page.url, page.charset)
 
     async def get_webpage_in_markdown(url: str, part: int = 1) -> str:
-        text = await read(url)
+        page = Key("page", "", url)
+        kept = pages.get(page) if part > 1 else None
+        text = await read(url) if kept is None else kept.decode()
+        pages.put(page, text.encode())
         num_parts = max(1, -(-len(text) // config.page_chars))
         if not 1 <= part <= num_parts:
             raise ToolError(f"the page has {num_parts} parts: part = {part} is none of them")

@@ -245,6 +245,20 @@ def test_a_page_is_read_as_markdown_a_part_at_a_time_and_other_texts_as_they_are
     assert table == "a,b\n1,2"
 
 
+def test_a_page_is_read_once_for_all_of_its_parts(serving):
+    asked = []
+
+    async def answer(request):
+        asked.append(request.path)
+        return web.Response(text=f"page {len(asked)}, part 1; and {len(asked)}.2")
+
+    calls = [(f"https://example.com/{page}", *part) for page, *part in (("a",), ("b", 2), ("a", 2), ("a",))]
+    said = reading(serving, answer, *calls, page_reader="jina", page_chars=15)
+    assert asked == [f"/r/https://example.com/{page}" for page in "aba"]
+    # a part that was asked for before is the broker's to answer
+    assert [text[:14] for text in said] == ["page 1, part 1", " and 2.2", " and 1.2", "page 3, part 1"]
+
+
 def test_jinas_reader_is_asked_for_public_pages_only(serving, monkeypatch):
     monkeypatch.setenv("JINA_API_KEY", KEY)
     asked = []
