@@ -71,6 +71,9 @@ async def _firecrawl(http: Http, url: str, key: str, query: str, n: int) -> list
 
 async def _searxng(http: Http, url: str, key: str, query: str, n: int) -> list[dict[str, Any]]:
     said = await http.json("GET", url, headers={}, name="web search", query={"q": query, "format": "json"})
+    if not said.get("results") and (silent := said.get("unresponsive_engines")):
+        # those that it asks itself have turned it away: nothing found would be kept as the answer
+        raise ToolError(f"web search got no answer from {', '.join(': '.join(map(str, engine)) for engine in silent)}")
     return [
         {
             "title": hit.get("title"),

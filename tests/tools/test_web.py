@@ -175,6 +175,21 @@ def test_a_query_that_a_service_can_not_take_is_the_agents_own(serving):
     assert set(said) == {"web search answered 400 Bad Request (Query is too long)"}
 
 
+def test_a_searxng_that_is_turned_away_itself_has_not_found_nothing(serving, tmp_path):
+    silent = {"results": [], "unresponsive_engines": [["brave", "Suspended: too many requests"], ["qwant", "CAPTCHA"]]}
+    answers = [silent, {"results": [], "unresponsive_engines": []}, ANSWERS["searxng"] | silent | ANSWERS["searxng"]]
+
+    async def answer(request):
+        return web.json_response(answers.pop(0))
+
+    file = tmp_path / "kept.sqlite"
+    with pytest.raises(ToolError, match="no answer from brave: Suspended: too many requests, qwant: CAPTCHA"):
+        searching(serving, "searxng", answer, file=file)
+    # nor is that kept, as what was not found is
+    assert searching(serving, "searxng", answer, file=file)[0] == []
+    assert searching(serving, "searxng", answer, query="another")[0] == FOUND["searxng"]
+
+
 def test_a_page_before_a_service_is_not_quoted(serving):
     async def answer(request):
         return web.Response(status=403, text="<!DOCTYPE html>\n<title>Just a moment...</title>")
