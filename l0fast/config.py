@@ -206,6 +206,8 @@ class WebConfig(Config):
     """Largest page [bytes]."""
     timeout_s: PositiveFloat = 20.0
     """Time one request may take [s]."""
+    user_agent: str = Field(default="", pattern=r"^[ -~]*$")
+    """Who pages are told reads them; empty for l0fast and its version. Wikimedia's sites want a way to write to you, and slow down or turn away who gives none: "my-lab/1.0 (me@example.org)"."""
     allow_private: bool = False
     """Let agents read addresses of this machine and its network. Off: an agent could reach whatever listens there."""
     vision_endpoint: str = ""

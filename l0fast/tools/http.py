@@ -150,13 +150,16 @@ class Http:
 
 
 @asynccontextmanager
-async def open_http(*, timeout_s: float, max_bytes: int, allow_private: bool = False) -> AsyncIterator[Http]:
+async def open_http(
+    *, timeout_s: float, max_bytes: int, allow_private: bool = False, user_agent: str = ""
+) -> AsyncIterator[Http]:
     """For as long as the `async with` body runs.
 
     Args:
         timeout_s: of one request, redirects not added up [s].
         max_bytes: of one answer.
         allow_private: let models read this machine's network too; for a corpus that is served there.
+        user_agent: what pages are told, instead of our name.
     """
     timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, 10.0))
     resolver = None if allow_private else PublicResolver()
@@ -164,7 +167,10 @@ async def open_http(*, timeout_s: float, max_bytes: int, allow_private: bool = F
         aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(resolver=resolver),
             timeout=timeout,
-            headers={"User-Agent": USER_AGENT, "Accept": "text/html,text/plain,application/pdf,application/json;q=0.9"},
+            headers={
+                "User-Agent": user_agent or USER_AGENT,
+                "Accept": "text/html,text/plain,application/pdf,application/json;q=0.9",
+            },
             # one agent's cookies are not another's
             cookie_jar=aiohttp.DummyCookieJar(),
         ) as public,

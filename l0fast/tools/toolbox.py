@@ -71,7 +71,12 @@ async def open_toolbox(
         converter: Converter | None = None
         if {name.partition("=")[0] for name in names} & NEED_HTTP:
             http = await stack.enter_async_context(
-                open_http(timeout_s=web.timeout_s, max_bytes=web.max_bytes, allow_private=web.allow_private)
+                open_http(
+                    timeout_s=web.timeout_s,
+                    max_bytes=web.max_bytes,
+                    allow_private=web.allow_private,
+                    user_agent=web.user_agent,
+                )
             )
         if set(names) & {"get_webpage_in_markdown", "inspect_file"}:
             converter = await stack.enter_async_context(open_converter())

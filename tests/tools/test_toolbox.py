@@ -6,6 +6,7 @@ import shutil
 import pytest
 from aiohttp import web
 
+from l0fast import __version__
 from l0fast.config import ToolsConfig, WebConfig
 from l0fast.corpus.index import Passage, build
 from l0fast.errors import ToolError, UsageError
@@ -55,6 +56,28 @@ def test_a_tool_that_can_not_be_had_is_named(names, complaint, monkeypatch):
     monkeypatch.delenv("SERPER_API_KEY", raising=False)
     with pytest.raises(UsageError, match=complaint):
         opened(names, shown)
+
+
+def test_pages_are_told_who_reads_them_as_the_user_wants(serving):
+    told = []
+
+    async def answer(request):
+        told.append(request.headers["User-Agent"])
+        raise web.HTTPNotFound
+
+    async def main():
+        async with serving(answer) as url:
+            for name in ("", "lab (a@b.org)"):
+                config = WebConfig(allow_private=True, user_agent=name)
+                async with (
+                    open_broker() as broker,
+                    open_toolbox(["get_webpage_in_markdown"], ToolsConfig(), config, broker) as box,
+                ):
+                    with pytest.raises(ToolError, match="404"):
+                        await box.common[0].call(url)
+
+    asyncio.run(main())
+    assert told == [f"l0fast/{__version__}", "lab (a@b.org)"]
 
 
 def test_two_tools_that_agents_would_call_by_one_name_are_refused(tmp_path):
