@@ -68,6 +68,9 @@ _HELD = {
 }
 """States of a process that is not its own master, as in /proc/PID/stat."""
 _PR_SET_PDEATHSIG = 1
+UNBOUND = {"OMP_PROC_BIND": "false"}
+"""For children that load torch: where the environment binds OpenMP's threads to cores, as for a job of one process, importing torch
+leaves each of them the first core alone."""
 _LEFT_TO_THE_DRIVER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 """That ask a process to end: a child does when its driver does."""
 
@@ -311,7 +314,8 @@ async def spawn_worker(
     with _open_log(stderr_path) as log, ours, theirs, sign_page("l0fast-signs") as signs:
         setup = json.dumps({"fd": theirs.fileno(), "signs_fd": signs.fd, "parent": os.getpid(), "args": args})
         # the child finds what we find, installed or not
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUNBUFFERED": "1"}
+        env = os.environ | UNBOUND
+        env |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUNBUFFERED": "1"}
         # before the child: nothing may be awaited between its start and the block that ends it
         reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 22)
         try:

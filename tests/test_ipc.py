@@ -63,6 +63,10 @@ CHILD = """
                 for i in range(message.header["parts"]):
                     channel.progress(f"part {i}", message.header["limit_s"])
                 os.kill(os.getpid(), message.header["signal"])
+            elif op == "cores":
+                import torch
+
+                channel.reply(message, cores=len(os.sched_getaffinity(0)))
             elif op == "bad":
                 channel.fail(message, KeyError("nothing here"))
             elif op == "fork":
@@ -308,6 +312,17 @@ def test_what_a_child_starts_can_be_told_to_end(spawn):
 def ignored(pid: int) -> set[int]:
     (mask,) = re.findall(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
     return {number for number in range(1, 32) if int(mask, 16) >> (number - 1) & 1}
+
+
+def test_a_child_has_all_cores_where_the_environment_binds_openmp_to_some(spawn, monkeypatch):
+    for name, value in (("OMP_PROC_BIND", "close"), ("OMP_PLACES", "cores"), ("OMP_NUM_THREADS", "1")):
+        monkeypatch.setenv(name, value)
+
+    async def main():
+        async with spawn() as worker:
+            return (await worker.call("cores", timeout_s=60))[0]["cores"]
+
+    assert asyncio.run(main()) == len(os.sched_getaffinity(0))
 
 
 def test_a_driver_that_was_held_up_still_takes_the_answer_that_waits(spawn):

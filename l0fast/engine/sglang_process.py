@@ -55,6 +55,7 @@ from l0fast import nvidia_smi
 from l0fast.allocator import without_expandable_segments
 from l0fast.config import EngineConfig
 from l0fast.errors import EngineError, UsageError
+from l0fast.ipc import UNBOUND
 
 _END_S = 20.0
 """Time a killed child has to give its GPU back [s]."""
@@ -195,6 +196,8 @@ class _Thread:
         """An engine that is not started yet, with all that is changed before; returns its arguments. The launch begins."""
         self._launch.enter_context(_launching)
         self._launch.enter_context(_own_logging())
+        # torch reads it when it is imported, here too
+        self._launch.enter_context(_environment(UNBOUND))
         self._others = multiprocessing.active_children()
         arguments, variables = self._arguments()
         Engine, init_tokenizer_manager, PortArgs = _imported()
