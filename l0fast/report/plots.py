@@ -282,6 +282,8 @@ def _held_out_curves(
 
 
 def _finish_accuracy(ax: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
     ax.plot([], [], color="black", ls=(0, (4, 3)), lw=0.8, alpha=0.5, label="before training")
     # rewards of one's own may lie anywhere
     low, high = ax.dataLim.intervaly
@@ -289,7 +291,7 @@ def _finish_accuracy(ax: "Axes") -> None:
     left, right = ax.dataLim.intervalx
     ax.set_xlim(min(0.0, left), right + 0.08 * max(1.0, right))
     # there is no half of a step
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def _add_seconds_axis(ax: "Axes", seconds: Sequence[tuple[int, float]]) -> None:
