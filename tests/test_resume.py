@@ -534,7 +534,7 @@ class Run:
             curriculum=curriculum,
             agents=dict.fromkeys(curriculum.corpora, self.agent) | dict.fromkeys(heldout, self.evaluator),
             scorer=None,
-            broker=SimpleNamespace(take_step=dict),
+            broker=SimpleNamespace(take_step=dict, complaints=list),
             engine=engine,
             sleeper=None,
             learner=ledger,

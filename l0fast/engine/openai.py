@@ -581,8 +581,6 @@ def complaint(body: bytes) -> str:
         said = orjson.loads(body)
     except orjson.JSONDecodeError:
         return body.decode(errors="replace")
-    # Gemini's has it in a list
-    said = said[0] if isinstance(said, list) and len(said) == 1 else said
     for name in ("error", "message", "detail"):
         if isinstance(said, dict) and said.get(name):
             said = said[name]

@@ -267,7 +267,8 @@ def test_what_was_answered_needs_no_search_or_judge_any_more(tmp_path, monkeypat
     report, asked = trial(tmp_path, answer, ["--direct"])
     assert report["benchmarks"]["q"]["accuracy"] == 1.0
     assert sorted(asked) == ["/judge/chat/completions", "/judge/chat/completions", "/v1/chat/completions"]
-    report, asked = trial(tmp_path, answer, ["--direct"])
+    monkeypatch.setenv("SERPER_API_KEY", "wrong")
+    report, asked = trial(tmp_path, answer, ["--tools", "web_search"])
     assert (report["benchmarks"]["q"]["accuracy"], asked) == (1.0, [])
 
 
