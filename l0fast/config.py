@@ -166,6 +166,8 @@ class JudgeConfig(Config):
     """Judgements asked for each answer; the commonest counts."""
     max_concurrent: PositiveInt = 32
     """Judgements asked for at once."""
+    max_tokens: PositiveInt = 2048
+    """Longest judgement, the thinking of a model that reasons included [tokens]."""
     timeout_s: PositiveFloat = 60.0
     """Time one judgement may take, retries included [s]."""
     cache_file: str = ""

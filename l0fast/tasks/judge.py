@@ -23,8 +23,6 @@ from l0fast.types import Task
 
 GRADES = ("incorrect", "not_attempted", "correct")
 """Worst first."""
-MAX_TOKENS = 2048
-"""Of a judgement, its thinking included [tokens]."""
 MAX_ANSWER_CHARS = 4000
 """Of an answer that the judge is shown; right ones are shorter [characters]."""
 
@@ -90,7 +88,7 @@ class ModelJudge:
     async def _ask(self, question: str, answers: list[str], answer: str, vote: int) -> str:
         prompt = PROMPT.format(question=question, answers="; ".join(answers), answer=answer)
         sampling = Sampling(
-            max_new_tokens=MAX_TOKENS,
+            max_new_tokens=self._config.max_tokens,
             stop_token_ids=(),
             # several equal votes would be one
             temperature=0.0 if self._config.votes == 1 else 0.7,
@@ -102,7 +100,15 @@ class ModelJudge:
             )
         except EngineError as e:
             raise ToolError(str(e)) from e
-        return read_grade(said.text)
+        try:
+            return read_grade(said.text)
+        except ToolError as e:
+            if said.finish_reason != "length":
+                raise
+            # what is hard to judge is thought about for longest: without a vote, only easy answers would count
+            raise ToolError(
+                f"a judgement was cut off at {self._config.max_tokens:,} tokens: raise --judge.max-tokens"
+            ) from e
 
 
 def read_grade(text: str) -> str:

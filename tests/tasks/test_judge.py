@@ -10,6 +10,7 @@ from l0fast.config import JudgeConfig
 from l0fast.errors import ToolError, UsageError, WorldError
 from l0fast.tasks.judge import open_judge, read_grade
 from l0fast.types import Task
+from tests.web_server import serving
 
 TASK = Task(id="t", question="Where is Oslo?", answers=("Norway", "the Kingdom of Norway"))
 
@@ -109,6 +110,27 @@ def test_a_vote_that_fails_is_missing_and_the_others_decide():
 def test_without_any_vote_there_is_no_grade():
     with pytest.raises(WorldError, match="gave no grade"):
         judged(lambda prompt, n: 400, ["x"])
+
+
+def test_a_judgement_that_is_cut_off_says_how_to_let_it_end():
+    limits = []
+
+    async def complete(request):
+        limits.append((await request.json())["max_tokens"])
+        message = {"content": "", "reasoning_content": "On the one hand"}
+        return web.json_response({"choices": [{"message": message, "finish_reason": "length"}]})
+
+    async def main():
+        async with (
+            serving(complete) as url,
+            open_judge(JudgeConfig(endpoint=url, model="m", max_tokens=9000)) as judge,
+        ):
+            assert judge is not None
+            await judge.grade(TASK.question, TASK.answers, "in Norway")
+
+    with pytest.raises(WorldError, match="cut off at 9,000 tokens: raise --judge.max-tokens"):
+        asyncio.run(main())
+    assert limits == [9000]
 
 
 def test_judgements_are_kept_in_a_file(tmp_path):
