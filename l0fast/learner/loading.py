@@ -131,8 +131,9 @@ def load_model(model_path: Path, config: LearnerConfig, place: Place, *, frozen:
         _checkpoint_activations(model)
     if place.mesh is not None:
         _shard(root, place, config)
+    _allocate(root, place, config)
     with _named_failures(model_path):
-        _fill(root, model_path, place, config)
+        _fill(root, model_path, place)
     return root
 
 
@@ -152,11 +153,18 @@ def _check_architecture(model: PreTrainedModel) -> None:
     # a recurrence along a pack would go on from one row to the next
     if others := {*(getattr(model.config, "layer_types", None) or ())} - _ATTENTIONS:
         odd.append(f"layers of {', '.join(sorted(others))}")
+    if not odd and not model._supports_attention_backend:
+        # it would not call ours, and rows of a pack see each other
+        odd.append("an attention of its own")
     if odd:
-        raise UsageError(
-            f"a {type(model).__name__} has {' and '.join(odd)}, which the learner does not know: take a model of another "
-            "architecture, such as Qwen's or Llama's"
-        )
+        raise _unknown(model, odd)
+
+
+def _unknown(model: PreTrainedModel, odd: list[str]) -> UsageError:
+    return UsageError(
+        f"a {type(model).__name__} has {' and '.join(odd)}, which the learner does not know: take a model of another "
+        "architecture, such as Qwen's or Llama's"
+    )
 
 
 def apply_liger(model_type: str) -> None:
@@ -201,16 +209,27 @@ def _shard(root: Root, place: Place, config: LearnerConfig) -> None:
     shard(root)
 
 
-def _fill(root: Root, model_path: Path, place: Place, config: LearnerConfig) -> None:
+def _allocate(root: Root, place: Place, config: LearnerConfig) -> None:
+    """Memory for parameters, and all else that a model computes with. Raises UsageError."""
     model = root.model
     root.to_empty(device="cpu" if config.offload == "cpu" else place.device)
     # memory of its own undid that
     model.tie_weights()
-    for module in model.modules():
-        # what is in no file, e.g. the frequencies of the rotary embedding
-        if next(module.buffers(recurse=False), None) is not None:
+    for name, module in model.named_modules():
+        buffers = dict(module.named_buffers(prefix=name, recurse=False))
+        if buffers:
+            for buffer in buffers.values():
+                if buffer.is_floating_point():
+                    buffer.fill_(torch.nan)
+            # what is in no file, e.g. the frequencies of the rotary embedding
             model._init_weights(module)
             module.to(place.device)
+        if left := [name for name, buffer in buffers.items() if buffer.isnan().any()]:
+            raise _unknown(model, [f"a tensor {left[0]} that is no parameter"])
+
+
+def _fill(root: Root, model_path: Path, place: Place) -> None:
+    model = root.model
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), _tensor_files(model_path) as slices:
         for name, parameter in model.named_parameters():

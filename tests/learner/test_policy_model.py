@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    ApertusConfig,
     AutoModelForCausalLM,
     CohereConfig,
     FalconH1Config,
@@ -14,6 +15,7 @@ from transformers import (
     PhiConfig,
     Qwen3_5TextConfig,
     Qwen3MoeConfig,
+    XGLMConfig,
 )
 
 from l0fast.config import LearnerConfig
@@ -510,8 +512,10 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         (Qwen3_5TextConfig(layer_types=["linear_attention"], **TINY), "layers of linear_attention"),
         (Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, **TINY), "a mixture of experts"),
         (FalconH1Config(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, **TINY), "layers of hybrid"),
+        (XGLMConfig(vocab_size=61, d_model=32, ffn_dim=48, attention_heads=4, num_layers=1), "an attention of its own"),
+        (ApertusConfig(**TINY), "a tensor model.layers.0.mlp.act_fn.beta that is no parameter"),
     ],
-    ids=["granite", "cohere", "phi", "gpt2", "qwen3.5", "qwen3-moe", "falcon-h1"],
+    ids=["granite", "cohere", "phi", "gpt2", "qwen3.5", "qwen3-moe", "falcon-h1", "xglm", "apertus"],
 )
 def test_a_model_whose_logits_are_more_than_attention_and_its_heads_product_is_refused(config, odd, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
