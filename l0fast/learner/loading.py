@@ -117,6 +117,13 @@ def load_model(model_path: Path, config: LearnerConfig, place: Place, *, frozen:
     dtype = place.compute_dtype if frozen else torch.float32
     with _named_failures(model_path):
         model_config = AutoConfig.from_pretrained(model_path, local_files_only=True)
+    if getattr(model_config, "quantization_config", None) is not None:
+        # those in 8 bits have the names and shapes of others, and scales beside them
+        raise UsageError(
+            f"{model_path} holds quantized weights (quantization_config in its config.json), which can't be trained: take the "
+            "model that was quantized"
+        )
+    with _named_failures(model_path):
         if place.device.type == "cuda":
             apply_liger(model_config.model_type)
         with torch.device("meta"):

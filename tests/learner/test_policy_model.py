@@ -1,10 +1,13 @@
 """The optimizer step: exactly the gradient of the turns, however they were merged and packed."""
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     ApertusConfig,
     AutoModelForCausalLM,
@@ -500,6 +503,21 @@ def test_published_weights_are_the_models(policy):
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(UsageError, match="can't be loaded as a model"):
         PolicyModel(tmp_path, LearnerConfig(), num_steps=1, temperature=1.0)
+
+
+def test_quantized_weights_are_refused(model_path, tmp_path):
+    folder = shutil.copytree(model_path, tmp_path / "fp8")
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if name.endswith("proj.weight")]:
+        scale = weights[name].abs().max() / 448
+        weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
+        weights[f"{name}_scale_inv"] = scale.reshape(1, 1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UsageError, match=r"fp8 holds quantized weights .*: take the model that was quantized$"):
+        policy_of(folder)
 
 
 @pytest.mark.parametrize(
