@@ -122,6 +122,31 @@ def test_a_session_that_shares_its_uid_leaves_modes_and_owners_of_what_is_not_it
     assert (after.st_mode & 0o777, after.st_mtime == 1) == (mode, old)
 
 
+def test_a_session_that_shares_its_uid_may_start_threads_however_many_others_have_been_started(tmp_path):
+    """As ranks and engines on a node with many cores do, after the zygote."""
+    config = {"uid_base": None, "own_pids": False, "limits": {"NPROC": 32}, "shared_nproc": 64, "read": ["/usr"]}
+    code = f"""if True:
+        import os, resource, sys, threading
+        sys.path.append({str(GUEST)!r})
+        from guest.jail import PR_SET_NO_NEW_PRIVS, Jail, prctl
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+        jail = Jail({config})
+        jail._zygote = os.getppid()
+        for _ in range(200):
+            threading.Thread(target=threading.Event().wait, daemon=True).start()
+        there = 0
+        for process in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                there += len(os.listdir(f"/proc/{{process}}/task")) * (os.stat(f"/proc/{{process}}").st_uid == os.getuid())
+            except OSError:
+                pass
+        jail.enter({str(tmp_path / "own")!r}, None)
+        # others come and go meanwhile
+        assert resource.getrlimit(resource.RLIMIT_NPROC)[0] > there + 32, there
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+
+
 def test_calls_are_judged_by_their_arguments(machine):
     code = seccomp.build_filter(machine)
     arch, numbers = seccomp.TABLES[machine]
