@@ -155,7 +155,7 @@ class DockerBackend:
         try:
             # others can't enter the folder, so the socket itself may be open to the container's root
             name = f"l0fast-{driver_label(os.getpid()).replace('/', '-')}-"
-            with tempfile.TemporaryDirectory(prefix=name) as folder, _listen(f"{folder}/control") as listener:
+            with tempfile.TemporaryDirectory(prefix=name) as folder, _listen(folder) as listener:
                 with daemon_boundary(f"start a container of {self._image}"):
                     async with asyncio.timeout(REQUEST_TIMEOUT_S):
                         create = asyncio.create_task(self._daemon.docker.containers.create(self._container(folder)))
@@ -303,12 +303,18 @@ def _outside(what: str) -> SandboxError:
 
 
 @contextmanager
-def _listen(path: str) -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as listener:
-        listener.bind(path)
-        os.chmod(path, 0o666)
-        listener.listen(1)
-        yield listener
+def _listen(folder: str) -> Iterator[socket.socket]:
+    """On `control` in a folder, however long its name: a socket's may have 107 characters, and a TMPDIR takes many of them."""
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as listener:
+            path = f"/proc/self/fd/{fd}/control"
+            listener.bind(path)
+            os.chmod(path, 0o666)
+            listener.listen(1)
+            yield listener
+    finally:
+        os.close(fd)
 
 
 async def _accept(listener: socket.socket, words: "asyncio.Task[str]") -> socket.socket:

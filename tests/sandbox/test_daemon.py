@@ -13,6 +13,7 @@ from aiohttp import web
 from l0fast.errors import SandboxError
 from l0fast.sandbox import daemon as module
 from l0fast.sandbox.daemon import daemon, daemon_boundary, endpoints
+from l0fast.sandbox.docker import _listen
 from tests.sandbox.stand_in import INFO, VERSION, failure, serving
 
 
@@ -304,3 +305,16 @@ def test_the_real_daemon(kind: str):
     it = asyncio.run(main())
     assert it.name.startswith(("Docker ", "Podman "))
     assert it.runtimes
+
+
+def test_a_zygote_finds_its_control_socket_below_a_temporary_folder_with_a_long_name(tmp_path: Path, monkeypatch):
+    (folder := tmp_path / ("job-" + "1234567890" * 15)).mkdir()
+    # as in the container, where the folder has a short name
+    monkeypatch.chdir(folder)
+    with _listen(str(folder)) as listener, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as zygote:
+        assert (folder / "control").stat().st_mode & 0o777 == 0o666
+        zygote.connect("control")
+        control, _ = listener.accept()
+        with control:
+            zygote.send(b"ready")
+            assert control.recv(16) == b"ready"
