@@ -58,6 +58,7 @@ def export(checkpoint: Path, out: Path, *, dtype: str = "float32", model: Path |
         UsageError: one of them can't be used.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from l0fast.learner.policy_model import keep_unchanged
@@ -88,8 +89,9 @@ def export(checkpoint: Path, out: Path, *, dtype: str = "float32", model: Path |
         except BaseException:
             shutil.rmtree(partial)
             raise
-    except OSError as e:
-        raise UsageError(f"{out} can't be written ({e.strerror or e}): choose another place") from e
+    except (OSError, SafetensorError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise UsageError(f"{out} can't be written ({why}): choose another place") from e
 
 
 def trained_weights(checkpoint: Path, model: Path, config: Mapping[str, Any]) -> "dict[str, Tensor]":

@@ -92,7 +92,10 @@ async def _exported(checkpoint: Path) -> AsyncIterator[Path]:
         async with child("l0fast.export", str(checkpoint), str(folder), name="the export") as export:
             if code := await export.wait():
                 died = await export.died()
-                raise UsageError(export.last_line.removeprefix("l0fast: ")) if code == 2 else died
+                said = export.last_line.removeprefix("l0fast: ")
+                if str(parent) in said:
+                    said += ", TMPDIR says where"
+                raise UsageError(said) if code == 2 else died
         yield folder
     finally:
         shutil.rmtree(parent)

@@ -1,6 +1,8 @@
 """Export: what a checkpoint holds is what transformers loads, in the dtype asked for, LoRA merged; bad input is a sentence."""
 
+import asyncio
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from l0fast.export import DTYPES, export, find_checkpoint, main
 from l0fast.ipc import shared_weights
 from l0fast.learner.checkpoint import Checkpoints
 from l0fast.learner.policy_model import PolicyModel
+from l0fast.policies import open_policy
 
 
 def saved(run_dir: Path, policy_folder: Path, *, steps: tuple[int, ...] = (8,), **learner) -> PolicyModel:
@@ -226,4 +229,23 @@ def test_an_export_that_fails_leaves_nothing(run, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("l0fast.export.shutil.copyfile", full)
     with pytest.raises(UsageError, match=r"out can't be written \(No space left on device\)"):
         export(find_checkpoint(run[0]), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_temporary_folder_without_room_for_the_weights_is_told_in_a_sentence(run, tmp_path: Path, monkeypatch):
+    async def main() -> None:
+        async with open_policy(str(run[0])):
+            pass
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # the child has it, too
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(
+            UsageError, match=r"model can't be written \(.*\): choose another place, TMPDIR says where$"
+        ):
+            asyncio.run(main())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
