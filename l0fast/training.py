@@ -431,7 +431,7 @@ class Training:
             "rollout/open_groups": open_groups,
         }
         metrics |= {f"learner/{name}": value for name, value in learned.items()}
-        for complaint in ("skipped", "critic_skipped", "mismatch_warning", "minibatches_warning"):
+        for complaint in ("skipped", "critic_skipped", "mismatch_warning", "minibatches_warning", "checkpoint_warning"):
             if learned.get(complaint):
                 self.live.phase(f"step {self.step}: {learned[complaint]}")
         metrics |= await self._curve(heldout, beside)

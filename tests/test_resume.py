@@ -580,6 +580,18 @@ def test_a_run_saves_as_often_as_it_is_told_and_at_the_end(tmp_path: Path):
     ]
 
 
+def test_a_checkpoint_that_could_not_be_written_is_said_and_the_next_is_tried(tmp_path: Path):
+    class Full(Ledger):
+        async def step(self, groups, advantages, policy_version, *, values=None) -> dict[str, Any]:
+            await super().step(groups, advantages, policy_version, values=values)
+            return {"checkpoint_warning": "step_000002 could not be written"} if policy_version == 3 else {}
+
+    run = Run(tmp_path / "run", Full())
+    asyncio.run(run())
+    assert "step 3: step_000002 could not be written" in run.console.getvalue()
+    assert [name for what, name, *_ in run.ledger.saved if what == "save_checkpoint"] == ["step_000002", "step_000004"]
+
+
 def test_without_checkpoints_the_model_is_saved_all_the_same(tmp_path: Path):
     run = Run(tmp_path / "run", Ledger(), checkpoint={"every": 0})
     asyncio.run(run())

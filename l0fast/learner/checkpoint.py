@@ -11,6 +11,7 @@
     path/driver.json             the driver's own, which is not looked at here
 
 A crash leaves path.tmp behind, which no one takes for a checkpoint and the next save of it overwrites; what was complete stays valid.
+A disk that is full ends no run: what was written so far makes room again, `unwritten` says why, and the next save tries anew.
 The thread talks to other ranks in a process group of its own, so that its messages and training's do not meet.
 
 Format: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
@@ -20,7 +21,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """AdamW's state of a parameter."""
 
 
+class Unwritten(Exception):
+    """A checkpoint could not be written, or an old one not be removed: one sentence."""
+
+
 class Checkpoints:
     """Saves and loads one policy, and its critic; every rank has one and all make the same calls in the same order.
 
@@ -59,18 +64,16 @@ class Checkpoints:
         self._cpu_mesh = init_device_mesh("cpu", (place.world,)) if sharded else None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
+        self._unsaid: str | None = None
 
     def save(self, path: Path, driver_state: dict[str, Any], policy_version: int) -> None:
-        """Returns when the state is copied; it is written while training goes on.
+        """Returns when the state is copied, once the save before it is over; it is written while training goes on.
 
         Args:
             path: the folder to make; one that is there is replaced.
             driver_state: JSON-like.
-
-        Raises:
-            Exception: whatever the save before this one failed with.
         """
-        self.wait()
+        self._settle()
         policy = self._policy
         state = {name: self._copy(tensor) for name, tensor in _state(policy, self._critic).items()}
         about = {
@@ -82,8 +85,23 @@ class Checkpoints:
         texts = {LEARNER_FILE: json.dumps(about, indent=1), DRIVER_FILE: json.dumps(driver_state)}
         self._writing = self._thread.submit(self._write, path, state, texts)
 
+    def unwritten(self) -> str | None:
+        """Why a save could not be written, said once; None as long as it is written, and where it was."""
+        if self._writing is not None and self._writing.done():
+            self._settle()
+        said, self._unsaid = self._unsaid, None
+        return said
+
+    def _settle(self) -> None:
+        try:
+            self.wait()
+        except Unwritten as e:
+            self._unsaid = (
+                f"{e}; the run goes on, and the next one is tried when it is due: make room, or look to its disk"
+            )
+
     def wait(self) -> None:
-        """Until the last save is complete. Raises what it failed with, once."""
+        """Until the last save is complete. Raises Unwritten where it could not be, once; and a bug."""
         if (writing := self._writing) is not None:
             self._writing = None
             writing.result()
@@ -141,26 +159,47 @@ class Checkpoints:
 
     def _write(self, path: Path, state: dict[str, Tensor], texts: dict[str, str]) -> None:
         partial = path.with_name(path.name + ".tmp")
-        first = self._policy.place.rank == 0
-        if first:
+
+        def make() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        if self._group is not None:
-            dist.barrier(self._group)
-        # flushes its files
-        writer = dcp.FileSystemWriter(partial, sync_files=True)
-        with _alone_is_fine():
-            dcp.save(state, storage_writer=writer, process_group=self._group)
-        if first:
+
+        def complete() -> None:
             # rank 0 wrote .metadata last, when all ranks had written
             for name, text in texts.items():
                 _write_flushed(partial / name, text)
             _flush_folder(partial)
             replace_folder(partial, path)
-            prune(path.parent, self._keep)
-        if self._group is not None:
+
+        try:
+            self._of_rank_0(make)
+            # flushes its files
+            writer = dcp.FileSystemWriter(partial, sync_files=True)
+            with _alone_is_fine():
+                dcp.save(state, storage_writer=writer, process_group=self._group)
             # it is complete for all ranks or for none
-            dist.barrier(self._group)
+            self._of_rank_0(complete)
+        except (OSError, CheckpointException) as e:
+            if self._policy.place.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise Unwritten(f"the checkpoint {path} could not be written ({_in_one_line(e)})") from e
+        try:
+            self._of_rank_0(lambda: prune(path.parent, self._keep))
+        except OSError as e:
+            raise Unwritten(f"a checkpoint older than {path} could not be removed ({_in_one_line(e)})") from e
+
+    def _of_rank_0(self, work: Callable[[], None]) -> None:
+        """What rank 0 alone does. A collective: all ranks raise the OSError that it raised."""
+        failure: list[OSError | None] = [None]
+        if self._policy.place.rank == 0:
+            try:
+                work()
+            except OSError as e:
+                failure = [e]
+        if self._group is not None:
+            dist.broadcast_object_list(failure, src=0, group=self._group)
+        if failure[0] is not None:
+            raise failure[0]
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -232,6 +271,16 @@ def _set_random_states(state: dict[str, Tensor], rank: int) -> None:
     torch.set_rng_state(state[f"random/{rank}/cpu"])
     if f"random/{rank}/cuda" in state:
         torch.cuda.set_rng_state(state[f"random/{rank}/cuda"])
+
+
+def _in_one_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        # that of a rank; its own words are the frames it passed in all of them
+        _, (error, _) = min(error.failures.items())
+        # torch hides what the disk said behind its own
+        cause = error.__cause__ or error.__context__
+        error = cause if isinstance(cause, OSError) else error
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _own_group() -> dist.ProcessGroup:

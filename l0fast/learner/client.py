@@ -153,8 +153,8 @@ class LearnerClient:
 
         Returns:
             What `PolicyModel.finish_step` and `CriticModel.finish_step` report (None for a number that is not finite), with advantages_mean and
-            advantages_std over turns, mismatch_warning and minibatches_warning (a sentence or None), pack_s (making the
-            packs) and step_s (everything the learner was asked for since the last step) [s].
+            advantages_std over turns, mismatch_warning, minibatches_warning and checkpoint_warning (a sentence or None: the
+            last of a checkpoint that could not be written), pack_s (making the packs) and step_s (everything the learner was asked for since the last step) [s].
 
         Raises:
             LearnerError: a rank failed, died or missed its deadline; the engine samples from another policy than is
@@ -234,10 +234,10 @@ class LearnerClient:
         """Write all that going on from here takes, `driver_state` (JSON-like) included, to a folder; between two steps.
 
         Returns when the state is copied. It is written while training goes on, and has its name when it is complete; the
-        oldest in the same folder beyond `checkpoint.keep` then go.
+        oldest in the same folder beyond `checkpoint.keep` then go. That it could not be written `finish_step` tells, or `close`.
 
         Raises:
-            LearnerError: a rank failed, at this save or at writing the one before.
+            LearnerError: a rank failed.
         """
         async with self._lock:
             await self._ask(
@@ -255,7 +255,7 @@ class LearnerClient:
             self.policy_version, self._batch = answers[0]["policy_version"], _Batch()
 
     async def close(self) -> None:
-        """Wait until the last checkpoint is written. Nothing to do where a rank has failed. Raises LearnerError."""
+        """Wait until the last checkpoint is written. Nothing to do where a rank has failed. Raises LearnerError: it can't be."""
         async with self._lock:
             if self._failure is None:
                 await self._ask("wait_checkpoint")

@@ -208,7 +208,7 @@ class Rank:
                 metrics = critic.finish_step(header["denominator"]) if critic else {}
                 metrics |= policy.finish_step(header["denominator"])
                 self.publish(header["policy_version"])
-                return {"metrics": metrics}
+                return {"metrics": metrics | {"checkpoint_warning": self._checkpoints.unwritten()}}
             case "export":
                 return {"bucket": self.export(header["first"], header["ranks"])}
             case "offer":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from l0fast.config import LearnerConfig
-from l0fast.learner.checkpoint import Checkpoints
+from l0fast.learner.checkpoint import Checkpoints, Unwritten
 from l0fast.learner.critic import CriticModel
 from l0fast.learner.loading import local_part, whole
 from l0fast.learner.packing import Pack, balance, from_bytes
@@ -48,6 +48,13 @@ def main(rank: int, world: int, port: int, listen_fd: int, folder: Path, model: 
         seen["weights"] = published(policy)
         seen["buckets"] = {dtype: list(policy.buckets(5000, dtype)) for dtype in (torch.float32, torch.bfloat16)}
         policy.save(folder / "exported")
+        # where rank 0 alone fails, so do all
+        checkpoints.save(folder / "packs.bin" / "no folder", {}, policy_version=1)
+        try:
+            checkpoints.wait()
+        except Unwritten as e:
+            seen["unwritten"] = str(e)
+        assert "unwritten" in seen
         checkpoints.save(folder / "two", {"of": "two"}, policy_version=1)
         # while it is written
         seen["next"] = after_a_step(policy, *mine)

@@ -1,6 +1,9 @@
 """A checkpoint is whole or is not there; what it holds is everything that the next step depends on."""
 
+import errno
 import json
+import os
+from concurrent.futures import wait
 
 import numpy as np
 import pytest
@@ -8,11 +11,13 @@ import torch
 
 from l0fast.config import LearnerConfig
 from l0fast.errors import UsageError
+from l0fast.ipc import Message, shared_bytes
 from l0fast.learner import checkpoint
-from l0fast.learner.checkpoint import Checkpoints, complete_checkpoints
+from l0fast.learner.checkpoint import Checkpoints, Unwritten, complete_checkpoints
 from l0fast.learner.critic import CriticModel
-from l0fast.learner.packing import pack_rows, row_of
+from l0fast.learner.packing import pack_rows, payload_bytes, row_of, write_payload
 from l0fast.learner.policy_model import PolicyModel
+from l0fast.learner.rank import Rank
 from l0fast.segments import segments_of
 
 
@@ -139,11 +144,11 @@ def test_a_save_that_breaks_is_reported_and_leaves_the_one_before(new, keep, pac
 
         patch.setattr(checkpoint, part, full)
         checkpoints.save(tmp_path / "b", {}, policy_version=2)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(Unwritten, match=r"checkpoint .*/b could not be written \(OSError: no space left\)"):
             checkpoints.wait()
     assert complete_checkpoints(tmp_path) == [tmp_path / "a"]
-    # what is left of it is in nobody's way
-    assert (tmp_path / "b.tmp").exists()
+    # what there was of it takes no room from others
+    assert not (tmp_path / "b.tmp").exists()
     checkpoints.save(tmp_path / "b", {}, policy_version=2)
     checkpoints.load(tmp_path / "a")
     torch.testing.assert_close(weights_of(policy), before, rtol=0, atol=0)
@@ -151,13 +156,53 @@ def test_a_save_that_breaks_is_reported_and_leaves_the_one_before(new, keep, pac
     assert not (tmp_path / "b.tmp").exists()
 
 
-def test_a_save_that_broke_is_reported_by_the_next(new, keep, tmp_path, monkeypatch):
+def test_a_save_that_broke_is_said_once_and_keeps_nobody_from_the_next(new, keep, tmp_path):
     checkpoints = keep(new())
     file = tmp_path / "file"
     file.write_text("no folder")
     checkpoints.save(file / "a", {}, policy_version=1)
-    with pytest.raises(NotADirectoryError):
-        checkpoints.save(tmp_path / "b", {}, policy_version=2)
+    checkpoints.save(tmp_path / "b", {}, policy_version=2)
+    said = checkpoints.unwritten()
+    assert said is not None
+    assert f"{file}/a could not be written (NotADirectoryError" in said
+    assert said.endswith("make room, or look to its disk")
+    checkpoints.wait()
+    assert checkpoints.unwritten() is None
+    assert complete_checkpoints(tmp_path) == [tmp_path / "b"]
+
+
+def test_a_disk_that_is_full_ends_no_learner_and_is_said_with_the_next_step(new, keep, packs, tmp_path, monkeypatch):
+    policy = new()
+    checkpoints = keep(policy)
+    with shared_bytes("packs") as shared, monkeypatch.context() as patch:
+        rank = Rank(policy, None, checkpoints, None, shared, publishes=False)
+
+        def answer(op: str, **fields):
+            return rank.answer(Message({"op": op, **fields}, b""))
+
+        def step(version: int):
+            write_payload(packs, shared.reserve(payload_bytes(packs)))
+            answer("accumulate", num_bytes=payload_bytes(packs), bounds=[[0, len(packs)]])
+            return answer("finish_step", denominator=10.0, policy_version=version)["metrics"]
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        # where torch wraps it into what is no Exception
+        patch.setattr(torch.distributed.checkpoint.FileSystemWriter, "write_data", full)
+        answer("save_checkpoint", path=str(tmp_path / "a"), driver_state={}, policy_version=1)
+        wait([checkpoints._writing])
+        said = step(2)["checkpoint_warning"]
+        assert (
+            f"checkpoint {tmp_path}/a could not be written (OSError: [Errno 28] No space left on device); the run"
+            in said
+        )
+        assert "\n" not in said
+        assert step(3)["checkpoint_warning"] is None
+        patch.undo()
+        answer("save_checkpoint", path=str(tmp_path / "b"), driver_state={}, policy_version=3)
+        answer("wait_checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_what_is_no_checkpoint_of_this_model_is_refused(new, keep, tmp_path):
