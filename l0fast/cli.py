@@ -30,6 +30,7 @@ from pydantic.fields import FieldInfo
 
 from l0fast import __version__
 from l0fast.config import Config, RunConfig
+from l0fast.disk import gigabytes, kept_bytes, num_evaluated, step_bytes
 from l0fast.errors import UsageError
 from l0fast.run_dir import (
     check_free,
@@ -75,6 +76,7 @@ MAY_CHANGE = (
     "learner.threads",
     "reward.timeout_s",
     "rollout.episode_timeout_s",
+    "rollout.keep_trajectories",
     "rollout.max_refills",
     "rollout.turn_timeout_s",
     "sandbox.",
@@ -279,9 +281,7 @@ def render_plan(invocation: Invocation) -> str:
     training = c.num_steps * r.groups_per_step * r.group_size
     curve = (c.num_steps - 1) // e.every if e.every else 0
     sourced = c.task.kind == "questions"
-    evaluation = (
-        4 * e.questions + curve * min(e.curve_questions, e.questions) + 2 * e.transfer_questions * (not sourced)
-    )
+    evaluation = num_evaluated(c)
     control = (
         "; advantages permuted over trajectories: a control that can't learn" if learner.permute_advantages else ""
     )
@@ -301,6 +301,8 @@ def render_plan(invocation: Invocation) -> str:
         "evaluation": f"{e.questions:,} held-out questions before and after, sampled and greedy{between}"
         + ("" if sourced else f"; {e.transfer_questions:,} on chains never trained")
         + f" = {evaluation:,} episodes",
+        "disk": f"trajectories {gigabytes(step_bytes(c))} a step, {gigabytes(kept_bytes(c))} in all with those of "
+        + (f"evaluations and the newest {r.keep_trajectories:,} steps" if r.keep_trajectories else "evaluations"),
         "sandbox": c.sandbox.kind,
         "engine": f"{c.engine.kind}, {c.engine.slots} slots",
         "learner": f"{learner.advantage}, lr {learner.lr:g}, KL {learner.kl_coef:g}{control}",

@@ -94,6 +94,8 @@ class RolloutConfig(Config):
     """A step drops at most this many times `groups_per_step` groups."""
     max_refills: NonNegativeInt = 3
     """Times one place in a group is played again after a failure before the run gives up."""
+    keep_trajectories: NonNegativeInt = 0
+    """Newest steps whose trajectories stay in the run's folder, which they are most of; those of evaluations all do. 0 keeps all [steps]."""
 
     @model_validator(mode="after")
     def _what_is_played_while_a_step_is_learned_has_room_unless_set(self):

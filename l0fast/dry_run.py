@@ -18,6 +18,7 @@ from l0fast.agent.chat import Chat
 from l0fast.agent.nb_agent import first_messages
 from l0fast.cli import Invocation, render_plan
 from l0fast.config import RunConfig
+from l0fast.disk import no_room
 from l0fast.engine.transformers import check_model_folder
 from l0fast.errors import UsageError
 from l0fast.hub import cached_model, is_hub_name
@@ -59,6 +60,8 @@ def dry_run(invocation: Invocation) -> DryRun:
     result.doubt = hardly_meant(config, folder)
     _packages(config, result)
     _gpus(config, folder, result)
+    if complaint := no_room(config, invocation.run_dir):
+        result.absent.append(complaint)
     _prompt(config, folder, task, result)
     return result
 

@@ -4,7 +4,8 @@
     metrics.jsonl                  one flat object a step
     groups.jsonl                   what became of each group: learned from in which step, or dropped, and why
     trajectories/step_0001.jsonl   what the agents did, one trajectory a line; also eval_before.jsonl and so on. A prompt that
-                                   begins with the one before and its response stands there as `new_prompt_ids`, the rest
+                                   begins with the one before and its response stands there as `new_prompt_ids`, the rest.
+                                   They may be deleted at any time, which rollout.keep_trajectories has the run do
     summary.json                   the outcome, replaced as a whole
     log.txt                        what a person was told, with times
     checkpoints/step_000008/       all that going on from there takes; written by the learner, whole or not at all
@@ -217,6 +218,11 @@ class RunDir:
         with self._writing(f"trajectories/{name}.jsonl"):
             await asyncio.to_thread(_write_trajectories, path, trajectories, advantages)
         return path
+
+    async def drop_trajectories(self, last: int) -> None:
+        """Remove those of steps up to `last`; those of evaluations stay."""
+        with boundary(WorldError, f"remove old ones of {self.path / 'trajectories'}"):
+            await asyncio.to_thread(_drop_trajectories, self.path / "trajectories", last)
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """Replace `summary.json`: a reader finds the old one or the new one, never half of it."""
@@ -472,6 +478,12 @@ def _decode(decode: Any, data: bytes, place: str) -> Any:
     except (TypeError, ValueError) as e:
         # not JSON, or not of this shape
         raise UsageError(f"{place} is not what a run writes ({str(e).splitlines()[0]}): remove it or run again") from e
+
+
+def _drop_trajectories(folder: Path, last: int) -> None:
+    for file in folder.glob("step_*.jsonl"):
+        if (_step_of(file.name, ".jsonl") or 0) <= last:
+            file.unlink()
 
 
 def _write_trajectories(

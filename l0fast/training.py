@@ -36,6 +36,7 @@ from l0fast import __version__
 from l0fast.agent.nb_agent import NBAgent
 from l0fast.cli import Invocation, newest_checkpoint
 from l0fast.config import RunConfig
+from l0fast.disk import no_room
 from l0fast.errors import LearnerError, UsageError, holds
 from l0fast.files import UNLOCKED
 from l0fast.garbage import OldObjects, let_go, old_objects_aside
@@ -86,6 +87,8 @@ async def run(invocation: Invocation) -> int:
             live.phase(doubt)
         if not run_dir.locked:
             live.phase(UNLOCKED.format(run_dir.path))
+        if complaint := no_room(config, invocation.run_dir, training.step):
+            live.phase(complaint)
         try:
             interrupted = await _until_interrupted(training.run(), live)
         except BaseException as e:
@@ -454,6 +457,8 @@ class Training:
             for turns in (*(turns.tolist() for turns in per_trajectory), *([[]] * len(group.failures)))
         ]
         await self.run_dir.trajectories(step_name(self.step), played, per_turn)
+        if keep := self.config.rollout.keep_trajectories:
+            await self.run_dir.drop_trajectories(self.step - keep)
         outcomes = ("learned", taken.batch), ("dropped", groups.dropped), ("too_stale", groups.too_stale)
         self.run_dir.groups([GroupRow.of(group, self.step, outcome) for outcome, those in outcomes for group in those])
 

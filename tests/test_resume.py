@@ -964,6 +964,26 @@ def test_a_run_goes_on_without_the_trajectories_that_were_deleted(finished: Path
     assert len(run.questions) == 1
 
 
+def test_trajectories_of_the_newest_steps_alone_stay_where_that_is_set(tmp_path: Path):
+    rollout = SMALL["rollout"] | {"keep_trajectories": 2}
+    run = Run(tmp_path / "run", Ledger(), rollout=rollout, num_steps=5)
+    asyncio.run(run())
+    files = {path.stem for path in (tmp_path / "run" / "trajectories").iterdir()}
+    assert {name for name in files if name.startswith("step_")} == {"step_0004", "step_0005"}
+    assert {"eval_before", "eval_after_greedy"} < files
+    # all that stood there before goes with the next step, too
+    later = Run(
+        tmp_path / "run",
+        Ledger(),
+        resume=checkpoints(tmp_path / "run")[-1],
+        rollout=rollout | {"keep_trajectories": 1},
+        num_steps=6,
+    )
+    asyncio.run(later())
+    assert [row["step"] for row in later.rows] == [1, 2, 3, 4, 5, 6]
+    assert [path.stem for path in (tmp_path / "run" / "trajectories").glob("step_*")] == ["step_0006"]
+
+
 @pytest.mark.parametrize("num_steps", [6, 4, 3])
 def test_a_checkpoint_that_comes_after_the_words_were_read_is_the_one_to_go_on_from(
     finished: Path, monkeypatch, num_steps: int

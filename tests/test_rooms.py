@@ -62,6 +62,7 @@ FLOORS = [
         "child_pool",
         "garbage",
         "files",
+        "disk",
         "hub",
         "nvidia_smi",
         "allocator",

@@ -90,26 +90,32 @@ def read_recording(run_dir: Path, *, last_steps: int | None = None) -> Recording
         UsageError: not a run's folder, or one without a whole step; no number of steps.
     """
     config, rows = read_config(run_dir), read_metrics(run_dir)
+    # those of older steps may have been deleted
+    rows = [row for row in rows if _trajectories(run_dir, row).exists()]
     if last_steps is not None:
         if last_steps < 1:
             raise UsageError(f"the last {last_steps} steps are none: give a number above 0, or leave it out for all")
         rows = rows[-last_steps:]
     if not rows:
-        raise UsageError(f"{run_dir} has no step that could be replayed: give the folder of a run that took some")
+        raise UsageError(
+            f"{run_dir} has no step that could be replayed: give the folder of a run that took some, with their trajectories"
+        )
     return Recording(config, tuple(_read_step(run_dir, config, row) for row in rows))
 
 
 def _read_step(run_dir: Path, config: RunConfig, row: dict[str, Any]) -> RecordedStep:
     step_s = row["time/step_s"]
     return RecordedStep(
-        groups=_groups(
-            read_trajectories(run_dir / "trajectories" / f"{step_name(row['step'])}.jsonl"), config.rollout.group_size
-        ),
+        groups=_groups(read_trajectories(_trajectories(run_dir, row)), config.rollout.group_size),
         step_s=step_s * (1 - row["share/evaluate"]),
         learn_s=row["learner/step_s"],
         sync_s=step_s * row["share/sync"],
         dropped_groups=row["rollout/dropped_groups"],
     )
+
+
+def _trajectories(run_dir: Path, row: dict[str, Any]) -> Path:
+    return run_dir / "trajectories" / f"{step_name(row['step'])}.jsonl"
 
 
 def _groups(trajectories: Sequence[SavedTrajectory], group_size: int) -> tuple[RecordedGroup, ...]:

@@ -135,6 +135,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
+def test_steps_whose_trajectories_were_deleted_are_left_out(runs, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(runs["engine"], run)
+    for step in (1, 2):
+        (run / "trajectories" / f"{step_name(step)}.jsonl").unlink()
+    assert read_recording(run).steps == read_recording(runs["engine"], last_steps=2).steps
+    assert len(read_recording(run, last_steps=3).steps) == 2
+    shutil.rmtree(run / "trajectories")
+    with pytest.raises(UsageError, match="no step that could be replayed"):
+        read_recording(run)
+
+
 def test_the_speed_of_the_engine_is_found_in_the_recording(runs):
     recording = read_recording(runs["engine"])
     timing = fit_timing(recording, recording.steps)
