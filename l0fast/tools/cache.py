@@ -115,7 +115,8 @@ class Memory:
         size = _size(key, value)
         if size > self.max_bytes:
             return
-        self._values[key] = value
+        # a copy: what orjson makes holds on to the 4 KB that it began with, however little was said
+        self._values[key] = bytes(memoryview(value))
         self.num_bytes += size
         while len(self._values) > self.max_entries or self.num_bytes > self.max_bytes:
             self.num_bytes -= _size(*self._values.popitem(last=False))

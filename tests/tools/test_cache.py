@@ -7,10 +7,12 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from blockbuster import blockbuster_ctx
 from hypothesis import given
@@ -132,6 +134,21 @@ def test_a_signature_that_cannot_be_checked_is_refused(signature: str):
 
 
 # memory
+
+
+def test_what_is_remembered_takes_about_the_memory_that_it_counts():
+    memory = Memory(10_000, 2**20)
+    found = ["Oslo is the capital of Norway.", "Bergen is a city in Norway.", "Oslo is a city in Norway."]
+    tracemalloc.start()
+    try:
+        for i in range(1000):
+            memory.put(Key("search", "1", str(i)), orjson.dumps([*found, str(i)]))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(memory) == 1000
+    # besides: keys, and the dictionary
+    assert held < memory.num_bytes + 1000 * 500
 
 
 @given(
