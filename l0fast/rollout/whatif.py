@@ -17,6 +17,7 @@ error stands beside every prediction.
 """
 
 import argparse
+import itertools
 import sys
 import time
 import tomllib
@@ -36,6 +37,7 @@ from l0fast.rollout.modes import Schedule
 from l0fast.rollout.recorded import Recording, Timing, fit_timing, read_recording
 from l0fast.rollout.replay import AsRecorded, Playlist, World
 from l0fast.rollout.rollouts import Groups, rollouts
+from l0fast.run_dir import read_metrics
 from l0fast.step_shares import CAUSES
 from l0fast.types import Group
 
@@ -43,6 +45,9 @@ ADVISES_FROM = 0.05
 """Advice must promise a step shorter by this share at least, and by more than the simulator errs."""
 LAST_STEPS = 8
 """Steps that advice is made of; the newest tell most [steps]."""
+LAST_TURNS = 30_000
+"""Turns in them at most. Advice plays each some six times, at 0.5 ms a turn, and has two minutes; long episodes take a megabyte
+of memory each [turns]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +115,16 @@ def predict(
 
 
 def advise(run_dir: Path) -> str | None:
-    """One line about the setting that would shorten a run's steps most, or None. Takes some seconds of CPU."""
-    recording = read_recording(run_dir, last_steps=LAST_STEPS)
+    """One line about the setting that would shorten a run's steps most, or None. Takes some seconds of CPU.
+
+    None, too, where the steps are too large for two of them to be simulated in time.
+    """
+    rows = read_metrics(run_dir)[-LAST_STEPS:]
+    turns = itertools.accumulate(row["rollout/episodes"] * row["rollout/turns_mean"] for row in reversed(rows))
+    steps = sum(sofar <= LAST_TURNS for sofar in turns)
+    if steps < min(2, len(rows)):
+        return None
+    recording = read_recording(run_dir, last_steps=max(1, steps))
     timing, error = _calibrate(recording)
     steps = len(recording.steps)
     base = simulate(recording, recording.config, timing, steps=steps)

@@ -27,7 +27,7 @@ from l0fast.rollout.whatif import (
     predict,
     simulate,
 )
-from l0fast.run_dir import RunDir, step_name
+from l0fast.run_dir import RunDir, read_metrics, step_name
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
 SPEED = Speed(prefill_tokens_per_s=5000, step_s=0.02, step_request_s=0.002)
@@ -114,6 +114,8 @@ async def record(
                     "share/sync": 0.0,
                     "learner/step_s": learn_s,
                     "rollout/dropped_groups": dropped,
+                    "rollout/episodes": len(learned) + 1,
+                    "rollout/turns_mean": sum(len(t.turns) for t in learned) / len(learned),
                 }
             )
 
@@ -227,6 +229,27 @@ def test_advice_names_the_wait_the_setting_and_the_gain(runs):
 def test_no_advice_where_nothing_helps(runs, monkeypatch):
     monkeypatch.setattr("l0fast.rollout.whatif._candidates", lambda config: [{"engine.slots": 48}])
     assert advise(runs["tools"]) is None
+
+
+@pytest.mark.parametrize(("steps_of_turns", "steps"), [(4, 4), (2.5, 2), (1.5, None)])
+def test_advice_is_made_of_no_more_steps_than_can_be_simulated_in_time(runs, monkeypatch, steps_of_turns, steps):
+    read = []
+
+    def reading(run_dir: Path, *, last_steps: int):
+        read.append(last_steps)
+        raise UsageError("it was asked for so many")
+
+    # about as many in each of the four
+    turns = max(row["rollout/episodes"] * row["rollout/turns_mean"] for row in read_metrics(runs["tools"]))
+    monkeypatch.setattr(whatif, "LAST_TURNS", steps_of_turns * turns)
+    monkeypatch.setattr(whatif, "read_recording", reading)
+    if steps is None:
+        assert advise(runs["tools"]) is None
+        assert read == []
+    else:
+        with pytest.raises(UsageError, match="so many"):
+            advise(runs["tools"])
+        assert read == [steps]
 
 
 def test_advice_leaves_out_what_the_other_settings_forbid(runs, tmp_path, monkeypatch):
