@@ -61,9 +61,8 @@ class SandboxPool:
         self.start_timeout_s = start_timeout_s
         self._grace_s = grace_s
         self._shards: dict[int, Shard] = {}
-        self._retired: dict[int, list[Shard]] = {slot: [] for slot in range(num_shards)}
-        """Of each slot those before its shard that have sessions left."""
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._retired: dict[int, dict[Shard, asyncio.Task[None]]] = {slot: {} for slot in range(num_shards)}
+        """Of each slot those before its shard that have sessions left, and who waits for their end."""
         self._keepers: list[asyncio.Task[None]] = []
         self._starts = asyncio.Semaphore(STARTS_AT_ONCE)
         self._launches = asyncio.Semaphore(LAUNCHES_AT_ONCE)
@@ -115,7 +114,7 @@ class SandboxPool:
 
     async def close(self) -> None:
         """End every session and every zygote; back when nothing is left. Raises what a keeper died of."""
-        tasks = [*self._keepers, *self._leaving]
+        tasks = [*self._keepers, *(task for retired in self._retired.values() for task in retired.values())]
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -189,9 +188,8 @@ class SandboxPool:
                 if old.over:
                     await old.close()
                 else:
-                    self._retired[slot].append(old)
-                    leaving = asyncio.create_task(self._let_leave(slot, old), name=f"retired sandbox shard {slot}")
-                    self._leaving.add(leaving)
+                    leaving = self._let_leave(slot, old)
+                    self._retired[slot][old] = asyncio.create_task(leaving, name=f"retired sandbox shard {slot}")
                 del self._shards[slot]
             try:
                 self._place(slot, await self._start_shard())
@@ -201,13 +199,17 @@ class SandboxPool:
                 failures += 1
                 if failures < MAX_FAILURES:
                     await asyncio.sleep(BACKOFF_S * 2 ** (failures - 1))
+                elif leaving := [*self._retired[slot].values()]:
+                    # what there is too little of may be what it holds, as uids in a user namespace
+                    await leaving[0]
+                    failures = 0
         self._change.set()
 
     async def _let_leave(self, slot: int, shard: Shard) -> None:
         """Clean up after a retired shard when its last session has ended."""
         await shard.finished()
         await shard.close()
-        self._retired[slot].remove(shard)
+        del self._retired[slot][shard]
         self._change.set()
 
 

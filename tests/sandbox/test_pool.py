@@ -15,6 +15,7 @@ from l0fast.cgroups import cores
 from l0fast.errors import SandboxError
 from l0fast.sandbox.daemon import daemon
 from l0fast.sandbox.docker import LABEL, driver_label
+from l0fast.sandbox.pool import MAX_FAILURES
 from l0fast.sandbox.shard import Shard
 from tests.priority import autogroup
 
@@ -369,12 +370,47 @@ def test_shards_that_are_used_up_together_keep_no_agent_waiting_for_the_sessions
                     assert not late.done()
                 assert (await late).output == "'ran'\n"
             async with asyncio.timeout(20):
-                await asyncio.gather(*pool._leaving)
+                await asyncio.gather(*(task for retired in pool._retired.values() for task in retired.values()))
             assert not any(alive(shard.launched.pid) for shard in old)
             assert pool.load() == {"shard 0": 0, "shard 1": 0}
         finally:
             await pool.close()
 
+    asyncio.run(main())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="uids are given to sessions by root")
+def test_a_slot_that_has_no_uids_beside_a_retired_shard_has_those_after_it(new_pool, kind, monkeypatch):
+    """A user namespace has few: shards that retire together hold what the next ones need."""
+    tried = asyncio.Event()
+
+    async def main():
+        pool = new_pool(kind)
+        await pool.start()
+        try:
+            (old,) = pool.shards
+            launch, failures = pool.backend.launch, 0
+
+            async def short_of_uids():
+                nonlocal failures
+                if not old.over:
+                    failures += 1
+                    if failures == MAX_FAILURES:
+                        tried.set()
+                    raise SandboxError("no free block of uids")
+                return await launch()
+
+            monkeypatch.setattr(pool.backend, "launch", short_of_uids)
+            old.starts_left = 1
+            async with pool.session({}, seed=1) as session:
+                await tried.wait()
+                assert (await session.execute("'alive'")).output == "'alive'\n"
+            assert await one_cell(pool) is not None
+            assert old not in pool.shards
+        finally:
+            await pool.close()
+
+    monkeypatch.setattr("l0fast.sandbox.pool.BACKOFF_S", 0.0)
     asyncio.run(main())
 
 
