@@ -60,9 +60,9 @@ class Uids:
     """
 
     def __init__(self, *, small: bool = False) -> None:
-        first, last, self.count = (8_192, 65_536, 8_192) if small else (1 << 30, 1 << 31, 1 << 16)
-        for _ in range(100):
-            self.base = random.SystemRandom().randrange(first, last, self.count)
+        first, last, self.count = (8_192, 65_536, 1_024) if small else (1 << 30, 1 << 31, 1 << 16)
+        blocks = range(first, last, self.count)
+        for self.base in random.SystemRandom().sample(blocks, min(100, len(blocks))):
             self._lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             try:
                 self._lock.bind(f"\0l0fast-uids-{self.base}")

@@ -3,9 +3,9 @@
     SandboxPool.session()  ->  the least loaded shard that is alive and has a place (else wait, with a deadline)
     _keep(slot), one each  ->  start a shard | wait until it is lost or used up | clean up after it | again
 
-A shard is used up when none of its uids is left that was never used, after some 32,000 sessions. Those that it has then go on
-to their end beside a new one, which gives the rest of its places: all shards may come so far at once, and an agent that had to
-wait for the longest episode of one would wait in vain.
+A shard is used up when none of its uids is left that was never used, after 32,767 sessions, in a user namespace 511. Those
+that it has then go on to their end beside a new one, which gives the rest of its places: all shards may come so far at once,
+and an agent that had to wait for the longest episode of one would wait in vain.
 
 Who waits for whom: an episode waits for a place, at most `start_timeout_s`; a place is freed by the zygote's word that
 nothing of a session is left. A lost session or shard is SandboxError in the episodes it held and nobody else's; a

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from l0fast.errors import SandboxError
-from l0fast.sandbox.launch import GUEST
+from l0fast.sandbox.launch import GUEST, Uids
 
 
 @pytest.mark.parametrize("call", ["socket.socketpair", "Uids", "tempfile.mkdtemp", "subprocess.Popen", "os.pidfd_open"])
@@ -34,6 +34,20 @@ def test_a_zygote_that_can_not_be_started_is_the_sandboxs_own_error_and_leaves_n
         assert os.listdir("/proc/self/fd") == before
 
     asyncio.run(main())
+
+
+def test_a_user_namespace_has_uids_for_the_shards_of_a_machine_with_many_cores():
+    """Of 64, or for 4,096 sessions."""
+    blocks = [Uids(small=True) for _ in range(32)]
+    try:
+        uids = [uid for block in blocks for uid in range(block.base, block.base + block.count)]
+        assert len(uids) == len({*uids})
+        assert 8_192 <= min(uids) < max(uids) < 65_536
+        # each session has one, and one that removes what it leaves
+        assert all(block.count // 2 > 128 for block in blocks)
+    finally:
+        for block in blocks:
+            block.close()
 
 
 def test_a_zygote_that_may_not_fork_removes_a_folder_when_it_may_again(new_pool, monkeypatch, tmp_path):
