@@ -70,9 +70,10 @@ class Chat:
         asked = self._try(_message("system", _SYSTEM), _message("user", _QUESTION))
         told = self._try(_message("user", _QUESTION), _message("assistant", _ANSWER), _message("user", _OUTPUT))
         after_answer, _, self._after_output = told.partition(_ANSWER)[2].partition(_OUTPUT)
-        # DeepSeek's tokens that begin messages are not called special
+        # DeepSeek's tokens that begin messages are not called special; nor are Gemma's line breaks, which begin none
         added = self._tokenizer.get_added_tokens_decoder().values()
-        special = [token.content for token in added if token.special or token.content in asked + told]
+        around = asked + told
+        special = [t.content for t in added if t.special or (t.content.strip() and t.content in around)]
         # (?!): nothing, where there are none
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         self.stop_token_ids = self._stop_ids(after_answer)

@@ -96,6 +96,18 @@ def test_nor_where_its_tokens_are_not_called_special(other):
     assert "a<|other|>b" in chat.decode(chat.continuation("a<|other|>b", closed=True))
 
 
+def test_lines_stay_as_they_are_where_a_line_break_is_a_token_of_its_own(model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # as Gemma's tokenizers have them
+    tokenizer.add_tokens([AddedToken("\n" * n, special=False, normalized=False) for n in (1, 2, 3)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    chat, lines = Chat(folder), "if a:\n    b\n\nc\n"
+    for ids in (chat.first_prompt("s", lines), chat.continuation(lines, closed=True)):
+        assert lines in chat.decode(ids, special=True)
+
+
 def test_a_name_has_the_same_pieces_wherever_it_stands(chat: Chat):
     alone = chat.encode("Oslo")
     for text in ("of Oslo.", "search('Oslo')", "Oslo is"):
