@@ -8,10 +8,10 @@ a recipe for 8 GPUs is looked at on a laptop.
 """
 
 import importlib.util
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from l0fast.agent.chat import Chat
@@ -28,9 +28,10 @@ from l0fast.learner.client import num_gpus
 from l0fast.rooms import absent_packages, check_questions, check_settings, hardly_meant, model_folder
 from l0fast.tasks.catalog import DATASETS
 from l0fast.tasks.curriculum import load_curriculum
+from l0fast.tasks.judge import judge_endpoint
 from l0fast.tasks.sources import SUFFIXES, load_source, parse_source, source_name
 from l0fast.tools.local_search import LocalSearch, search_tool
-from l0fast.tools.toolbox import describe_tools
+from l0fast.tools.toolbox import check_tools, describe_tools
 from l0fast.types import Task
 
 SHOWN_PROMPT_LINES = 40
@@ -122,16 +123,17 @@ def _packages(config: RunConfig, result: DryRun) -> None:
         result.absent.append("sglang: pip install 'l0fast[gpu]' on the GPU machine")
     if config.learner.lora_rank and importlib.util.find_spec("peft") is None:
         result.absent.append("peft: pip install 'l0fast[lora]'")
-    tools = config.tools
-    if config.task.kind == "questions" and tools.cache_mode != "replay":
-        from l0fast.tools.web import PROVIDERS
-
-        key = PROVIDERS[config.web.search_provider].key_env
-        if "web_search" in tools.use and key and not os.environ.get(key):
-            result.absent.append(f"{key} in the environment, for web_search")
+    if config.task.kind == "questions":
+        asked = [partial(check_tools, [name], config.tools, config.web) for name in config.tools.use]
+        for look in (*asked, partial(judge_endpoint, config.judge)):
+            try:
+                look()
+            except UsageError as e:
+                # a key, an address or the name of a model
+                result.absent.append(str(e))
     if engine_kind(config) == "sglang" and not num_gpus():
         result.absent.append(
-            f"GPUs: what follows is planned for {config.plan.gpus} of {config.plan.gpu_memory_gb:g} GB"
+            f"GPUs: memory and times are those of {config.plan.gpus} of {config.plan.gpu_memory_gb:g} GB"
         )
 
 

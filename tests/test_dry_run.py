@@ -191,3 +191,10 @@ def test_a_judge_that_training_needs_is_wanted_before_anything_starts(own_questi
 
 def test_a_judge_that_a_row_asks_for_is_named_as_absent(own_questions):
     assert any("a model as judge" in what for what in dry_run(parse(["--dry-run", *own_questions])).absent)
+
+
+def test_services_that_a_run_would_refuse_for_want_of_a_key_or_a_name_are_absent_each_in_a_sentence(own_questions):
+    tools = ["--tools.use", "web_search", "--tools.use", "visual_qa"]
+    absent = dry_run(parse(["--dry-run", *own_questions, *tools, "--judge.endpoint", "http://127.0.0.1:9"])).absent
+    for what in ("has no SERPER_API_KEY", "--web.vision-endpoint and --web.vision-model", "has no model"):
+        assert sum(what in line for line in absent) == 1
