@@ -131,9 +131,9 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
         )
         box = await enter(open_toolbox(tools, config.tools, config.web, broker))
         waiting = [task for b in benchmarks for _, task, _ in _unanswered(b, plan, episodes)]
-        if waiting and config.tools.cache_mode != "replay":
+        if waiting:
             await try_tools(box)
-        if config.reward.judge or any(task.check == "judge" for task in waiting):
+        if waiting and (config.reward.judge or any(task.check == "judge" for task in waiting)):
             await try_judge(judge)
         engine = await enter(_engine(plan, policy, config, benchmarks))
         answerers = {

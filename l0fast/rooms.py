@@ -238,8 +238,7 @@ async def open_rooms(
         open_judge(config.judge) as judge,
         open_scorer(config.reward, max_new_tokens=config.agent.max_new_tokens, sandbox=sandbox, judge=judge) as scorer,
     ):
-        if config.tools.cache_mode != "replay":
-            await try_tools(toolbox)
+        await try_tools(toolbox)
         await try_judge(judge)
         with shared_weights(folder) as weights:
             kind = engine_kind(config)

@@ -129,23 +129,40 @@ def test_what_costs_nothing_to_look_at_is_looked_at_before_a_model_is_downloaded
 
 @pytest.mark.parametrize("path", ["/search", "/judge/chat/completions"])
 def test_a_search_or_a_judge_that_does_not_answer_is_found_before_a_learner_starts(monkeypatch, tmp_path, path):
+    def learner(*args: object, **kwargs: object) -> None:
+        raise ThatWasAll
+
     monkeypatch.setenv("SERPER_API_KEY", "wrong")
     monkeypatch.setattr(rooms, "open_sandbox", lambda *args, **kwargs: nullcontext())
-    monkeypatch.setattr(rooms, "learner", lambda *args, **kwargs: pytest.fail("it takes minutes to start"))
+    monkeypatch.setattr(rooms, "learner", learner)
+    refused = [path]
 
     async def answer(request: web.Request) -> web.Response:
-        return web.json_response({"message": "No."}, status=400 if request.path == path else 200)
+        if request.path in refused:
+            return web.json_response({"message": "No."}, status=400)
+        choice = {"message": {"content": "GRADE: CORRECT"}, "finish_reason": "stop"}
+        return web.json_response({"organic": [], "choices": [choice]})
 
     async def main():
         async with serving(answer) as url:
-            services = {"web": {"search_url": f"{url}/search"}, "judge": {"endpoint": f"{url}/judge", "model": "m"}}
-            config = asking(tmp_path, **services)
+            tools = {"use": ["web_search"], "cache_file": str(tmp_path / "searches")}
+            judge = {"endpoint": f"{url}/judge", "model": "m", "cache_file": str(tmp_path / "votes")}
+            config = asking(tmp_path, web={"search_url": f"{url}/search"}, tools=tools, judge=judge)
             meters = Meters(config, tmp_path, log=lambda line: None, warn=lambda line: None)
             async with rooms.open_rooms(config, tmp_path, meters, lambda line: None):
                 pass
 
-    with pytest.raises(UsageError, match="a first (search of the web|judgement) failed .*400 Bad Request.*No"):
+    def is_found():
+        with pytest.raises(UsageError, match="a first (search of the web|judgement) failed .*400 Bad Request.*No"):
+            asyncio.run(main())
+
+    is_found()
+    refused.clear()
+    with pytest.raises(ThatWasAll):
         asyncio.run(main())
+    # also where a run has had answers that are kept
+    refused.append(path)
+    is_found()
 
 
 def test_the_first_question_costs_no_more_than_any_other():

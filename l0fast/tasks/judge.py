@@ -85,6 +85,10 @@ class ModelJudge:
             raise WorldError(f"the judge {self._config.model} gave no grade: {missing}")
         return max(votes, key=lambda grade: (votes[grade], -GRADES.index(grade)))
 
+    async def answers(self) -> None:
+        """Ask for one vote, whatever votes are kept. Raises ToolError where none comes."""
+        await self._ask("What is the capital of Norway?", ["Oslo"], "Oslo", 0)
+
     async def _ask(self, question: str, answers: list[str], answer: str, vote: int) -> str:
         prompt = PROMPT.format(question=question, answers="; ".join(answers), answer=answer)
         sampling = Sampling(
@@ -143,8 +147,8 @@ async def try_judge(judge: ModelJudge | None) -> None:
     """Have it grade one answer, before what is expensive starts. Raises UsageError where no grade comes."""
     if judge is not None:
         try:
-            await judge.grade("What is the capital of Norway?", ["Oslo"], "Oslo")
-        except WorldError as e:
+            await judge.answers()
+        except ToolError as e:
             raise UsageError(
                 f"a first judgement failed ({e}): see to its endpoint, or name another with --judge.endpoint and --judge.model"
             ) from e

@@ -40,8 +40,8 @@ class Toolbox:
     common: tuple[ToolSpec, ...]
     """The same for all episodes."""
     of_task: tuple[TaskTool, ...]
-    web_search: ToolSpec | None = None
-    """Ours, where it is among them."""
+    trial: ToolSpec | None = None
+    """Our search of the web, where it is among them and no replay, with no answer kept."""
 
     def for_task(self, task: Task) -> tuple[ToolSpec, ...]:
         """What an episode of this task has besides."""
@@ -81,7 +81,7 @@ async def open_toolbox(
         if set(names) & {"get_webpage_in_markdown", "inspect_file"}:
             converter = await stack.enter_async_context(open_converter())
         common: list[ToolSpec] = []
-        searching: ToolSpec | None = None
+        trial: ToolSpec | None = None
         of_task: list[TaskTool] = []
         for name in names:
             match name:
@@ -89,8 +89,9 @@ async def open_toolbox(
                     assert http is not None
                     version = f"{web.search_provider}, {web.search_results}"
                     spec = web_search_tool(web, http, replay=replay)
-                    searching = broker.wrap(spec, _versioned(policy, version))
-                    common.append(searching)
+                    common.append(broker.wrap(spec, _versioned(policy, version)))
+                    if not replay:
+                        trial = broker.wrap(spec, replace(policy, cache=False), scope="trial")
                 case "get_webpage_in_markdown":
                     assert http is not None
                     assert converter is not None
@@ -114,7 +115,7 @@ async def open_toolbox(
                     if not isinstance(loaded, ToolSpec):
                         loaded = await stack.enter_async_context(loaded)
                     common.append(broker.wrap(loaded, policy, scope=name.partition("=")[2]))
-        box = Toolbox(tuple(common), tuple(of_task), searching)
+        box = Toolbox(tuple(common), tuple(of_task), trial)
         _check_names(names, (*box.common, *box.for_task(_EXAMPLE)))
         yield box
 
@@ -136,10 +137,10 @@ async def try_tools(box: Toolbox) -> None:
     A key that is wrong, an account that is empty or a network that is not there would be told to every agent, and to nobody
     else.
     """
-    if box.web_search is None:
+    if box.trial is None:
         return
     try:
-        await box.web_search.call(TRIAL)
+        await box.trial.call(TRIAL)
     except ToolError as e:
         raise UsageError(
             f"a first search of the web failed ({e}): see to its key, its account, this machine's network, and of a SearXNG "

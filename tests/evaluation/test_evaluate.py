@@ -252,7 +252,7 @@ def test_a_search_or_a_judge_that_does_not_answer_is_found_before_the_model_is_a
 
     # the folder is not that of a command that came to no answer: its key, say, is another one now
     said, asked = trial(tmp_path, ramble, ["--direct", "--tools", "web_search"])
-    assert said.startswith("a first judgement failed (the judge j gave no grade: a judgement without a grade")
+    assert said.startswith("a first judgement failed (a judgement without a grade")
     # no tool is asked where none can be called
     assert asked == ["/judge/chat/completions"]
 
@@ -268,8 +268,9 @@ def test_what_was_answered_needs_no_search_or_judge_any_more(tmp_path, monkeypat
     assert report["benchmarks"]["q"]["accuracy"] == 1.0
     assert sorted(asked) == ["/judge/chat/completions", "/judge/chat/completions", "/v1/chat/completions"]
     monkeypatch.setenv("SERPER_API_KEY", "wrong")
-    report, asked = trial(tmp_path, answer, ["--tools", "web_search"])
-    assert (report["benchmarks"]["q"]["accuracy"], asked) == (1.0, [])
+    for flags in (["--direct"], ["--direct", "--reward.judge", "0.5"], ["--tools", "web_search"]):
+        report, asked = trial(tmp_path, answer, flags)
+        assert (report["benchmarks"]["q"]["accuracy"], asked) == (1.0, [])
 
 
 def test_an_evaluation_that_still_goes_on_is_left_alone(done, tmp_path, capsys):
