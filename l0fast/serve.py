@@ -26,13 +26,14 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from l0fast.agent.chat import Chat
 from l0fast.children import Child, child
 from l0fast.engine.sglang_process import has_small_heads
 from l0fast.errors import EngineError, L0fastError, UsageError
@@ -46,7 +47,7 @@ POLL_S = 0.25
 """Between two questions whether it is there [s]."""
 PLAIN_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""All that is kept of a model's own generation_config.json."""
+"""All that is kept of a model's own settings. A turn ends here where it does while agents are trained."""
 
 # no look at what newer versions there are, or which models
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -152,9 +153,11 @@ def _command(server: str, folder: Path, name: str, host: str, port: int) -> tupl
 def _lay_out(folder: Path, to: Path) -> None:
     """`folder` again, by links, but for what makes the model say less, or other things, than it was trained to."""
     # a maker's penalties and limits would be in force as well
-    generation = {
-        name: value for name, value in _read(folder / "generation_config.json").items() if name in SPECIAL_IDS
-    }
+    theirs = {**_read(folder / "config.json"), **_read(folder / "generation_config.json")}
+    generation = {name: ids for name, ids in theirs.items() if name in SPECIAL_IDS and ids is not None}
+    # not of a model whose form of chat no agent here knows: it ends where its makers say
+    with suppress(UsageError):
+        generation["eos_token_id"] = list(Chat(folder).stop_token_ids)
     changed = {"generation_config.json": generation | PLAIN_SAMPLING}
     special = [
         token["content"] for token in _read(folder / "tokenizer.json").get("added_tokens", []) if token["special"]

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -217,6 +218,19 @@ def test_of_a_makers_way_of_sampling_nothing_is_left(tmp_path: Path):
     served = json.loads((tmp_path / "served" / "generation_config.json").read_text())
     assert served == {"eos_token_id": [1, 2], **PLAIN_SAMPLING}
     assert (tmp_path / "served" / "weights").resolve() == tmp_path / "model" / "weights"
+
+
+@pytest.mark.parametrize("theirs", [None, {"eos_token_id": 0}], ids=["no generation_config.json", "a base model's"])
+def test_a_turn_ends_where_it_does_in_training(theirs: dict[str, int] | None, tmp_path: Path):
+    folder = shutil.copytree(MODELS / "geography", tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    if theirs is not None:
+        (folder / "generation_config.json").write_text(json.dumps(theirs))
+    _lay_out(folder, tmp_path / "served")
+    served = json.loads((tmp_path / "served" / "generation_config.json").read_text())
+    stops = Chat(folder).stop_token_ids
+    assert stops == ((2,) if theirs is None else (2, 0))
+    assert served == {"eos_token_id": list(stops), "pad_token_id": 0, **PLAIN_SAMPLING}
 
 
 def test_a_broken_settings_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
