@@ -121,8 +121,8 @@ async def evaluate(plan: Plan, say: Callable[[str], None] = print) -> dict[str, 
         await asyncio.to_thread(_check_questions, plan, benchmarks, episodes)
         chat = await asyncio.to_thread(Chat, policy.folder) if policy else None
         sandbox = await enter(open_sandbox(config.sandbox, max_sessions=plan.max_open, log=say))
-        broker = await enter(open_broker(config.tools.cache_file, config.tools.cache_mode))
-        judge = await enter(open_judge(config.judge))
+        broker = await enter(open_broker(config.tools.cache_file, config.tools.cache_mode, log=say))
+        judge = await enter(open_judge(config.judge, say))
         reward = config.reward.model_copy(
             update={"f1": config.reward.f1 or 1.0, "exact_match": config.reward.exact_match or 1.0}
         )

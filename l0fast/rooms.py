@@ -233,9 +233,9 @@ async def open_rooms(
     open_episodes = max(open_episodes, config.engine.slots)
     async with (
         open_sandbox(config.sandbox, max_sessions=open_episodes, log=log) as sandbox,
-        open_broker(config.tools.cache_file, config.tools.cache_mode) as broker,
+        open_broker(config.tools.cache_file, config.tools.cache_mode, log=log) as broker,
         open_toolbox(_named_tools(config), config.tools, config.web, broker) as toolbox,
-        open_judge(config.judge) as judge,
+        open_judge(config.judge, log) as judge,
         open_scorer(config.reward, max_new_tokens=config.agent.max_new_tokens, sandbox=sandbox, judge=judge) as scorer,
     ):
         await try_tools(toolbox)

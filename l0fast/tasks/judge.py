@@ -10,7 +10,7 @@ vote (`WorldError`). Of equally many votes the worse grade counts.
 
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from l0fast.config import JudgeConfig
@@ -155,11 +155,15 @@ async def try_judge(judge: ModelJudge | None) -> None:
 
 
 @asynccontextmanager
-async def open_judge(config: JudgeConfig) -> AsyncIterator[ModelJudge | None]:
-    """The judge that `config` names, None where it names none. Raises UsageError for an endpoint that can't be used."""
+async def open_judge(config: JudgeConfig, log: Callable[[str], None] | None = None) -> AsyncIterator[ModelJudge | None]:
+    """The judge that `config` names, None where it names none. Raises UsageError for an endpoint that can't be used.
+
+    Args:
+        log: as `open_broker`'s, of the file that keeps judgements.
+    """
     endpoint = judge_endpoint(config)
     if endpoint is None:
         yield None
         return
-    async with openai_engine(endpoint) as engine, open_broker(config.cache_file) as broker:
+    async with openai_engine(endpoint) as engine, open_broker(config.cache_file, log=log) as broker:
         yield ModelJudge(config, engine, broker)

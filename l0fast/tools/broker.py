@@ -30,7 +30,7 @@ overwrites; "replay" calls nothing, and what the file hasn't got is a ToolError.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -103,9 +103,12 @@ DEFAULT_POLICY = ToolPolicy()
 class Broker:
     """Wraps tools. Made by `open_broker`."""
 
-    def __init__(self, memory: Memory, file: CacheFile | None, mode: Mode):
+    def __init__(self, memory: Memory, file: CacheFile | None, mode: Mode, log: Callable[[str], None] | None):
         self._memory, self._file = memory, file
         self._mode: Mode = mode
+        self._log = log
+        self._writing = asyncio.Lock()
+        self._file_is_full = False
         self._tools: dict[str, _Tool] = {}
 
     def wrap(self, spec: ToolSpec, policy: ToolPolicy = DEFAULT_POLICY, *, scope: str = "") -> ToolSpec:
@@ -122,7 +125,7 @@ class Broker:
             raise ValueError(f"tool {identity!r} is wrapped already: hand out the first wrapping, or use another scope")
         if self._mode == "replay" and not policy.cache:
             raise UsageError(f"tool {spec.name!r} is never recorded (cache = False): leave it out of a replay")
-        tool = self._tools[identity] = _Tool(identity, spec, policy, self._memory, self._file, self._mode)
+        tool = self._tools[identity] = _Tool(identity, spec, policy, self._memory, self._file, self._mode, self._write)
         return replace(spec, call=tool.call)
 
     def running(self) -> dict[str, int]:
@@ -148,6 +151,22 @@ class Broker:
         """
         return [line for tool in self._tools.values() if (line := tool.complaint())]
 
+    async def _write(self, key: Key, answer: bytes) -> None:
+        """Into the file, if there is one. A full disk, or a lock that stays, ends who records, and nobody else."""
+        if self._file is None:
+            return
+        # one at a time: each may wait for a lock as long as the file lets it, and who reads waits behind them
+        async with self._writing:
+            if self._file_is_full:
+                return
+            try:
+                await self._file.put(key, answer)
+            except UsageError as e:
+                if self._mode == "record" or self._log is None:
+                    raise
+                self._file_is_full = True
+                self._log(f"{e}; until then nothing more is written there, and what tools answer is in memory alone")
+
     async def _end(self) -> None:
         tasks = [task for tool in self._tools.values() for task in tool.end()]
         if tasks:
@@ -161,8 +180,12 @@ async def open_broker(
     *,
     max_entries: int = 100_000,
     max_bytes: int = 256 * 2**20,
+    log: Callable[[str], None] | None = None,
 ) -> AsyncIterator[Broker]:
     """A broker with `max_entries` answers of together `max_bytes` in memory, and those of `cache_file`, if named, for good.
+
+    Args:
+        log: told once if the file can't be written any further, which is then no reason to end, unless mode is "record".
 
     Raises UsageError for a file that can't be used and for a mode that has no file; so do calls, later.
     """
@@ -170,7 +193,7 @@ async def open_broker(
         raise UsageError(f"tool cache mode {mode!r} has no file to work with: name one")
     logging.getLogger("stamina").addHandler(_NO_LOG)
     file = await CacheFile.open(Path(cache_file), mode) if cache_file else None
-    broker = Broker(Memory(max_entries, max_bytes), file, mode)
+    broker = Broker(Memory(max_entries, max_bytes), file, mode, log)
     try:
         yield broker
     finally:
@@ -215,11 +238,18 @@ class _Tool:
     """One wrapped tool: the path of a call, from top to bottom."""
 
     def __init__(
-        self, identity: str, spec: ToolSpec, policy: ToolPolicy, memory: Memory, file: CacheFile | None, mode: Mode
+        self,
+        identity: str,
+        spec: ToolSpec,
+        policy: ToolPolicy,
+        memory: Memory,
+        file: CacheFile | None,
+        mode: Mode,
+        write: Callable[[Key, bytes], Awaitable[None]],
     ):
         self.name = spec.name
         self._identity, self._spec, self._policy = identity, spec, policy
-        self._memory, self._file = memory, file
+        self._memory, self._file, self._write = memory, file, write
         self._mode: Mode = mode
         self._normalise = normaliser(spec.name, spec.signature)
         self._version = ", ".join(filter(None, (policy.version, spec.version)))
@@ -299,8 +329,7 @@ class _Tool:
                 )
         answer = await self._tried(args, kw)
         self._memory.put(key, answer)
-        if self._file is not None:
-            await self._file.put(key, answer)
+        await self._write(key, answer)
         return answer
 
     async def _tried(self, args: tuple[Any, ...], kw: dict[str, Any]) -> bytes:

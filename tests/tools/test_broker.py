@@ -3,6 +3,7 @@ import contextlib
 import gc
 import itertools
 import logging
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from l0fast.errors import ToolError, UsageError
 from l0fast.sandbox.base import HostTool, ToolSpec
+from l0fast.tools import cache
 from l0fast.tools.broker import Passing, ToolPolicy, open_broker
 
 
@@ -705,6 +707,30 @@ def test_a_broken_file_is_a_usage_error_before_anything_is_called(tmp_path: Path
     with pytest.raises(UsageError, match="file is not a database"):
         asyncio.run(brokered(call, file=tmp_path / "cache.db"))
     assert calls == []
+
+
+def test_a_file_that_can_not_be_written_any_further_ends_who_records_and_nobody_else(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(cache, "BUSY_S", 0.01)
+    path, said = tmp_path / "cache.db", []
+
+    async def ask(mode: Any) -> list[str]:
+        async with open_broker(path, mode, log=said.append) as broker:
+            call, _ = failing()
+            search = broker.wrap(tool(call)).call
+            # as a full disk refuses it, too
+            other = sqlite3.connect(path, isolation_level=None)
+            other.execute("BEGIN IMMEDIATE")
+            try:
+                return [*await asyncio.gather(search("Oslo"), search("Bergen")), await search("Oslo")]
+            finally:
+                other.close()
+
+    assert asyncio.run(ask("use")) == ["found"] * 3
+    (line,) = said
+    assert f"the tool cache '{path}' can't be used: database is locked; name another file" in line
+    assert line.endswith("what tools answer is in memory alone")
+    with pytest.raises(UsageError, match="database is locked"):
+        asyncio.run(ask("record"))
 
 
 # what can't be asked for
