@@ -167,7 +167,8 @@ def _gpus(config: RunConfig, folder: Path | None, result: DryRun) -> None:
         + ", ".join(f"{name} {size / 1e9:.0f}" for name, size in host.items() if size),
         "engine": f"{engine.memory_share * memory / 1e9:.1f} GB a GPU: weights "
         f"{2 * shape.parameters / engine.tensor_parallel / 1e9:.1f}, keys and values of {room:,.0f} tokens, "
-        f"{room / config.agent.context_tokens:.1f} full contexts an engine",
+        f"{room / config.agent.context_tokens:.1f} full contexts an engine; beside that prompts "
+        f"{cost.prompt_bytes(shape, setup) / 1e9:.1f}",
         "learning": f"{sum(cost.flops(shape, work, setup).values()) / 1e15:.0f} PFLOP and {sum(seconds.values()):.0f} s a step, "
         f"at {cost.Rates().tflops:g} TFLOP/s a GPU and {work.episodes:,} episodes that fill their context",
     }

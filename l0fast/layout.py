@@ -5,7 +5,7 @@
     split      GPU 0: rank 0              GPU 1: engine 0            each has its GPUs for itself
 
     of one GPU's memory            resident            sleep, sampling           sleep, learning         split
-    engine.memory_share            yes                 yes                       what is left of it      of engines' GPUs
+    engine.memory_share, prompts   yes                 yes                       what is left of it      of engines' GPUs
     weights, optimizer, reference  yes                 yes                       yes                     of the learner's
     activations and the rest       yes                 -                         yes                     of the learner's
     weights on their way (ipc)     yes                 yes                       -                       -
@@ -156,16 +156,17 @@ def _complaint_in_turn(shape: cost.ModelShape, setup: cost.Setup, exported: floa
         return said
     parts, memory = cost.memory_parts(shape, setup), setup.gpu_memory_bytes
     kept, room = sum(parts[name] for name in STATE) + exported, setup.engine_share * memory
-    if kept + room <= memory:
+    prompts = parts["engine prompts"]
+    if kept + prompts + room <= memory:
         return None
-    share = int(100 * (1 - kept / memory)) / 100
+    share = int(100 * (1 - (kept + prompts) / memory)) / 100
     if share >= cost.least_share(shape, setup):
         way_out = f"set --engine.memory-share {share:g}"
     else:
         way_out = ("" if setup.offload else "set --learner.offload cpu, or ") + "take a smaller model"
     return (
-        f"engine.memory_share takes {room / cost.GIB:.1f} GiB of a GPU and what the learner keeps between steps "
-        f"{kept / cost.GIB:.1f}, but it has {memory / cost.GIB:.1f}: {way_out}"
+        f"engine.memory_share takes {room / cost.GIB:.1f} GiB of a GPU, prompts beside it {prompts / cost.GIB:.1f} and what the learner "
+        f"keeps between steps {kept / cost.GIB:.1f}, but it has {memory / cost.GIB:.1f}: {way_out}"
     )
 
 

@@ -13,6 +13,8 @@ Memory of one of n ranks (FSDP2, P parameters of which P_layer in a decoder laye
     policy head      chunk V (4 + 2) + 4 V D       fp32 logits and bf16 dlogits of a chunk, fp32 dW
     engine           its share of the GPU          2 P of weights in bf16, the rest for KV: 4 layers kv_heads head_dim a token;
                                                    both over the GPUs of a tensor-parallel one
+    engine prompts   8,192 (4 D + 6 F)             beside its share, bf16: of as many tokens of prompts as SGLang computes at once, the
+                                                   residual and hidden states, gate, up and their product
     other            CUDA context, libraries, what the allocator can't use
 
 With LoRA the master weights are frozen: gradients, moments, the reduced gradients and the root's are the additions' alone, a
@@ -303,8 +305,16 @@ def memory_parts(shape: ModelShape, setup: Setup) -> dict[str, float]:
         "policy head": min(setup.head_chunk, sampled) * shape.vocab * 6 + head_gradient,
         "engine weights": 2.0 * shape.parameters / setup.tensor_parallel if setup.engine_share else 0.0,
         "engine KV": kv_tokens(shape, setup) * shape.kv_bytes / setup.tensor_parallel,
+        "engine prompts": prompt_bytes(shape, setup) if setup.engine_share else 0.0,
         "other": setup.other_bytes,
     }
+
+
+def prompt_bytes(shape: ModelShape, setup: Setup) -> float:
+    """Most that an engine's prompts on their way through a layer take of one of its GPUs, beside its share [bytes]."""
+    # SGLang's chunked_prefill_size, by the size of the GPU
+    tokens = next((n for gib, n in ((20, 2048), (60, 4096), (160, 8192)) if setup.gpu_memory_bytes < gib * GIB), 16384)
+    return tokens * (4.0 * shape.hidden + 6.0 * shape.intermediate / setup.tensor_parallel)
 
 
 def kv_tokens(shape: ModelShape, setup: Setup) -> float:

@@ -192,9 +192,20 @@ def test_memory_by_hand_for_qwen3_4b():
         "policy head": 1024 * V * 6 + 4 * V * D,
         "engine weights": 2 * P,
         "engine KV": pytest.approx(40 * GIB - 2 * P),
+        "engine prompts": 8192 * (4 * D + 6 * 9728),
         "other": 2.5 * GIB,
     }
     assert shape.kv_bytes == 147_456
+
+
+@pytest.mark.parametrize(("gib", "tokens"), [(16, 2048), (24, 4096), (40, 4096), (80, 8192), (141, 8192), (180, 16384)])
+def test_prompts_that_an_engine_computes_at_once_are_planned_beside_its_share(gib, tokens):
+    shape = SHAPES["Qwen2.5-32B"]
+    alone = cost.memory_parts(shape, setup(gpu_memory_bytes=gib * GIB, engine_share=0.4))["engine prompts"]
+    assert alone == tokens * (4 * 5120 + 6 * 27648)
+    four = setup(gpu_memory_bytes=gib * GIB, engine_share=0.4, tensor_parallel=4)
+    assert cost.memory_parts(shape, four)["engine prompts"] == tokens * (4 * 5120 + 6 * 27648 / 4)
+    assert cost.memory_parts(shape, setup(gpu_memory_bytes=gib * GIB))["engine prompts"] == 0
 
 
 def test_lora_trains_the_additions_alone():
