@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
+from l0fast.files import weights_for_all
 from l0fast.hub import weight_files
 from l0fast.ipc import tensor_shapes
 from l0fast.run_dir import checkpoints, read_driver_state
@@ -84,6 +85,7 @@ def export(checkpoint: Path, out: Path, *, dtype: str = "float32", model: Path |
         partial.mkdir(parents=True)
         try:
             shell.save_pretrained(partial, state_dict=weights)
+            weights_for_all(partial)
             keep_unchanged(model, partial, to)
             partial.rename(out)
         except BaseException:

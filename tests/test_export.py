@@ -56,6 +56,9 @@ def test_the_export_is_the_policy_byte_for_byte_and_transformers_loads_it(run, p
     text = "Oslo is the capital of Norway."
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(text) == AutoTokenizer.from_pretrained(policy_folder)(text)
     assert [path.name for path in tmp_path.glob(".*")] == []
+    # a group that shares a run's folder shares its model
+    for folder in ("out", "as saved"):
+        assert len({file.stat().st_mode for file in (tmp_path / folder).iterdir()}) == 1
 
 
 def test_a_run_means_its_newest_checkpoint_and_a_checkpoint_itself(run, tmp_path: Path):

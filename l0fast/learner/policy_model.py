@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from l0fast.config import LearnerConfig
+from l0fast.files import weights_for_all
 from l0fast.learner import lora
 from l0fast.learner.algorithms import MAX_LOG_RATIO, gspo_coefficients
 from l0fast.learner.attention import PackLayout
@@ -399,6 +400,7 @@ class PolicyModel:
             with torch.device("meta"):
                 shell = AutoModelForCausalLM.from_config(self.model.config, dtype=torch.float32)
             shell.save_pretrained(path, state_dict=weights)
+            weights_for_all(path)
             keep_unchanged(self.model_path, path, torch.float32)
 
 
