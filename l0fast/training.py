@@ -60,6 +60,8 @@ from l0fast.types import Group, Task, Trajectory, Turn
 T = TypeVar("T")
 _ASK_FOR_THE_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Ctrl-C and `kill`; a terminal that is gone; what schedulers give warning with before they kill, as `sbatch --signal=USR1@120`."""
+_ECHO_S = 0.5
+"""Time in which a signal counts once: in a container process 1 hands on to us what all of its processes were told [s]."""
 ADVICE_AFTER = frozenset(4**n for n in range(1, 8))
 """Steps after which a run is simulated to say what would make it faster: it takes seconds of a core [steps]."""
 
@@ -124,7 +126,8 @@ def _open_run_dir(invocation: Invocation) -> RunDir:
 async def _until_interrupted(work: Coroutine[Any, Any, None], live: Live) -> bool:
     """Await `work`. The first signal that asks for the end cancels it, which is then True.
 
-    The same one again kills as usual. Another one does not: who sends SIGINT or SIGUSR1 may go on to SIGTERM by a clock.
+    The same one again, `_ECHO_S` later, kills as usual. Another one does not: who sends SIGINT or SIGUSR1 may go on to SIGTERM
+    by a clock.
     """
     task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
@@ -132,7 +135,7 @@ async def _until_interrupted(work: Coroutine[Any, Any, None], live: Live) -> boo
 
     def interrupt(number: signal.Signals) -> None:
         nonlocal interrupted
-        loop.remove_signal_handler(number)
+        loop.call_later(_ECHO_S, loop.remove_signal_handler, number)
         if interrupted:
             return
         interrupted = True

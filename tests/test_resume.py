@@ -871,9 +871,13 @@ def until_interrupted(told: Sequence[signal.Signals]) -> bool:
         return await _until_interrupted(work(), Live(1, console=Console(file=io.StringIO())))
 
     async def gets(number: signal.Signals) -> None:
+        await turns_of_the_loop()
         signal.raise_signal(number)
+        # it looks for it
+        await turns_of_the_loop()
+
+    async def turns_of_the_loop() -> None:
         for _ in range(10):
-            # the loop looks for it
             await asyncio.sleep(0)
 
     return asyncio.run(main())
@@ -896,7 +900,13 @@ def test_a_warning_that_is_followed_by_another_one_leaves_a_run_its_time_to_save
     assert until_interrupted(told)
 
 
-def test_ctrl_c_twice_ends_a_run_at_once():
+def test_what_a_containers_first_process_hands_on_of_a_signal_to_all_counts_once():
+    assert until_interrupted([signal.SIGINT, signal.SIGINT])
+    assert until_interrupted([signal.SIGTERM, signal.SIGINT, signal.SIGINT])
+
+
+def test_ctrl_c_twice_ends_a_run_at_once(monkeypatch):
+    monkeypatch.setattr("l0fast.training._ECHO_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         until_interrupted([signal.SIGINT, signal.SIGINT])
 
