@@ -9,6 +9,8 @@ from l0fast.errors import UsageError
 
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 """Files of a model that a run reads."""
+NO_PATTERNS = ["consolidated*"]
+"""Of those, its weights once more, in a form of Mistral's own."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -24,7 +26,9 @@ def cached_model(name: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=PATTERNS, local_files_only=True))
+        folder = Path(
+            snapshot_download(name, allow_patterns=PATTERNS, ignore_patterns=NO_PATTERNS, local_files_only=True)
+        )
     except (LocalEntryNotFoundError, ValueError):
         return None
     return folder if _is_whole(folder) else None
@@ -55,7 +59,7 @@ def download_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=PATTERNS, ignore_patterns=NO_PATTERNS))
     except Exception as e:
         # the hub's own, its HTTP client's where a line breaks, those of its Rust part
         raise UsageError(

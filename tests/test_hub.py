@@ -6,6 +6,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from l0fast.errors import UsageError
 from l0fast.hub import cached_model, download_model
@@ -50,9 +51,26 @@ def test_a_model_in_parts_has_all_of_them(snapshot):
     ids=["a line that breaks", "of hf_xet"],
 )
 def test_a_download_that_breaks_off_is_told_in_a_sentence(snapshot, monkeypatch, error):
-    def download(name, *, allow_patterns, local_files_only=False):
+    def download(name, *, allow_patterns, ignore_patterns, local_files_only=False):
         raise LocalEntryNotFoundError("not here") if local_files_only else error
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(UsageError, match=rf"'owner/name' .*{type(error).__name__}: {error}"):
         download_model("owner/name")
+
+
+def test_weights_are_downloaded_once(snapshot, monkeypatch):
+    """Mistral-7B-Instruct-v0.3 holds them twice."""
+    weights = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    files = ["config.json", "model.safetensors.index.json", "consolidated.safetensors", *weights]
+    downloaded = []
+
+    def download(name, *, allow_patterns, ignore_patterns, local_files_only=False):
+        if local_files_only:
+            raise LocalEntryNotFoundError("not here")
+        downloaded.extend(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return snapshot
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert download_model("owner/name") == snapshot
+    assert downloaded == ["config.json", "model.safetensors.index.json", *weights]
