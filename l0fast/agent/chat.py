@@ -77,7 +77,7 @@ class Chat:
         # (?!): nothing, where there are none
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         self.stop_token_ids = self._stop_ids(after_answer)
-        self._before_output = after_answer.removeprefix(self._tokenizer.id_to_token(self.stop_token_ids[0]) or "")
+        self._before_output = after_answer.removeprefix(self.decode(self.stop_token_ids[:1], special=True))
         prompt = self._after_output
         self._opening = _THINK if prompt.rfind(_THINK) > prompt.rfind(_THOUGHT) else ""
         """What a prompt says for the model, whose response begins inside of it."""

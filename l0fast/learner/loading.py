@@ -230,7 +230,7 @@ def _allocate(root: Root, place: Place, config: LearnerConfig) -> None:
                     buffer.fill_(torch.nan)
             # what is in no file, e.g. the frequencies of the rotary embedding
             model._init_weights(module)
-            module.to(place.device)
+            nn.Module.to(module, place.device)
         if left := [name for name, buffer in buffers.items() if buffer.isnan().any()]:
             raise _unknown(model, [f"a tensor {left[0]} that is no parameter"])
 
