@@ -131,9 +131,11 @@ class SGLangEngine:
             async with asyncio.timeout(timeout_s):
                 for length in _WARM_UP:
                     async with asyncio.TaskGroup() as tg:
-                        for first in range(2):
-                            ids = range(first, first + min(length, self._max_tokens - 2))
-                            tg.create_task(self._warm_up([i % self._vocab_size for i in ids]))
+                        asked = [tg.create_task(self._refusal(first, length)) for first in range(2)]
+                    # of one where the queue has no room for two (engine.sglang)
+                    refusals = [task.result() for task in asked]
+                    if all(refusals):
+                        raise EngineError(f"sglang refused its first request: {refusals[0]}")
                 await self._flush(timeout_s=timeout_s)
         except TimeoutError as e:
             raise EngineError(
@@ -143,14 +145,17 @@ class SGLangEngine:
         except BaseExceptionGroup as e:
             raise e.exceptions[0] from e.exceptions[0].__cause__
 
-    async def _warm_up(self, ids: list[int]) -> None:
+    async def _refusal(self, first: int, length: int) -> Exception | None:
+        """Of a prompt that begins with this id; None where it was answered."""
+        ids = [i % self._vocab_size for i in range(first, first + min(length, self._max_tokens - 2))]
         params = _params(Sampling(max_new_tokens=2, stop_token_ids=(), temperature=1.0), 0)
         rid = f"l0fast-{next(self._requests):016x}"
         request = self._engine.async_generate(input_ids=ids, sampling_params=params, return_logprob=True, rid=rid)
         try:
             await self._unless_it_fails(request, self._calls)
         except self._refusals as e:
-            raise EngineError(f"sglang refused its first request: {e}") from e
+            return e
+        return None
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, conversation: str) -> Sampled:
         """As in the protocol of a whole engine."""
