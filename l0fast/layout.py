@@ -181,7 +181,7 @@ def check_layout(config: RunConfig, model_path: Path, *, gpus: int, memories: Se
         return layout
     try:
         shape = cost.ModelShape.from_config(orjson.loads((model_path / "config.json").read_bytes()))
-    except ValueError:
+    except (ValueError, KeyError):
         # a model whose costs are not known may well fit; torch will say
         return layout
     memory = min(gpu_memories() if memories is None else memories)
