@@ -53,7 +53,8 @@ def _library_folders() -> list[str]:
     return [
         str(folder)
         for folder in dict.fromkeys(folders)
-        if folder.is_dir() and not any(path.is_relative_to(folder) for path in closed)
+        # pathlib's would raise for one below a folder that we may not enter
+        if os.path.isdir(folder) and not any(path.is_relative_to(folder) for path in closed)
     ]
 
 

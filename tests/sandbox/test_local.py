@@ -12,6 +12,7 @@ import pytest
 
 from l0fast.errors import SandboxError
 from l0fast.sandbox.launch import GUEST, Uids
+from l0fast.sandbox.local import _library_folders
 
 
 @pytest.mark.parametrize("call", ["socket.socketpair", "Uids", "tempfile.mkdtemp", "subprocess.Popen", "os.pidfd_open"])
@@ -155,6 +156,22 @@ def test_libraries_that_python_finds_by_its_environment_are_found_in_a_session(k
 
     result = asyncio.run(main())
     assert (result.output, result.error) == ("1\n", None)
+
+
+def test_libraries_in_a_folder_that_we_may_not_enter_are_not_ours(monkeypatch, tmp_path):
+    """An environment that came along from another user, by su or sbatch."""
+    (closed := tmp_path / "closed" / "lib").mkdir(parents=True)
+    closed.parent.chmod(0)
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{closed}:/usr/lib")
+    as_root = os.geteuid() == 0
+    if as_root:
+        os.seteuid(65_534)
+    try:
+        assert _library_folders() == ["/usr/lib"]
+    finally:
+        if as_root:
+            os.seteuid(0)
+        closed.parent.chmod(0o700)
 
 
 def test_this_package_is_closed_to_sessions_where_it_is_installed_beside_their_python(
