@@ -142,7 +142,7 @@ class RunDir:
                 raise UsageError(
                     f"{path} has a checkpoint by now, of a run that was ending: give the same command again"
                 )
-            numbered = (path.with_name(f"{path.name}.{number}") for number in count(1))
+            numbered = (path.parent / f"{path.name}.{number}" for number in count(1))
             try:
                 path.rename(next(other for other in numbered if not other.exists()))
             except OSError as e:

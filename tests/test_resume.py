@@ -402,6 +402,15 @@ def test_a_run_that_still_goes_on_does_not_make_way(again: list[str]):
     assert [path.name for path in invocation.run_dir.parent.iterdir()] == ["run"]
 
 
+def test_a_folder_that_can_not_make_way_is_one_sentence(again: list[str], monkeypatch):
+    """As one that is mounted, or the one that we are in."""
+    run_dir = left_by(again)
+    monkeypatch.chdir(run_dir)
+    with pytest.raises(UsageError, match=r"can't make way \(Device or resource busy\): move it, or choose another"):
+        RunDir.anew(Path(), read_config(run_dir))
+    assert [path.name for path in run_dir.parent.iterdir()] == ["run"]
+
+
 def test_what_can_not_be_gone_on_with_is_one_sentence(again: list[str], tmp_path: Path):
     with pytest.raises(UsageError, match="add --run-dir DIR"):
         parse(["--go-on"])
