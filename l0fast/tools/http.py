@@ -16,7 +16,7 @@ import ipaddress
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -100,8 +100,17 @@ class Http:
             raise ToolError(f"{name} did not answer with JSON: try again later") from e
 
     async def text(
-        self, method: str, url: str, *, headers: Mapping[str, str], name: str, body: Any = None, query: Any = None
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        name: str,
+        body: Any = None,
+        query: Any = None,
+        turned_away: Collection[int] = (401, 402, 403),
     ) -> bytes:
+        """As `json`, but the bytes. `turned_away`: statuses that are about who asks, and not about what was asked for."""
         sent = {"Content-Type": "application/json"} if body is not None else {}
         data = None if body is None else orjson.dumps(body)
         try:
@@ -109,7 +118,7 @@ class Http:
                 method, URL(url), headers={**sent, **headers}, data=data, params=query, allow_redirects=False
             ) as response:
                 if response.status != 200:
-                    raise await self._refused(response, name, headers)
+                    raise await self._refused(response, name, headers, turned_away)
                 answer = await self._body(response)
         except UsageError:
             # a ValueError
@@ -119,7 +128,9 @@ class Http:
         del self._turned_away[name]
         return answer
 
-    async def _refused(self, response: aiohttp.ClientResponse, name: str, headers: Mapping[str, str]) -> Exception:
+    async def _refused(
+        self, response: aiohttp.ClientResponse, name: str, headers: Mapping[str, str], turned_away: Collection[int]
+    ) -> Exception:
         """A service's refusal, with its words; time after time for who asks, it is for the user to read."""
         words = complaint(await self._body(response))
         # whoever stands before a service answers with a page
@@ -129,9 +140,9 @@ class Http:
             words = words.replace(value.rpartition(" ")[2] or "\0", "***")
         words = " ".join(words.split())[:MAX_WORDS_CHARS]
         # Serper has 400 for an account that is empty, and for a query that it can't take
-        turned_away = response.status in (401, 402, 403) or (response.status == 400 and "credit" in words.lower())
-        self._turned_away[name] += turned_away
-        if not turned_away or self._turned_away[name] < MAX_TURNED_AWAY:
+        of_who_asks = response.status in turned_away or (response.status == 400 and "credit" in words.lower())
+        self._turned_away[name] += of_who_asks
+        if not of_who_asks or self._turned_away[name] < MAX_TURNED_AWAY:
             return _refusal(response, name, words)
         return UsageError(
             f"{response.url.host} has turned {MAX_TURNED_AWAY} requests of {name} in a row away, the last with "

@@ -146,7 +146,12 @@ def webpage_tool(config: WebConfig, http: Http, converter: Converter) -> ToolSpe
             target = checked_url(url)
             headers = {"Accept": "text/plain", **({"Authorization": f"Bearer {key}"} if key else {})}
             said = await http.text(
-                "GET", f"{config.reader_url or READER_URL}{target}", headers=headers, name="the reader"
+                "GET",
+                f"{config.reader_url or READER_URL}{target}",
+                headers=headers,
+                name="the reader",
+                # 403 is for a site that it reads for nobody without a key, for a while: others it reads
+                turned_away=(401, 402),
             )
             return said.decode(errors="replace")
         page = await http.page(url)

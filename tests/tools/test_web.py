@@ -260,6 +260,35 @@ def test_a_page_is_read_as_markdown_a_part_at_a_time_and_other_texts_as_they_are
     assert table == "a,b\n1,2"
 
 
+@pytest.mark.parametrize(("status", "ends"), [(403, False), (401, True), (402, True)])
+def test_sites_that_a_reader_reads_for_nobody_end_no_run_and_a_key_that_it_does_not_know_does(serving, status, ends):
+    async def answer(request):
+        words = "Anonymous access to domain example.com blocked until Sunday"
+        return web.json_response({"code": 40305, "message": words}, status=status)
+
+    async def main():
+        said = []
+        async with (
+            serving(answer) as url,
+            open_http(timeout_s=5, max_bytes=100_000) as http,
+            open_converter() as converter,
+        ):
+            tool = webpage_tool(WebConfig(page_reader="jina", reader_url=f"{url}/r/"), http, converter)
+            for number in range(MAX_TURNED_AWAY):
+                try:
+                    await tool.call(f"https://example.com/{number}")
+                except ToolError as e:
+                    said.append(str(e))
+        return said
+
+    if ends:
+        with pytest.raises(UsageError, match="turned 10 requests of the reader in a row away"):
+            asyncio.run(main())
+    else:
+        told = "the reader answered 403 Forbidden (Anonymous access"
+        assert sum(said.startswith(told) for said in asyncio.run(main())) == MAX_TURNED_AWAY
+
+
 def test_a_page_is_read_once_for_all_of_its_parts(serving):
     asked = []
 
