@@ -170,14 +170,47 @@ SHAPES = {
     "Qwen3-0.6B": ModelShape(
         vocab=151936, hidden=1024, intermediate=3072, layers=28, heads=16, kv_heads=8, head_dim=128, tied=True, qk_norm=True
     ),
+    "Qwen3-1.7B": ModelShape(
+        vocab=151936, hidden=2048, intermediate=6144, layers=28, heads=16, kv_heads=8, head_dim=128, tied=True, qk_norm=True
+    ),
     "Qwen3-4B": ModelShape(
         vocab=151936, hidden=2560, intermediate=9728, layers=36, heads=32, kv_heads=8, head_dim=128, tied=True, qk_norm=True
+    ),
+    "Qwen3-8B": ModelShape(
+        vocab=151936, hidden=4096, intermediate=12288, layers=36, heads=32, kv_heads=8, head_dim=128, tied=False, qk_norm=True
+    ),
+    "Qwen3-14B": ModelShape(
+        vocab=151936, hidden=5120, intermediate=17408, layers=40, heads=40, kv_heads=8, head_dim=128, tied=False, qk_norm=True
+    ),
+    "Qwen3-32B": ModelShape(
+        vocab=151936, hidden=5120, intermediate=25600, layers=64, heads=64, kv_heads=8, head_dim=128, tied=False, qk_norm=True
+    ),
+    "Qwen2.5-0.5B": ModelShape(
+        vocab=151936, hidden=896, intermediate=4864, layers=24, heads=14, kv_heads=2, head_dim=64, tied=True, qkv_bias=True
+    ),
+    "Qwen2.5-1.5B": ModelShape(
+        vocab=151936, hidden=1536, intermediate=8960, layers=28, heads=12, kv_heads=2, head_dim=128, tied=True, qkv_bias=True
+    ),
+    "Qwen2.5-3B": ModelShape(
+        vocab=151936, hidden=2048, intermediate=11008, layers=36, heads=16, kv_heads=2, head_dim=128, tied=True, qkv_bias=True
     ),
     "Qwen2.5-7B": ModelShape(
         vocab=152064, hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, head_dim=128, tied=False, qkv_bias=True
     ),
+    "Qwen2.5-14B": ModelShape(
+        vocab=152064, hidden=5120, intermediate=13824, layers=48, heads=40, kv_heads=8, head_dim=128, tied=False, qkv_bias=True
+    ),
     "Qwen2.5-32B": ModelShape(
         vocab=152064, hidden=5120, intermediate=27648, layers=64, heads=40, kv_heads=8, head_dim=128, tied=False, qkv_bias=True
+    ),
+    "Llama-3.2-1B": ModelShape(
+        vocab=128256, hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, head_dim=64, tied=True
+    ),
+    "Llama-3.2-3B": ModelShape(
+        vocab=128256, hidden=3072, intermediate=8192, layers=28, heads=24, kv_heads=8, head_dim=128, tied=True
+    ),
+    "Llama-3.1-8B": ModelShape(
+        vocab=128256, hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, head_dim=128, tied=False
     ),
 }  # fmt: skip
 """Shapes that can be planned for without the model being there."""
@@ -194,8 +227,9 @@ def read_shape(config_json: Path) -> ModelShape:
 
 
 def known_shape(name: str) -> ModelShape | None:
-    """Of a model by the last part of its name, an -Instruct aside: "Qwen/Qwen2.5-7B-Instruct"."""
-    return SHAPES.get(name.rpartition("/")[2].removesuffix("-Instruct"))
+    """Of a model by the last part of its name, whatever it was tuned for: "Qwen/Qwen3-4B-Instruct-2507"."""
+    last = name.rpartition("/")[2]
+    return next((shape for model, shape in SHAPES.items() if f"{last}-".startswith(f"{model}-")), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

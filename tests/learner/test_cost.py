@@ -89,6 +89,38 @@ def test_the_shapes_that_are_known_by_name(name, parameters):
     assert SHAPES[name].parameters == parameters
 
 
+def test_shapes_have_as_many_parameters_as_the_weights_that_are_published():
+    """Of the safetensors on the hub."""
+    assert {name: shape.parameters for name, shape in SHAPES.items() if name not in CONFIGS} == {
+        "Qwen3-1.7B": 1_720_574_976,
+        "Qwen3-8B": 8_190_735_360,
+        "Qwen3-14B": 14_768_307_200,
+        "Qwen3-32B": 32_762_123_264,
+        "Qwen2.5-0.5B": 494_032_768,
+        "Qwen2.5-1.5B": 1_543_714_304,
+        "Qwen2.5-3B": 3_085_938_688,
+        "Qwen2.5-14B": 14_770_033_664,
+        "Qwen2.5-32B": 32_763_876_352,
+        "Llama-3.2-1B": 1_235_814_400,
+        "Llama-3.2-3B": 3_212_749_824,
+        "Llama-3.1-8B": 8_030_261_248,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("Qwen/Qwen3-4B", "Qwen3-4B"),
+        ("Qwen/Qwen3-4B-Instruct-2507", "Qwen3-4B"),
+        ("somebody/Llama-3.1-8B-Instruct-tuned", "Llama-3.1-8B"),
+        ("somebody/Qwen3-4Bits", None),
+        ("Qwen3-4B/other", None),
+    ],
+)
+def test_a_model_is_known_by_its_name_whatever_it_was_tuned_for(name, known):
+    assert cost.known_shape(name) is (SHAPES[known] if known else None)
+
+
 def test_an_unknown_architecture_is_refused():
     with pytest.raises(ValueError, match="'mamba' is none of llama, qwen2 and qwen3"):
         ModelShape.from_config({"model_type": "mamba"})
