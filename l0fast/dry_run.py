@@ -22,7 +22,7 @@ from l0fast.disk import no_room
 from l0fast.engine.transformers import check_model_folder
 from l0fast.errors import UsageError
 from l0fast.hub import cached_model, is_hub_name
-from l0fast.layout import engine_kind, gpu_memories, memory_complaint, sglang_layout
+from l0fast.layout import engine_kind, exported_bytes, gpu_memories, memory_complaint, sglang_layout
 from l0fast.learner import cost
 from l0fast.learner.client import num_gpus
 from l0fast.rooms import absent_packages, check_questions, check_settings, hardly_meant, model_folder
@@ -151,6 +151,8 @@ def _gpus(config: RunConfig, folder: Path | None, result: DryRun) -> None:
     setup = cost.setup_of(config, gpus=layout.ranks, gpu_memory_bytes=memory, sampled_share=work.sampled / work.tokens)
     parts = cost.memory_parts(shape, setup)
     learner = {name: size for name, size in parts.items() if not name.startswith("engine") and size}
+    if exported := exported_bytes(shape, layout):
+        learner["weights for the engine"] = exported
     seconds = cost.seconds(shape, work, setup, cost.Rates())
     engine = config.engine
     room = cost.kv_tokens(shape, setup)

@@ -129,7 +129,7 @@ def memory_complaint(
     )
     if (said := cost.share_complaint(shape, setup)) is not None:
         return said
-    exported = 2.0 * shape.parameters if layout.weights == "ipc" else 0.0
+    exported = exported_bytes(shape, layout)
     match config.engine.layout:
         case "split":
             return cost.why_not(shape, replace(setup, engine_share=0.0))
@@ -139,14 +139,24 @@ def memory_complaint(
             together = replace(setup, other_bytes=setup.other_bytes + exported)
             said = cost.why_not(shape, together)
             may_sleep = layout.weights == "ipc" and config.rollout.mode == "on_policy"
-            if said is None or not may_sleep or _complaint_in_turn(shape, setup, exported) is not None:
+            if said is None:
+                return None
+            # before any remedy of the learner's: neither changes anything that is computed
+            if may_sleep and _complaint_in_turn(shape, setup, exported) is None:
+                way_out = "set --engine.layout sleep, which gives them the memory in turn"
+            elif exported and cost.why_not(shape, setup) is None:
+                way_out = f"set --engine.weights host, which saves {exported / cost.GIB:.1f} GiB, a copy of the weights"
+            else:
                 return said
-            # before any remedy of the learner's: taking turns changes nothing that is computed
             return (
                 f"engine and learner together want {cost.bytes_needed(shape, together) / cost.GIB:.1f} GiB of a GPU that has "
-                f"{gpu_memory_bytes / cost.GIB:.1f}: set --engine.layout sleep, which gives them the memory in turn, or lower "
-                "--engine.memory-share or --learner.pack-tokens"
+                f"{gpu_memory_bytes / cost.GIB:.1f}: {way_out}, or lower --engine.memory-share or --learner.pack-tokens"
             )
+
+
+def exported_bytes(shape: cost.ModelShape, layout: Layout) -> float:
+    """What a rank of the learner keeps for the engine on its GPU, which reads it there: all weights in bf16 [bytes]."""
+    return 2.0 * shape.parameters if layout.weights == "ipc" else 0.0
 
 
 def _complaint_in_turn(shape: cost.ModelShape, setup: cost.Setup, exported: float) -> str | None:

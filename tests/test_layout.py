@@ -136,6 +136,16 @@ def test_an_engine_on_several_gpus_holds_a_part_of_its_model_on_each():
     assert parts["engine weights"] + parts["engine KV"] == pytest.approx(0.4 * 80e9)
 
 
+def test_where_the_copy_that_an_engine_reads_is_what_is_too_much_weights_may_come_by_host():
+    sections = {"engine": {"memory_share": 0.45}, "rollout": {"mode": "carry_over"}, "learner": {"kl_coef": 0.0}}
+    said = complaint(sections, model="Llama-3.1-8B")
+    assert "set --engine.weights host, which saves 15.0 GiB, a copy of the weights, or lower" in str(said)
+    by_host = sections | {"engine": sections["engine"] | {"weights": "host"}}
+    assert complaint(by_host, model="Llama-3.1-8B") is None
+    # and where that is not enough it is no way out
+    assert "weights host" not in str(complaint(sections, model="Llama-3.1-8B", memory=40e9))
+
+
 def test_a_share_that_leaves_a_sleeping_learner_no_room_is_told_how_much_would():
     sections = LARGE | {"engine": {"layout": "sleep", "memory_share": 0.9}, "learner": {"kl_coef": 0.0}}
     said = complaint(sections)
