@@ -8,9 +8,10 @@
     <-- whom it did not reach --                                             destroy_weights_update_group
 
 NCCL between GPUs, gloo on the CPU. A group that has lost a member is of no use to the others, so each engine has its own:
-one that dies or hangs keeps the others waiting for `wait_s` at most, and takes nobody with it; also
-between its joining and its first broadcast, when NCCL waits for it without end. A group is made anew for each update, so that an engine that was rebuilt is like any other, and no state can get out of step. The price: a group is set up
-at each update, and the weights leave rank 0 once for each engine.
+one that dies or hangs keeps the others waiting for `wait_s` at most, and takes nobody with it; also between its joining and
+its first broadcast, when NCCL waits for it without end. A group is made anew for each update, so that an engine that was
+rebuilt is like any other, and no state can get out of step. The price: a group is set up at each update, and the weights leave
+rank 0 once for each engine.
 
 NCCL refuses two ranks on one GPU, so engines must be on others than rank 0 (`engine.layout` "split"). Over gloo this is run
 against SGLang 0.5.23 on the CPU; over NCCL it is yet to be run.
