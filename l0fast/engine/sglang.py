@@ -108,6 +108,8 @@ class SGLangEngine:
         self._failed = asyncio.Event()
         self._prefixes = Prefixes()
         self._cached_tokens = self._decoded_tokens = 0
+        self._started_with = (0, 0.0, 0.0)
+        """Of `_computed` what belongs to its start."""
         self._loop = asyncio.get_running_loop()
         self._pidfds: list[int] = []
         for child in children:
@@ -136,7 +138,10 @@ class SGLangEngine:
                     refusals = [task.result() for task in asked]
                     if all(refusals):
                         raise EngineError(f"sglang refused its first request: {refusals[0]}")
-                await self._flush(timeout_s=timeout_s)
+                for _ in range(2):
+                    # by the second its scheduler has written down what was computed before the first
+                    await self._flush(timeout_s=timeout_s)
+            self._started_with = self._computed(self._tm.load_snapshot_reader.read(0))
         except TimeoutError as e:
             raise EngineError(
                 f"sglang started, but did not answer within {timeout_s:g} s: what it said is on stderr; a machine on which it "
@@ -404,20 +409,29 @@ class SGLangEngine:
         if now is None or not now.max_total_num_tokens:
             # nothing before its first request, or zeros; the gate is open until it knows how much there is
             return EngineLoad(running=0, waiting=0, used_tokens=0, max_tokens=self._kv_tokens)
-        # from 0.5.21
-        prefilled = getattr(now, "total_prefill_uncached_tokens", 0)
-        decoding = getattr(now, "decode_moments", None) or [0.0] * 6
+        prefill_tokens, prefill_s, decode_s = self._computed(now)
+        of_start = self._started_with
+        prefill_tokens -= of_start[0]
         return EngineLoad(
             running=now.num_running_reqs,
             waiting=now.num_waiting_reqs,
             used_tokens=now.num_used_tokens,
             max_tokens=now.max_total_num_tokens,
-            prefill_tokens=prefilled,
+            prefill_tokens=prefill_tokens,
             cached_tokens=self._cached_tokens,
-            recomputed_tokens=min(self._prefixes.recomputed, prefilled),
+            recomputed_tokens=min(self._prefixes.recomputed, prefill_tokens),
             decoded_tokens=self._decoded_tokens,
-            prefill_s=getattr(now, "total_prefill_busy_us", 0) / 1e6,
-            decode_s=decoding[2] / 1e6,
+            prefill_s=prefill_s - of_start[1],
+            decode_s=decode_s - of_start[2],
+        )
+
+    def _computed(self, now: Any) -> tuple[int, float, float]:
+        """Prompt tokens, and the time for them and for sampling [s], as the scheduler adds them up: from 0.5.21, else 0."""
+        decoding = getattr(now, "decode_moments", None) or [0.0] * 6
+        return (
+            getattr(now, "total_prefill_uncached_tokens", 0),
+            getattr(now, "total_prefill_busy_us", 0) / 1e6,
+            decoding[2] / 1e6,
         )
 
     def check_room(self) -> None:

@@ -134,11 +134,18 @@ def test_it_has_answered_before_anyone_asks(running, folder):
         async with sglang_engine(CONFIG, folder, max_tokens=MAX_TOKENS) as engine:
             load, state = engine.load(), engine._tm.rid_to_state
             # two prompts twice, the second time only what is new of them
-            assert load.prefill_tokens >= 2 * 160
+            assert engine._tm.load_snapshot_reader.read(0).total_prefill_uncached_tokens >= 2 * 160
             assert not load.used_tokens
             assert not state
-            # none of it is a conversation's
-            assert load.decoded_tokens == load.cached_tokens == 0
+            # none of it is a conversation's, nor of the time of a step: most of it was compiling
+            assert load.decoded_tokens == load.cached_tokens == load.prefill_tokens == 0
+            assert load.prefill_s == load.decode_s == 0
+            await engine.generate(PROMPT, sampling(2), conversation="first")
+            async with asyncio.timeout(30):
+                # written down after it is said
+                while engine.load().prefill_tokens < len(PROMPT):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert engine.load().prefill_tokens == len(PROMPT)
 
     running.run(main())
 
