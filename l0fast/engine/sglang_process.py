@@ -143,15 +143,18 @@ class _Thread:
         if not self._engine.done() or self._engine.cancelled():
             # it waits for them to be ready
             _kill(self.children)
-        await asyncio.to_thread(self._thread.join)
-        if self._made is not None:
-            atexit.unregister(self._made.shutdown)
-            if (to_rpc := getattr(self._made, "send_to_rpc", None)) is not None:
-                to_rpc.context.destroy(linger=0)
-        if self._manager is not None:
-            _close_sockets(self._manager)
-        if self._port_args is not None:
-            _remove_files(self._port_args)
+        try:
+            await asyncio.to_thread(self._thread.join)
+        finally:
+            # also for whoever is cancelled a second time meanwhile, as by the death of the learner
+            if self._made is not None:
+                atexit.unregister(self._made.shutdown)
+                if (to_rpc := getattr(self._made, "send_to_rpc", None)) is not None:
+                    to_rpc.context.destroy(linger=0)
+            if self._manager is not None:
+                _close_sockets(self._manager)
+            if self._port_args is not None:
+                _remove_files(self._port_args)
 
     def _run(self) -> None:
         try:
