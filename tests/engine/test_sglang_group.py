@@ -6,6 +6,7 @@ Needs sglang, as test_sglang.py does.
 import asyncio
 import os
 import signal
+import tempfile
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
@@ -90,6 +91,7 @@ def running(folder):
             sglang_fleet(CONFIG, folder, max_tokens=MAX_TOKENS, source=source, count=2, log=running.log.append)
         )
 
+    before = left_behind()
     with ExitStack() as outer:
         outer.enter_context(stand_ins())
         running = Running(outer.enter_context(asyncio.Runner()))
@@ -99,6 +101,14 @@ def running(folder):
             yield running
         finally:
             running.run(stack.aclose())
+    # the last test has killed the learner, at which engines are told twice to end
+    assert not left_behind() - before
+
+
+def left_behind() -> set[Path]:
+    """SGLang's sockets and load tables."""
+    sockets = (path for path in Path(tempfile.gettempdir()).glob("tmp*") if path.is_socket())
+    return {*sockets, *Path("/dev/shm").glob("sglang_loads_*")}
 
 
 async def until(condition) -> None:
