@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,18 @@ def children_of(pid: int) -> set[int]:
     return found
 
 
+def wait_until(condition: Callable[[], Any], timeout_s: float) -> bool:
+    """Whether it came to hold in time."""
+    deadline = time.monotonic() + timeout_s
+    while not (holds := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(holds)
+
+
 def wait_until_gone(pids: set[int], timeout_s: float = 5) -> set[int]:
     """Those that are still there after a while."""
-    deadline = time.monotonic() + timeout_s
-    while (alive := {pid for pid in pids if Path(f"/proc/{pid}").exists()}) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return alive
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), timeout_s)
+    return {pid for pid in pids if Path(f"/proc/{pid}").exists()}
 
 
 def seen(run_dir: Path) -> tuple[list[dict[str, Any]], list[Any]]:

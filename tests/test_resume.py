@@ -50,7 +50,7 @@ from l0fast.tasks.scoring import open_scorer
 from l0fast.training import Rooms, Training, _to_its_end, _until_interrupted, check, staleness
 from l0fast.training import run as train
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
-from tests.command import children_of, finish, seen, start, wait_until_gone
+from tests.command import children_of, finish, seen, start, wait_until, wait_until_gone
 
 SCHEDULE = [
     "--engine.kind", "simulated", "--sandbox.kind", "process", "--learner.threads", "1", "--num-steps", "5",
@@ -78,6 +78,9 @@ def folders(policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     else:
         pytest.fail("".join(told))
     children = children_of(victim.pid)
+    # the learner writes the second step's checkpoint beside the third one, and on a busy disk after it
+    victim.send_signal(signal.SIGSTOP)
+    assert wait_until(lambda: checkpoints(killed), timeout_s=60)
     victim.kill()
     finish(victim, -signal.SIGKILL)
     assert not wait_until_gone(children)
