@@ -5,11 +5,12 @@
     prefill   n rows of up to T new tokens: write their keys, gather the rows, attend under a causal mask
     decode    n rows of one token:          write, attend over the slab in place (or over gathered rows, when few run)
 
-A model of the Llama family runs as a FusedDecoder. Of any other the module's own forward runs; its attention is ours
-(`AttentionInterface.register`), which finds the slab through a keyword argument that the layers pass on. An attention
-implementation unknown to transformers' mask interface gets no mask made for it, so ours is built once a pass and not
-once a layer. Query heads that share a KV head are folded into the query axis: nothing is repeated. Decode is bound by
-the number of operations while few rows run, then by reading the slab: n * K * length * D * 8 bytes a layer.
+A model of the Llama family runs as a FusedDecoder, whose decoding steps are graphs on CUDA. Of any other the module's own
+forward runs; its attention is ours (`AttentionInterface.register`), which finds the slab through a keyword argument that
+the layers pass on. An attention implementation unknown to transformers' mask interface gets no mask made for it, so ours
+is built once a pass and not once a layer. Query heads that share a KV head are folded into the query axis: nothing is
+repeated. Decode is bound by the number of operations while few rows run, then by reading the slab: n * K * length * D * 8
+bytes a layer.
 
 On a CPU all is fp32. On CUDA weights and slab are bf16 and the logits fp32, from an fp32 copy of the head: logits rounded
 to bf16 would move a log-prob by a hundredth.
@@ -29,6 +30,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from l0fast.engine.decode_graphs import DecodeGraphs
 from l0fast.engine.fused_decoder import FusedDecoder, can_be_fused
 from l0fast.engine.sampling import uniforms
 from l0fast.errors import UsageError
@@ -37,6 +39,8 @@ _PREFILL_COLUMNS = 1024
 """Longest piece of a prompt computed in one pass; bounds the mask [tokens]."""
 _DENSE_SHARE = 0.6
 """Decode attends over the slab in place where at least this share of the slots from first to last is running."""
+_MOST_IDLE_BYTES = 16e9
+"""What a graph may read of slots that do not run [bytes]: on an H200 that takes 4 ms, launching a step's kernels 20."""
 
 _SETTINGS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 """What a model's settings must have to be served."""
@@ -87,6 +91,10 @@ class SlotModel:
         # zeros, since a masked NaN is still a NaN; on a CPU their pages take no memory before they are written
         slabs = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2 * config.num_hidden_layers)]
         self.keys_SKMD, self.values_SKMD = slabs[::2], slabs[1::2]
+        self._column_bytes = sum(slab[0, :, 0].nbytes for slab in slabs)
+        self._graphs = None
+        if self._fused is not None and self.device.type == "cuda":
+            self._graphs = DecodeGraphs(self.decode_first, num_slots=num_slots, max_len=max_len, device=self.device)
 
     def copy_prefix(self, source: int, slot: int, length: int) -> None:
         """Make the first `length` columns of `slot` those of `source`."""
@@ -106,7 +114,7 @@ class SlotModel:
             last_n = np.minimum(lengths_n[rows] - first, _PREFILL_COLUMNS) - 1
             piece_nT = ids_nT[rows, first : first + last_n.max() + 1]
             slab_pass = _Prefill(self, slots_n[rows], starts_n[rows] + first, last_n + 1, piece_nT.shape[1])
-            hidden_nTE = self._forward(piece_nT, slab_pass)
+            hidden_nTE = self._forward(self._put(piece_nT), slab_pass)
             last_nE = hidden_nTE[torch.arange(len(rows), device=self.device), self._put(last_n)]
             if first == 0:
                 hidden_nE = last_nE
@@ -118,8 +126,24 @@ class SlotModel:
     def decode(self, slots_n: Ints, ids_n: NDArray[np.int32], positions_n: Ints) -> Tensor:
         """Compute one id a row, at column `positions_n`; slots ascend. Returns the logits after it, [n, V]."""
         assert (np.diff(slots_n) > 0).all()
-        hidden_n1E = self._forward(ids_n[:, None].astype(np.int64), _Decode(self, slots_n, positions_n))
-        return self._logits(hidden_n1E[:, 0])
+        if self._graphs is not None:
+            rows, columns = self._graphs.sizes(slots_n, positions_n)
+            if (rows - len(slots_n)) * columns * self._column_bytes <= _MOST_IDLE_BYTES:
+                return self._logits(self._graphs(slots_n, ids_n, positions_n))
+        first, end = int(slots_n[0]), int(slots_n[-1]) + 1
+        block = slice(first, end) if len(slots_n) >= _DENSE_SHARE * (end - first) else None
+        slab_pass = _Decode(self, self._put(slots_n), self._put(positions_n), int(positions_n.max()) + 1, block)
+        return self._logits(self._forward(self._put(ids_n[:, None].astype(np.int64)), slab_pass)[:, 0])
+
+    @torch.inference_mode()
+    def decode_first(self, ids_R: Tensor, columns_R: Tensor, length: int) -> Tensor:
+        """Hidden states after one id in each of the first R slots, at `columns_R`, of which no kernel's size depends; [R, E].
+
+        Those at column `max_len`, which is scratch, are of slots that do not run.
+        """
+        rows = len(ids_R)
+        slots_R = torch.arange(rows, device=self.device)
+        return self._forward(ids_R[:, None], _Decode(self, slots_R, columns_R, length, slice(0, rows)))[:, 0]
 
     def _logits(self, hidden_nE: Tensor) -> Tensor:
         return F.linear(hidden_nE.float(), self._head_weight_VE, self._head.bias)
@@ -127,11 +151,11 @@ class SlotModel:
     def _put(self, indices: Ints) -> Tensor:
         return torch.from_numpy(indices).to(self.device)
 
-    def _forward(self, ids_nT: Ints, slab_pass: "_Prefill | _Decode") -> Tensor:
+    def _forward(self, ids_nT: Tensor, slab_pass: "_Prefill | _Decode") -> Tensor:
         if self._fused is not None:
-            return self._fused(self._put(ids_nT), slab_pass.positions_nT, slab_pass)
+            return self._fused(ids_nT, slab_pass.positions_nT, slab_pass)
         return self.model.base_model(
-            input_ids=self._put(ids_nT),
+            input_ids=ids_nT,
             position_ids=slab_pass.positions_nT,
             use_cache=False,
             slab_pass=slab_pass,
@@ -233,19 +257,17 @@ class _Prefill:
 
 
 class _Decode:
-    def __init__(self, model: SlotModel, slots_n: Ints, positions_n: Ints):
-        self.model, self.slots_n = model, model._put(slots_n)
-        self.columns_n = model._put(positions_n)
-        self.positions_nT = self.columns_n[:, None]
-        self.length = int(positions_n.max()) + 1
-        first, end = int(slots_n[0]), int(slots_n[-1]) + 1
-        self.block = slice(first, end) if len(slots_n) >= _DENSE_SHARE * (end - first) else None
+    """One token each of `slots_n`, over the first `length` columns; in place over `block`, slots that hold all of these."""
+
+    def __init__(self, model: SlotModel, slots_n: Tensor, columns_n: Tensor, length: int, block: slice | None):
+        self.model, self.slots_n, self.columns_n, self.length, self.block = model, slots_n, columns_n, length, block
+        self.positions_nT = columns_n[:, None]
         columns_r = self.columns_n
         # rows of the block that do not run attend to column 0; nobody looks at what they get
         self.rows_n = None
-        if self.block is not None and end - first > len(slots_n):
-            self.rows_n = self.slots_n - first
-            columns_r = torch.zeros(end - first, dtype=torch.int64, device=model.device)
+        if block is not None and block.stop - block.start > len(slots_n):
+            self.rows_n = self.slots_n - block.start
+            columns_r = torch.zeros(block.stop - block.start, dtype=torch.int64, device=model.device)
             columns_r[self.rows_n] = self.columns_n
         mask_rL = _causal(columns_r[:, None], self.length, model.model.dtype)
         r, K, G = len(mask_rL), model.keys_SKMD[0].shape[1], model.groups

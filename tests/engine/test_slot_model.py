@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from l0fast.engine import slot_model
+from l0fast.engine.decode_graphs import graph_sizes
 from l0fast.engine.sampling import uniforms
 from l0fast.engine.slot_model import SlotModel, sample
 from l0fast.errors import UsageError
@@ -154,6 +155,58 @@ def test_prefill_and_decode_equal_a_full_forward(folder, model, monkeypatch, col
     got = torch.stack(logits, dim=1).log_softmax(-1)
     expected = torch.stack([full_logprobs(model, row.tolist())[-4:] for row in rows])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_a_step_of_the_first_slots_gives_those_that_run_what_they_get_alone(folder, model):
+    """What a CUDA graph holds: slots that do not run take part, whatever they hold, over more columns than anybody has."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (9, 20, 13)]
+    ours = SlotModel(folder, num_slots=8, max_len=24)
+    slots_n, zeros = np.array([1, 2, 4]), np.zeros(3, np.int64)
+    ours.prefill(np.arange(8), np.zeros(8, np.int64), [rng.integers(0, VOCAB, 24).astype(np.int32)] * 8)
+    ours.prefill(slots_n, zeros, [row[:-2] for row in rows])
+    for back in (2, 1):
+        ids, columns = torch.zeros(2, 8, dtype=torch.int64)
+        columns += 24
+        ids[slots_n] = torch.tensor([int(row[-back]) for row in rows])
+        columns[slots_n] = torch.tensor([len(row) - back for row in rows])
+        got = ours._logits(ours.decode_first(ids, columns, 24)[slots_n]).log_softmax(-1)
+        expected = torch.stack([full_logprobs(model, row.tolist())[-back] for row in rows])
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("slots", "position", "sizes"),
+    [([0], 0, (1, 64)), ([0, 2], 63, (4, 64)), ([0, 2], 64, (4, 128)), ([4], 100, (8, 128)), ([9], 149, (10, 150))],
+)
+def test_graphs_are_of_sizes_that_hold_what_runs_and_few(slots, position, sizes):
+    positions = np.full(len(slots), position)
+    assert graph_sizes(np.array(slots), positions, num_slots=10, max_len=150) == sizes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_give_what_kernels_one_by_one_give(folder):
+    """Under new weights too, with slots that come and go, and none is made twice."""
+    rng = np.random.default_rng(0)
+    ours = SlotModel(folder, num_slots=10, max_len=150, device="cuda")
+    graphs, by_size = ours._graphs, {}
+    for seed in (0, 1):
+        ours.load({name: p.detach() for name, p in tiny_model(seed).named_parameters()})
+        rows = [rng.integers(0, VOCAB, 150).astype(np.int32) for _ in range(10)]
+        cached = rng.integers(40, 60, 10)
+        ours.prefill(np.arange(10), np.zeros(10, np.int64), [row[:n] for row, n in zip(rows, cached, strict=True)])
+        for step in range(80):
+            slots = np.sort(rng.choice(10 if step % 2 else 5, 3, replace=False))
+            ids = np.array([rows[slot][cached[slot]] for slot in slots])
+            ours._graphs = graphs
+            got = ours.decode(slots, ids, cached[slots]).log_softmax(-1)
+            ours._graphs = None
+            torch.testing.assert_close(got, ours.decode(slots, ids, cached[slots]).log_softmax(-1), atol=0.1, rtol=0)
+            cached[slots] += 1
+        by_size.update({size: by_size.get(size, graph) for size, graph in graphs._graphs.items()})
+    assert by_size == graphs._graphs
+    assert set(by_size) == {(rows, columns) for rows in (4, 8, 10) for columns in (64, 128)}
 
 
 def test_padding_stays_in_its_row(folder, model):
