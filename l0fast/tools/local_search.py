@@ -9,13 +9,14 @@ takes some 0.1 ms over 7,000 sentences and may run on the event loop (SQLite's F
 """
 
 import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import islice
+from typing import Any
 
-import bm25s
 import numpy as np
 
 from l0fast.errors import ToolError
@@ -37,6 +38,22 @@ SAME = 1e-5
 """Scores this close are equal: they are the same fp32 sums, taken in different orders."""
 
 
+def _bm25s() -> Any:
+    """The package bm25s, without JAX: where that is installed, it would compute something when it is imported, and then JAX takes
+    three quarters of the first GPU's memory for this process (https://docs.jax.dev/en/latest/gpu_memory_allocation.html).
+    """
+    jax = sys.modules.get("jax")
+    # an import of it is an ImportError
+    sys.modules["jax"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        import bm25s
+    finally:
+        del sys.modules["jax"]
+        if jax is not None:
+            sys.modules["jax"] = jax
+    return bm25s
+
+
 def words(text: str) -> list[str]:
     """The words of `text` without accents and case: runs of letters and digits."""
     decomposed = unicodedata.normalize("NFKD", text.casefold())
@@ -55,7 +72,7 @@ class LocalSearch:
         """Of the corpus."""
         self._words = [words(sentence) for sentence in self._corpus]
         self._num_sentences_with = Counter(word for sentence in self._words for word in set(sentence))
-        self._bm25 = bm25s.BM25(k1=K1, b=B, method="lucene")
+        self._bm25 = _bm25s().BM25(k1=K1, b=B, method="lucene")
         if self._num_sentences_with:
             self._bm25.index(self._words, show_progress=False)
         most = COMMON_SHARE * len(self._corpus)

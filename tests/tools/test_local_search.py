@@ -1,7 +1,10 @@
 """The search tool: its ranking against the formula, its order and ties, and queries of every kind."""
 
 import math
+import os
 import random
+import subprocess
+import sys
 import time
 
 import pytest
@@ -148,3 +151,32 @@ def test_a_search_is_fast_enough_for_the_event_loop(index):
         index.search(f"population of {name}")
     # 0.1 ms on a quiet core; ten times that would be felt by others on the loop
     assert (time.process_time() - start) / len(names) < 1e-3
+
+
+@pytest.mark.parametrize("used_already", [False, True])
+def test_jax_computes_nothing_where_it_is_installed(used_already, tmp_path):
+    """It would take three quarters of a GPU's memory for the driver. Who has it imported keeps it."""
+    lax = tmp_path / "jax" / "lax"
+    lax.mkdir(parents=True)
+    (lax.parent / "__init__.py").write_text("")
+    (lax / "__init__.py").write_text("def top_k(*_): raise SystemExit('JAX computes')")
+    first = "import jax.lax; jax.lax.mine = 1; " if used_already else ""
+    program = (
+        f"{first}from l0fast.tools.local_search import LocalSearch; import sys\n"
+        "print(LocalSearch(['Paris lies in France.', 'Oslo lies in Norway.']).search('Oslo'))\n"
+        "print(*sorted(name for name in sys.modules if name.partition('.')[0] == 'jax'))\n"
+        "import jax.lax; print(hasattr(jax.lax, 'mine'))"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.splitlines() == [
+        "['Oslo lies in Norway.']",
+        "jax jax.lax" if used_already else "",
+        str(used_already),
+    ], done.stderr
