@@ -13,7 +13,9 @@
 The learner's part is learner/cost.py's arithmetic.
 """
 
+import asyncio
 import importlib.util
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +32,10 @@ from l0fast.learner.client import num_gpus
 ASLEEP_BYTES = 2.0 * cost.GIB
 """What an engine keeps of a GPU while it sleeps: CUDA context, libraries, graphs. An estimate: on one H200 it was less than 3 GiB
 together with the context and the allocator of the learner beside it (bench/results/colocated_sleep_h200.json) [bytes]."""
+_HELD_BY_NOBODY = 1.0 * cost.GIB
+"""The most that nvidia-smi counts of an idle GPU [bytes]."""
+_PATIENCE_S, _LOOK_S = 20.0, 1.0
+"""How long GPUs may be in others' hands, and how often that is looked at [s]."""
 STATE = ("master weights", "gradients", "AdamW moments", "reference", "critic", "other")
 """Parts of the learner's memory that are there between two steps."""
 
@@ -119,14 +125,7 @@ def memory_complaint(
     config: RunConfig, shape: cost.ModelShape, layout: Layout, *, gpu_memory_bytes: float, liger: bool = True
 ) -> str | None:
     """None where it fits; else one sentence with the settings that would do. The columns of the table above."""
-    work = cost.workload_of(config)
-    setup = cost.setup_of(
-        config,
-        gpus=layout.ranks,
-        gpu_memory_bytes=gpu_memory_bytes,
-        sampled_share=work.sampled / work.tokens,
-        liger=liger,
-    )
+    setup = _setup(config, layout, gpu_memory_bytes, liger)
     if (said := cost.share_complaint(shape, setup)) is not None:
         return said
     exported = exported_bytes(shape, layout)
@@ -189,17 +188,85 @@ def check_layout(config: RunConfig, model_path: Path, *, gpus: int, memories: Se
     layout = sglang_layout(config, gpus)
     if not gpus:
         return layout
-    try:
-        shape = cost.ModelShape.from_config(orjson.loads((model_path / "config.json").read_bytes()))
-    except (ValueError, KeyError):
+    shape = _shape(model_path)
+    if shape is None:
         # a model whose costs are not known may well fit; torch will say
         return layout
     memory = min(gpu_memories() if memories is None else memories)
-    liger = importlib.util.find_spec("liger_kernel") is not None
-    complaint = memory_complaint(config, shape, layout, gpu_memory_bytes=memory, liger=liger)
+    complaint = memory_complaint(config, shape, layout, gpu_memory_bytes=memory, liger=_liger())
     if complaint is not None:
         raise UsageError(complaint)
     return layout
+
+
+async def wait_for_memory(config: RunConfig, model_path: Path, layout: Layout) -> None:
+    """Until other processes leave these GPUs the memory that engines and learner will want: those of a run that was just killed
+    take seconds to go.
+
+    Raises:
+        UsageError: they don't. The engine would start with less than it should have, and the learner fail at its first step.
+    """
+    if (shape := _shape(model_path)) is None:
+        return
+    deadline = time.monotonic() + _PATIENCE_S
+    while complaint := await asyncio.to_thread(_held_complaint, config, shape, layout):
+        if time.monotonic() >= deadline:
+            raise UsageError(complaint)
+        await asyncio.sleep(_LOOK_S)
+
+
+def _held_complaint(config: RunConfig, shape: cost.ModelShape, layout: Layout) -> str | None:
+    """None where what others hold leaves enough; else one sentence about the first GPU where it does not."""
+    ours = nvidia_smi.names(range(num_gpus()))
+    fields = ("memory.total", "memory.used")
+    memories = nvidia_smi.ask(fields, "how much memory the GPUs have and who has it", UsageError, gpus=ours)
+    for name, (total, used) in zip(ours, memories, strict=True):
+        memory, held = total * 2**20, used * 2**20
+        wanted = wanted_bytes(config, shape, layout, gpu_memory_bytes=memory)
+        if held > _HELD_BY_NOBODY and held + wanted > memory:
+            return (
+                f"engine and learner want {wanted / cost.GIB:.1f} GiB of a GPU, but of GPU {name}'s {memory / cost.GIB:.1f} others hold "
+                f"{held / cost.GIB:.1f} (nvidia-smi says who): end those, or choose other GPUs with CUDA_VISIBLE_DEVICES"
+            )
+    return None
+
+
+def wanted_bytes(config: RunConfig, shape: cost.ModelShape, layout: Layout, *, gpu_memory_bytes: float) -> float:
+    """Of the fullest GPU, at any time [bytes]."""
+    setup = _setup(config, layout, gpu_memory_bytes, _liger())
+    parts, exported = cost.memory_parts(shape, setup), exported_bytes(shape, layout)
+    engine = sum(size for name, size in parts.items() if name.startswith("engine"))
+    learner = sum(parts.values()) - engine
+    match config.engine.layout:
+        case "split":
+            return max(engine, learner)
+        case "sleep":
+            return max(learner + ASLEEP_BYTES, engine + sum(parts[name] for name in STATE) + exported)
+        case "resident":
+            return engine + learner + exported
+
+
+def _shape(model_path: Path) -> cost.ModelShape | None:
+    """None where a model's costs are not known."""
+    try:
+        return cost.ModelShape.from_config(orjson.loads((model_path / "config.json").read_bytes()))
+    except (ValueError, KeyError):
+        return None
+
+
+def _setup(config: RunConfig, layout: Layout, gpu_memory_bytes: float, liger: bool) -> cost.Setup:
+    work = cost.workload_of(config)
+    return cost.setup_of(
+        config,
+        gpus=layout.ranks,
+        gpu_memory_bytes=gpu_memory_bytes,
+        sampled_share=work.sampled / work.tokens,
+        liger=liger,
+    )
+
+
+def _liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def gpu_memories() -> list[float]:

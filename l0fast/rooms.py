@@ -32,7 +32,7 @@ from l0fast.engine.transformers import check_model_folder, transformers_engine
 from l0fast.errors import UsageError
 from l0fast.hub import download_model, is_hub_name
 from l0fast.ipc import SharedWeights, shared_weights
-from l0fast.layout import Layout, check_layout, engine_kind
+from l0fast.layout import Layout, check_layout, engine_kind, wait_for_memory
 from l0fast.learner.advantage import streams
 from l0fast.learner.client import LearnerClient, learner, num_gpus
 from l0fast.meters import Meters
@@ -243,11 +243,13 @@ async def open_rooms(
         with shared_weights(folder) as weights:
             kind = engine_kind(config)
             layout = check_layout(config, folder, gpus=num_gpus()) if kind == "sglang" else None
+            # engines were dealt out to GPUs; without, both would be slow beyond use, and say nothing of it
+            on_gpus = layout is not None and num_gpus() > 0
+            if layout is not None and on_gpus:
+                await wait_for_memory(config, folder, layout)
             log(f"starting the learner and {_described(kind, layout, config)}")
             # engines that read them elsewhere need none in main memory
             published = weights if layout is None or layout.weights == "host" else None
-            # engines were dealt out to GPUs; without, both would be slow beyond use, and say nothing of it
-            on_gpus = layout is not None and num_gpus() > 0
             if on_gpus and (asked := without_expandable_segments(os.environ)):
                 whom = "engines and the learner" if layout and layout.weights == "ipc" else "engines"
                 log(

@@ -1,5 +1,6 @@
 """GPUs and memory are dealt out, or refused with the setting to change, before anything starts."""
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -8,7 +9,15 @@ import pytest
 from l0fast.cli import parse, shipped_recipes
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
-from l0fast.layout import Layout, check_layout, engine_kind, gpu_memories, memory_complaint, sglang_layout
+from l0fast.layout import (
+    Layout,
+    check_layout,
+    engine_kind,
+    gpu_memories,
+    memory_complaint,
+    sglang_layout,
+    wait_for_memory,
+)
 from l0fast.learner import cost
 from l0fast.learner.cost import GIB, SHAPES
 
@@ -203,6 +212,52 @@ def test_the_gpus_that_are_read_are_the_runs_own(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 2")
     monkeypatch.setattr("l0fast.layout.num_gpus", lambda: 2)
     assert gpu_memories() == [81559 * 2**20] * 2
+
+
+@pytest.fixture
+def others(tmp_path, monkeypatch):
+    """Two GPUs of 80 GiB, of which others hold so much when they are looked at the first, the second, ... and the last time [MiB]."""
+
+    def hold(*looks: tuple[int, int]) -> None:
+        cases = "".join(f"{n}) echo '81920, {a}'; echo '81920, {b}';; " for n, (a, b) in enumerate(looks, 1))
+        count = f"n=$(( $(cat {tmp_path}/looks 2>/dev/null || echo 0) + 1 )); [ $n -gt {len(looks)} ] && n={len(looks)}"
+        (tmp_path / "nvidia-smi").write_text(
+            f"#!/bin/sh\n{count}; echo $n > {tmp_path}/looks; case $n in {cases}esac\n"
+        )
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,2")
+        monkeypatch.setattr("l0fast.layout.num_gpus", lambda: 2)
+        monkeypatch.setattr("l0fast.layout._LOOK_S", 0.0)
+
+    return hold
+
+
+def waits(run: RunConfig, monkeypatch, patience_s: float) -> None:
+    monkeypatch.setattr("l0fast.layout._PATIENCE_S", patience_s)
+    asyncio.run(wait_for_memory(run, MODEL, sglang_layout(run, 2)))
+
+
+@pytest.mark.parametrize("held", [(0, 700), (20_000, 20_000)])
+def test_others_may_have_what_is_left(others, monkeypatch, held):
+    others(held)
+    waits(engine(), monkeypatch, 0.0)
+
+
+@pytest.mark.parametrize("layout", ["resident", "sleep", "split"])
+def test_a_gpu_that_others_hold_too_much_of_is_named_before_anything_starts(others, monkeypatch, layout):
+    """SGLang would start with nine tenths of what is free, and the learner fail at its first step, in NCCL's words."""
+    others((20_000, 60_000))
+    run = config(engine={"kind": "sglang", "layout": layout}, learner={"ranks": 1 if layout == "split" else 0})
+    with pytest.raises(
+        UsageError, match=r"want 3\d\.\d GiB .* GPU 2's 80\.0 others hold 58\.6 .*CUDA_VISIBLE_DEVICES$"
+    ):
+        waits(run, monkeypatch, 0.0)
+
+
+def test_a_run_that_was_just_killed_has_time_to_go(others, monkeypatch):
+    others((60_000, 60_000), (0, 60_000), (0, 0))
+    waits(engine(), monkeypatch, 60.0)
 
 
 @pytest.mark.parametrize("recipe", [name for name in shipped_recipes() if name.startswith("l0_")])

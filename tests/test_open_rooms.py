@@ -4,6 +4,7 @@ import asyncio
 import sys
 import threading
 from contextlib import nullcontext
+from unittest.mock import AsyncMock
 
 import pytest
 from aiohttp import web
@@ -69,6 +70,7 @@ def test_a_learner_beside_sglang_is_on_the_gpus_that_were_dealt_out(monkeypatch:
     monkeypatch.setattr(
         rooms, "check_layout", lambda *args, **kwargs: Layout(engines=1, first_gpu=0, ranks=1, weights="ipc")
     )
+    monkeypatch.setattr(rooms, "wait_for_memory", AsyncMock())
     monkeypatch.setattr(rooms, "learner", opened)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     config = CONFIG.model_copy(update={"engine": CONFIG.engine.model_copy(update={"kind": "sglang"})})
