@@ -360,12 +360,19 @@ def _of_free(share: float, gpus: Iterable[int]) -> float:
 
 @contextmanager
 def _own_logging() -> Iterator[None]:
-    """SGLang puts its handler in the place of all others', and so prints what other packages log."""
+    """SGLang puts its handler in the place of all others', and so prints what other packages log.
+
+    It warns of wrong outputs where a context is longer than the model's, as `_KEPT_TOKENS` may make it; nobody gets so far.
+    """
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    models, kept = logging.getLogger("sglang.srt.configs.model_config"), "Warning: User-specified context_length"
+    quiet = lambda record: not record.getMessage().startswith(kept)  # noqa: E731
+    models.addFilter(quiet)
     try:
         yield
     finally:
+        models.removeFilter(quiet)
         root.handlers[:] = handlers
         root.setLevel(level)
 

@@ -1,5 +1,6 @@
 """What SGLang is started with on GPUs. They are a stand-in for nvidia-smi; no SGLang is needed."""
 
+import logging
 import socket
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from l0fast.config import EngineConfig
-from l0fast.engine.sglang_process import _PORTS, _arguments, _next_port
+from l0fast.engine.sglang_process import _PORTS, _arguments, _next_port, _own_logging
 from l0fast.errors import EngineError
 
 SMI = """#!/usr/bin/env python3
@@ -126,3 +127,14 @@ def test_an_engine_is_told_its_port(started):
 
 def test_no_script_that_binds_it_to_its_node_is_left_in_tmp(started):
     assert started(0)["SGLANG_NUMA_BIND_V2"] == "0"
+
+
+def test_sglang_says_nothing_of_the_tokens_that_are_kept_beside_a_whole_context(caplog):
+    """Its words are of wrong outputs and CUDA errors; of contexts it goes on to say what else there is to say."""
+    models = logging.getLogger("sglang.srt.configs.model_config")
+    warning = "Warning: User-specified context_length (646) is greater than the derived context_length (640)."
+    with _own_logging():
+        models.warning(warning)
+        models.warning("Warning: Target model's context_length (646)")
+    models.warning(warning)
+    assert caplog.messages == ["Warning: Target model's context_length (646)", warning]
