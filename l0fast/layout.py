@@ -220,30 +220,33 @@ def _held_complaint(config: RunConfig, shape: cost.ModelShape, layout: Layout) -
     ours = nvidia_smi.names(range(num_gpus()))
     fields = ("memory.total", "memory.used")
     memories = nvidia_smi.ask(fields, "how much memory the GPUs have and who has it", UsageError, gpus=ours)
-    for name, (total, used) in zip(ours, memories, strict=True):
+    for gpu, (name, (total, used)) in enumerate(zip(ours, memories, strict=True)):
         memory, held = total * 2**20, used * 2**20
-        wanted = wanted_bytes(config, shape, layout, gpu_memory_bytes=memory)
-        if held > _HELD_BY_NOBODY and held + wanted > memory:
+        whose, wanted = wanted_bytes(config, shape, layout, gpu, gpu_memory_bytes=memory)
+        if wanted and held > _HELD_BY_NOBODY and held + wanted > memory:
             return (
-                f"engine and learner want {wanted / cost.GIB:.1f} GiB of a GPU, but of GPU {name}'s {memory / cost.GIB:.1f} others hold "
+                f"{whose} {wanted / cost.GIB:.1f} GiB of a GPU, but of GPU {name}'s {memory / cost.GIB:.1f} others hold "
                 f"{held / cost.GIB:.1f} (nvidia-smi says who): end those, or choose other GPUs with CUDA_VISIBLE_DEVICES"
             )
     return None
 
 
-def wanted_bytes(config: RunConfig, shape: cost.ModelShape, layout: Layout, *, gpu_memory_bytes: float) -> float:
-    """Of the fullest GPU, at any time [bytes]."""
+def wanted_bytes(
+    config: RunConfig, shape: cost.ModelShape, layout: Layout, gpu: int, *, gpu_memory_bytes: float
+) -> tuple[str, float]:
+    """Who wants how much of a GPU, at any time; 0 where it is in nobody's part of the layout [bytes]."""
     setup = _setup(config, layout, gpu_memory_bytes, _liger())
     parts, exported = cost.memory_parts(shape, setup), exported_bytes(shape, layout)
     engine = sum(size for name, size in parts.items() if name.startswith("engine"))
     learner = sum(parts.values()) - engine
-    match config.engine.layout:
-        case "split":
-            return max(engine, learner)
-        case "sleep":
-            return max(learner + ASLEEP_BYTES, engine + sum(parts[name] for name in STATE) + exported)
-        case "resident":
-            return engine + learner + exported
+    if not 0 <= gpu - layout.first_gpu < layout.engines * config.engine.tensor_parallel:
+        return "the learner wants", learner if gpu < layout.ranks else 0.0
+    if gpu >= layout.ranks:
+        return "the engine wants", engine
+    if config.engine.layout == "sleep":
+        engine += sum(parts[name] for name in STATE) + exported
+        return "engine and learner want", max(learner + ASLEEP_BYTES, engine)
+    return "engine and learner want", engine + learner + exported
 
 
 def _shape(model_path: Path) -> cost.ModelShape | None:

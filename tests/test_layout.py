@@ -250,8 +250,39 @@ def test_a_gpu_that_others_hold_too_much_of_is_named_before_anything_starts(othe
     others((20_000, 60_000))
     run = config(engine={"kind": "sglang", "layout": layout}, learner={"ranks": 1 if layout == "split" else 0})
     with pytest.raises(
-        UsageError, match=r"want 3\d\.\d GiB .* GPU 2's 80\.0 others hold 58\.6 .*CUDA_VISIBLE_DEVICES$"
+        UsageError, match=r"wants? 3\d\.\d GiB .* GPU 2's 80\.0 others hold 58\.6 .*CUDA_VISIBLE_DEVICES$"
     ):
+        waits(run, monkeypatch, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("engine_settings", "ranks", "held"),
+    [
+        ({"count": 1}, 1, (0, 81_000)),
+        ({"count": 1}, 0, (0, 70_000)),
+        ({"layout": "sleep", "count": 1}, 0, (0, 70_000)),
+        ({"layout": "split"}, 1, (70_000, 0)),
+    ],
+)
+def test_others_may_have_a_gpu_of_which_less_or_nothing_is_wanted(others, monkeypatch, engine_settings, ranks, held):
+    others(held)
+    run = config(engine={"kind": "sglang", **engine_settings}, learner={"ranks": ranks})
+    waits(run, monkeypatch, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("engine_settings", "ranks", "held", "said"),
+    [
+        ({"layout": "split"}, 1, (80_000, 0), "^the learner wants 2.6 GiB .* GPU 3's"),
+        ({"layout": "split"}, 1, (0, 60_000), "^the engine wants 32.0 GiB .* GPU 2's"),
+        ({}, 1, (0, 60_000), "^the engine wants 32.0 GiB .* GPU 2's"),
+        ({"count": 1}, 0, (60_000, 0), "^engine and learner want 34.6 GiB .* GPU 3's"),
+    ],
+)
+def test_who_wants_a_gpu_that_others_hold_is_named(others, monkeypatch, engine_settings, ranks, held, said):
+    others(held)
+    run = config(engine={"kind": "sglang", **engine_settings}, learner={"ranks": ranks})
+    with pytest.raises(UsageError, match=said):
         waits(run, monkeypatch, 0.0)
 
 
