@@ -30,6 +30,8 @@ class DecodeGraphs:
         self._ids_S, self._columns_S = torch.zeros(2, num_slots, dtype=torch.int64, device=device)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        # one for all: torch keeps a workspace for each stream that cuBLAS was called on, of 32 MiB on an H100
+        self._stream = torch.cuda.Stream(device)
 
     def sizes(self, slots_n: Ints, positions_n: Ints) -> tuple[int, int]:
         """R and L of the graph for these."""
@@ -52,13 +54,12 @@ class DecodeGraphs:
     def _capture(self, rows: int, length: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         ids_R, columns_R = self._ids_S[:rows], self._columns_S[:rows]
         # libraries set themselves up at their first call, which no graph may hold; on a stream of its own, as torch asks
-        stream = torch.cuda.Stream(ids_R.device)
-        stream.wait_stream(torch.cuda.current_stream(ids_R.device))
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream(ids_R.device))
+        with torch.cuda.stream(self._stream):
             self._step(ids_R, columns_R, length)
-        torch.cuda.current_stream(ids_R.device).wait_stream(stream)
+        torch.cuda.current_stream(ids_R.device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             hidden_RE = self._step(ids_R, columns_R, length)
         return graph, hidden_RE
 

@@ -1,5 +1,7 @@
 """The slab model against transformers' own attention, and the sampler against the distribution it claims."""
 
+from unittest.mock import MagicMock
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ from transformers import (
 )
 
 from l0fast.engine import slot_model
-from l0fast.engine.decode_graphs import graph_sizes
+from l0fast.engine.decode_graphs import DecodeGraphs, graph_sizes
 from l0fast.engine.sampling import uniforms
 from l0fast.engine.slot_model import SlotModel, sample
 from l0fast.errors import UsageError
@@ -182,6 +184,22 @@ def test_a_step_of_the_first_slots_gives_those_that_run_what_they_get_alone(fold
 def test_graphs_are_of_sizes_that_hold_what_runs_and_few(slots, position, sizes):
     positions = np.full(len(slots), position)
     assert graph_sizes(np.array(slots), positions, num_slots=10, max_len=150) == sizes
+
+
+def test_graphs_are_made_on_one_stream(monkeypatch):
+    """On each that a product was computed on, cuBLAS has a workspace for good."""
+    cuda = MagicMock()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    graphs = DecodeGraphs(
+        lambda ids, columns, length: torch.zeros(len(ids), 3), num_slots=8, max_len=256, device=torch.device("cpu")
+    )
+    for slot in (0, 1, 3, 7):
+        graphs(np.array([slot]), np.array([5], np.int32), np.array([70]))
+    assert len(graphs._graphs) == cuda.graph.call_count == 4
+    assert cuda.Stream.call_count == 1
+    stream = cuda.Stream.return_value
+    assert {call.args for call in cuda.stream.call_args_list} == {(stream,)}
+    assert {call.kwargs["stream"] for call in cuda.graph.call_args_list} == {stream}
 
 
 @pytest.mark.gpu
