@@ -36,6 +36,8 @@ _HELD_BY_NOBODY = 1.0 * cost.GIB
 """The most that nvidia-smi counts of an idle GPU [bytes]."""
 _PATIENCE_S, _LOOK_S = 20.0, 1.0
 """How long GPUs may be in others' hands, and how often that is looked at [s]."""
+_LESS = (("engine", "--engine.memory-share"), ("learner", "--learner.pack-tokens"))
+"""What each takes less with."""
 STATE = ("master weights", "gradients", "AdamW moments", "reference", "critic", "other")
 """Parts of the learner's memory that are there between two steps."""
 
@@ -224,9 +226,10 @@ def _held_complaint(config: RunConfig, shape: cost.ModelShape, layout: Layout) -
         memory, held = total * 2**20, used * 2**20
         whose, wanted = wanted_bytes(config, shape, layout, gpu, gpu_memory_bytes=memory)
         if wanted and held > _HELD_BY_NOBODY and held + wanted > memory:
+            lower = " or ".join(setting for who, setting in _LESS if who in whose)
             return (
                 f"{whose} {wanted / cost.GIB:.1f} GiB of a GPU, but of GPU {name}'s {memory / cost.GIB:.1f} others hold "
-                f"{held / cost.GIB:.1f} (nvidia-smi says who): end those, or choose other GPUs with CUDA_VISIBLE_DEVICES"
+                f"{held / cost.GIB:.1f} (nvidia-smi says who): end those, choose other GPUs with CUDA_VISIBLE_DEVICES, or lower {lower}"
             )
     return None
 

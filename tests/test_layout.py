@@ -250,7 +250,7 @@ def test_a_gpu_that_others_hold_too_much_of_is_named_before_anything_starts(othe
     others((20_000, 60_000))
     run = config(engine={"kind": "sglang", "layout": layout}, learner={"ranks": 1 if layout == "split" else 0})
     with pytest.raises(
-        UsageError, match=r"wants? 3\d\.\d GiB .* GPU 2's 80\.0 others hold 58\.6 .*CUDA_VISIBLE_DEVICES$"
+        UsageError, match=r"wants? 3\d\.\d GiB .* GPU 2's 80\.0 others hold 58\.6 .*CUDA_VISIBLE_DEVICES, or lower --"
     ):
         waits(run, monkeypatch, 0.0)
 
@@ -273,8 +273,8 @@ def test_others_may_have_a_gpu_of_which_less_or_nothing_is_wanted(others, monkey
 @pytest.mark.parametrize(
     ("engine_settings", "ranks", "held", "said"),
     [
-        ({"layout": "split"}, 1, (80_000, 0), "^the learner wants 2.6 GiB .* GPU 3's"),
-        ({"layout": "split"}, 1, (0, 60_000), "^the engine wants 32.0 GiB .* GPU 2's"),
+        ({"layout": "split"}, 1, (80_000, 0), "^the learner wants 2.6 GiB .* GPU 3's .* lower --learner.pack-tokens$"),
+        ({"layout": "split"}, 1, (0, 60_000), "^the engine wants 32.0 GiB .* GPU 2's .* lower --engine.memory-share$"),
         ({}, 1, (0, 60_000), "^the engine wants 32.0 GiB .* GPU 2's"),
         ({"count": 1}, 0, (60_000, 0), "^engine and learner want 34.6 GiB .* GPU 3's"),
     ],
@@ -284,6 +284,14 @@ def test_who_wants_a_gpu_that_others_hold_is_named(others, monkeypatch, engine_s
     run = config(engine={"kind": "sglang", **engine_settings}, learner={"ranks": ranks})
     with pytest.raises(UsageError, match=said):
         waits(run, monkeypatch, 0.0)
+
+
+def test_beside_a_display_a_run_fits_with_the_setting_that_is_named(others, monkeypatch):
+    """Nobody would end that one, nor has a desktop another GPU."""
+    others((6_000, 6_000))
+    with pytest.raises(UsageError, match="lower --engine.memory-share or --learner.pack-tokens$"):
+        waits(engine(memory_share=0.9), monkeypatch, 0.0)
+    waits(engine(memory_share=0.85), monkeypatch, 0.0)
 
 
 def test_a_run_that_was_just_killed_has_time_to_go(others, monkeypatch):
