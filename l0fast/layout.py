@@ -36,6 +36,7 @@ _HELD_BY_NOBODY = 1.0 * cost.GIB
 """The most that nvidia-smi counts of an idle GPU [bytes]."""
 _PATIENCE_S, _LOOK_S = 20.0, 1.0
 """How long GPUs may be in others' hands, and how often that is looked at [s]."""
+_DRIVER = Path("/proc/driver/nvidia/gpus")
 _LESS = (("engine", "--engine.memory-share"), ("learner", "--learner.pack-tokens"))
 """What each takes less with."""
 STATE = ("master weights", "gradients", "AdamW moments", "reference", "critic", "other")
@@ -219,6 +220,10 @@ async def wait_for_memory(config: RunConfig, model_path: Path, layout: Layout) -
 
 def _held_complaint(config: RunConfig, shape: cost.ModelShape, layout: Layout) -> str | None:
     """None where what others hold leaves enough; else one sentence about the first GPU where it does not."""
+    # where a GPU's memory is a NUMA node (Grace Hopper), pages stay with it when their process ends, and the kernel keeps files in
+    # it: used, but to be had (https://docs.nvidia.com/deploy/nvml-api/known-issues.html). The driver has this file only there
+    if any(_DRIVER.glob("*/numa_status")):
+        return None
     ours = nvidia_smi.names(range(num_gpus()))
     fields = ("memory.total", "memory.used")
     memories = nvidia_smi.ask(fields, "how much memory the GPUs have and who has it", UsageError, gpus=ours)

@@ -294,6 +294,17 @@ def test_beside_a_display_a_run_fits_with_the_setting_that_is_named(others, monk
     waits(engine(memory_share=0.85), monkeypatch, 0.0)
 
 
+def test_memory_of_a_gpu_that_the_kernel_manages_is_held_by_nobody(others, monkeypatch, tmp_path):
+    """Grace Hopper's counts as used what processes left that have ended, and cached files."""
+    others((60_000, 60_000))
+    monkeypatch.setattr("l0fast.layout._DRIVER", tmp_path / "gpus")
+    (tmp_path / "gpus/0009:01:00.0").mkdir(parents=True)
+    with pytest.raises(UsageError, match="others hold"):
+        waits(engine(), monkeypatch, 0.0)
+    (tmp_path / "gpus/0009:01:00.0/numa_status").write_text("Node:      1\nStatus:    online\n")
+    waits(engine(), monkeypatch, 0.0)
+
+
 def test_a_run_that_was_just_killed_has_time_to_go(others, monkeypatch):
     others((60_000, 60_000), (0, 60_000), (0, 0))
     waits(engine(), monkeypatch, 60.0)
