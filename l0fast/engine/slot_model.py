@@ -40,7 +40,7 @@ _PREFILL_COLUMNS = 1024
 _DENSE_SHARE = 0.6
 """Decode attends over the slab in place where at least this share of the slots from first to last is running."""
 _MOST_IDLE_BYTES = 16e9
-"""What a graph may read of slots that do not run [bytes]: on an H200 that takes 4 ms, launching a step's kernels 20."""
+"""What a graph may read that nobody attends to [bytes]: on an H200 that takes 4 ms, launching a step's kernels 20."""
 
 _SETTINGS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 """What a model's settings must have to be served."""
@@ -126,13 +126,14 @@ class SlotModel:
     def decode(self, slots_n: Ints, ids_n: NDArray[np.int32], positions_n: Ints) -> Tensor:
         """Compute one id a row, at column `positions_n`; slots ascend. Returns the logits after it, [n, V]."""
         assert (np.diff(slots_n) > 0).all()
+        length = int(positions_n.max()) + 1
         if self._graphs is not None:
             rows, columns = self._graphs.sizes(slots_n, positions_n)
-            if (rows - len(slots_n)) * columns * self._column_bytes <= _MOST_IDLE_BYTES:
+            if (rows * columns - len(slots_n) * length) * self._column_bytes <= _MOST_IDLE_BYTES:
                 return self._logits(self._graphs(slots_n, ids_n, positions_n))
         first, end = int(slots_n[0]), int(slots_n[-1]) + 1
         block = slice(first, end) if len(slots_n) >= _DENSE_SHARE * (end - first) else None
-        slab_pass = _Decode(self, self._put(slots_n), self._put(positions_n), int(positions_n.max()) + 1, block)
+        slab_pass = _Decode(self, self._put(slots_n), self._put(positions_n), length, block)
         return self._logits(self._forward(self._put(ids_n[:, None].astype(np.int64)), slab_pass)[:, 0])
 
     @torch.inference_mode()
