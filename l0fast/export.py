@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
-from l0fast.files import weights_for_all
 from l0fast.hub import weight_files
 from l0fast.ipc import tensor_shapes
 from l0fast.run_dir import checkpoints, read_driver_state
@@ -62,7 +61,7 @@ def export(checkpoint: Path, out: Path, *, dtype: str = "float32", model: Path |
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from l0fast.learner.policy_model import keep_unchanged
+    from l0fast.learner.policy_model import write_model
 
     check_out(out)
     state = read_driver_state(checkpoint)
@@ -84,9 +83,7 @@ def export(checkpoint: Path, out: Path, *, dtype: str = "float32", model: Path |
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            shell.save_pretrained(partial, state_dict=weights)
-            weights_for_all(partial)
-            keep_unchanged(model, partial, to)
+            write_model(shell, weights, model, partial, to)
             partial.rename(out)
         except BaseException:
             shutil.rmtree(partial)

@@ -29,8 +29,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from l0fast.config import LearnerConfig
 from l0fast.files import weights_for_all
@@ -393,15 +394,14 @@ class PolicyModel:
         weights = {}
         for name, weight in self.weights():
             if self.place.rank == 0:
-                weights[name] = weight.cpu()
+                # gathered there is room behind it, and no part of something larger is written
+                weights[name] = weight.to("cpu", copy=True)
         self.progress.say("writing a model folder", self.config.io_timeout_s)
         if self.place.rank == 0:
             path.mkdir(parents=True, exist_ok=True)
             with torch.device("meta"):
                 shell = AutoModelForCausalLM.from_config(self.model.config, dtype=torch.float32)
-            shell.save_pretrained(path, state_dict=weights)
-            weights_for_all(path)
-            keep_unchanged(self.model_path, path, torch.float32)
+            write_model(shell, weights, self.model_path, path, torch.float32)
 
 
 def _in_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
@@ -418,6 +418,28 @@ def _in_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Ite
 
 def _copy(pack: Pack) -> Pack:
     return Pack(**{name: getattr(pack, name).copy() for name in Pack.__slots__})
+
+
+def write_model(
+    shell: PreTrainedModel, weights: dict[str, Tensor], start: Path, folder: Path, dtype: torch.dtype
+) -> None:
+    """Fill a model folder in Hugging Face form; the tokenizer and the settings are those of `start`.
+
+    Not by save_pretrained: that asks accelerate what the model is wrapped in, which imports DeepSpeed where it is installed,
+    and an older one than torch, or one without a CUDA toolkit, can't be imported.
+
+    Args:
+        shell: the model, on the meta device.
+        weights: by the names of the files, tied ones once.
+        dtype: of the weights.
+    """
+    shell.config.architectures = [type(shell).__name__]
+    shell.config.save_pretrained(folder)
+    if shell.generation_config is not None:
+        shell.generation_config.save_pretrained(folder)
+    save_torch_state_dict(weights, folder, max_shard_size="50GB")
+    weights_for_all(folder)
+    keep_unchanged(start, folder, dtype)
 
 
 def keep_unchanged(start: Path, folder: Path, dtype: torch.dtype) -> None:

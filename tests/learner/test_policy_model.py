@@ -500,6 +500,20 @@ def test_published_weights_are_the_models(policy):
         policy.publish(tensors)
 
 
+def test_a_model_is_written_where_deepspeed_is_installed_and_can_not_be_imported(policy, tmp_path, monkeypatch):
+    """As one that is older than torch, or has no CUDA toolkit: accelerate, which transformers asks, would import it."""
+    package, about = tmp_path / "site" / "deepspeed", tmp_path / "site" / "deepspeed-0.14.0.dist-info"
+    package.mkdir(parents=True)
+    about.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('CUDA_HOME does not exist, unable to compile CUDA op(s)')")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.14.0\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    policy.save(tmp_path / "model")
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for name, p in policy.model.named_parameters():
+        assert torch.equal(written.get_parameter(name), p)
+
+
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(UsageError, match="can't be loaded as a model"):
         PolicyModel(tmp_path, LearnerConfig(), num_steps=1, temperature=1.0)
