@@ -90,6 +90,7 @@ def run(channel: Channel, args: dict[str, Any]) -> None:
     if device == "cpu" and publishes:
         # as the engine that takes them does; SGLang's processes do not, and wait for what we send them
         stand_back()
+    channel.progress("meeting the other ranks", config.io_timeout_s)
     with process_group(device, rank, world, args["port"], args["listen_fd"], config.io_timeout_s):
         channel.progress("loading the model", config.io_timeout_s)
         policy = PolicyModel(
@@ -164,6 +165,11 @@ def process_group(device: str, rank: int, world: int, port: int, listen_fd: int,
         # no device_id: with one torch splits every later group from this one, and all ranks of the learner would have to take
         # part in making those with engines (broadcast.py)
     )
+    if on_gpu and world > 1:
+        # NCCL connects GPUs at their first collective. What it lacks, such as room in /dev/shm, would else be told at the first
+        # step, when all that a run evaluates before is done
+        dist.all_reduce(torch.zeros((), device=device))
+        torch.cuda.synchronize()
     yield
     # not after a failure: NCCL waits for all ranks here, and they may wait inside a collective
     dist.destroy_process_group()

@@ -243,6 +243,24 @@ def test_groups_with_engines_are_not_split_from_the_learners(monkeypatch):
             assert devices == [None]
 
 
+def test_gpus_are_connected_when_ranks_have_met_and_not_at_the_first_step(monkeypatch):
+    """What NCCL says where it can't is then told before anything is sampled."""
+    zeros, reduced = torch.zeros, []
+
+    def all_reduce(tensor):
+        reduced.append(tensor)
+        raise dist.DistBackendError("Error while creating shared memory segment /dev/shm/nccl-XqQ1zD (size 9637888)")
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda rank: None)
+    monkeypatch.setattr(torch, "zeros", lambda shape, device: zeros(shape))
+    monkeypatch.setattr(dist, "TCPStore", lambda *args, **kwargs: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    with pytest.raises(dist.DistBackendError, match="/dev/shm"), process_group("cuda", 1, 8, 0, -1, 60.0):
+        pytest.fail("a rank was set up")
+    assert len(reduced) == 1
+
+
 @pytest.mark.parametrize(("meets", "theirs", "ours"), [(True, None, "0"), (True, "1", "1"), (False, None, None)])
 def test_nccl_is_set_up_as_that_of_the_engines_it_meets(monkeypatch, program, meets, theirs, ours):
     class Channel:
