@@ -27,6 +27,7 @@ from l0fast.engine.buckets import DiskWeights, GroupWeights, HostWeights, RankWe
 from l0fast.engine.fleet import Fleet, WeightSource
 from l0fast.engine.gate import GatedEngine, gated
 from l0fast.engine.sglang import sglang_fleet
+from l0fast.engine.sglang_process import check_sockets
 from l0fast.engine.simulated import SimulatedEngine
 from l0fast.engine.transformers import check_model_folder, transformers_engine
 from l0fast.errors import UsageError
@@ -85,6 +86,7 @@ def _check_model(config: RunConfig) -> None:
     Chat(folder).continuation("", closed=True)
     check_model_folder(folder, config.agent.context_tokens)
     if engine_kind(config) == "sglang":
+        check_sockets()
         check_layout(config, folder, gpus=num_gpus())
 
 

@@ -40,6 +40,7 @@ import os
 import random
 import signal
 import socket
+import tempfile
 import threading
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -65,6 +66,8 @@ _MOST_OF_FREE = 0.9
 """Of a GPU's free memory, for weights, keys and values: graphs and activations want some of the rest."""
 _LEAST_HEAD_DIM = 64
 """Of models that have kernels for each GPU: below, as the policies that ship are, FlashInfer and TensorRT-LLM have none."""
+_SOCKET_CHARS, _NAME_CHARS = 107, len("/tmpxxxxxxxx")
+"""Of a socket's path, and of what SGLang adds to the folder for temporary files [bytes]."""
 _PR_SET_PDEATHSIG = 1
 _PORTS = range(22_000, 30_000)
 """Below those that the kernel deals out to whoever asks for any."""
@@ -90,6 +93,16 @@ async def sglang_process(
             yield await starting.engine(config.start_timeout_s), starting.children
         finally:
             await starting.end()
+
+
+def check_sockets() -> None:
+    """SGLang's processes meet at sockets in the folder for temporary files. Raises UsageError where its name is too long."""
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) + _NAME_CHARS > _SOCKET_CHARS:
+        raise UsageError(
+            f"TMPDIR = {folder} has {len(os.fsencode(folder))} characters, and those of a folder with sglang's sockets may be "
+            f"{_SOCKET_CHARS - _NAME_CHARS}: set TMPDIR to a shorter one, for example /tmp"
+        )
 
 
 @contextmanager

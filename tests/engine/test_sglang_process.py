@@ -2,14 +2,16 @@
 
 import logging
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from l0fast.config import EngineConfig
-from l0fast.engine.sglang_process import _PORTS, _arguments, _next_port, _own_logging
-from l0fast.errors import EngineError
+from l0fast.config import EngineConfig, RunConfig
+from l0fast.engine.sglang_process import _PORTS, _arguments, _next_port, _own_logging, check_sockets
+from l0fast.errors import EngineError, UsageError
+from l0fast.rooms import check
 
 SMI = """#!/usr/bin/env python3
 import sys
@@ -138,3 +140,24 @@ def test_sglang_says_nothing_of_the_tokens_that_are_kept_beside_a_whole_context(
         models.warning("Warning: Target model's context_length (646)")
     models.warning(warning)
     assert caplog.messages == ["Warning: Target model's context_length (646)", warning]
+
+
+def test_a_folder_for_temporary_files_in_whose_names_no_socket_fits_is_refused(monkeypatch, tmp_path):
+    """To the character: sglang names its sockets as tempfile does, and the kernel takes 107."""
+    length = 107 - len("/tmpxxxxxxxx")
+    for folder in ("/" + "s" * (length - 1), "/" + "ß" * (length // 2)):
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        check_sockets()
+        monkeypatch.setattr(tempfile, "tempdir", folder + "s")
+        with pytest.raises(
+            UsageError, match=rf"^TMPDIR = {folder}s has .*: set TMPDIR to a shorter one, for example /tmp$"
+        ):
+            check_sockets()
+    with tempfile.NamedTemporaryFile(dir=tmp_path) as file:
+        assert len(file.name) == len(f"{tmp_path}/tmpxxxxxxxx")
+
+
+def test_a_run_is_refused_for_it_before_it_loads_anything(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}/{'s' * 107}")
+    with pytest.raises(UsageError, match="^TMPDIR = "):
+        check(RunConfig.model_validate({"engine": {"kind": "sglang"}}))
