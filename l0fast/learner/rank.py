@@ -165,14 +165,22 @@ def process_group(device: str, rank: int, world: int, port: int, listen_fd: int,
         # no device_id: with one torch splits every later group from this one, and all ranks of the learner would have to take
         # part in making those with engines (broadcast.py)
     )
-    if on_gpu and world > 1:
-        # NCCL connects GPUs at their first collective. What it lacks, such as room in /dev/shm, would else be told at the first
-        # step, when all that a run evaluates before is done
-        dist.all_reduce(torch.zeros((), device=device))
-        torch.cuda.synchronize()
+    if on_gpu:
+        _connect(device)
     yield
     # not after a failure: NCCL waits for all ranks here, and they may wait inside a collective
     dist.destroy_process_group()
+
+
+def _connect(device: str) -> None:
+    """NCCL does it at the first collective. What it lacks, such as room in /dev/shm or of a GPU's memory, would else be told at the
+    first step, when all that a run evaluates before is done.
+    """
+    import torch
+    import torch.distributed as dist
+
+    dist.all_reduce(torch.zeros((), device=device))
+    torch.cuda.synchronize()
 
 
 class Rank:
