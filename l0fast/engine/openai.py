@@ -8,7 +8,8 @@ and encoding text again gives other ids for about half of all sampled sequences.
 What goes wrong:
     no connection, a lost or cut one, 408, 409, 429, 5xx   asked again: after Retry-After, else with growing waits,
                                                            until `attempts` or `timeout_s` are used up: EngineError
-    401, 402, 404, a redirect; 403 before any answer       UsageError: what to set right
+    401, 402, 404, a redirect; 403 before any answer;      UsageError: what to set right
+    nothing but "insufficient_quota" for `SPENT_S`
     other refusals, answers that are none, or too long     EngineError, with the endpoint's own words
 Its dialect is learned from a refusal that names a word: `max_tokens` is called `max_completion_tokens` by newer servers; older
 ones don't know `stream_options`, some no `seed`, and models that reason no `stop`: their answers are cut here. A temperature
@@ -50,6 +51,9 @@ ERROR_CHARS = 300
 """What is shown of an endpoint's complaint [characters]."""
 MAX_WAIT_S = 30.0
 """Longest wait of our own between two tries; Retry-After may ask for more [s]."""
+SPENT_S = 120.0
+"""Time without an answer after which a 429 of insufficient_quota is believed. OpenAI means an account that is empty, but others
+say so, in the same words, of a limit on tokens a minute [s]."""
 
 # stamina logs every retry as a warning, errors and all; retries are counted here
 logging.getLogger("stamina").addHandler(logging.NullHandler())
@@ -105,6 +109,24 @@ class _Passing(Exception):
         self.wait_s = wait_s
 
 
+class Account:
+    """Whether one that is said to be empty is believed to be. Times are of any clock [s]."""
+
+    def __init__(self):
+        self._first = self._last = float("-inf")
+
+    def is_empty(self, now: float) -> bool:
+        """It is said to be. True where it has been for `SPENT_S`, again and again, and nobody was answered."""
+        if now - self._last > SPENT_S / 2:
+            # a while ago: of another limit, perhaps
+            self._first = now
+        self._last = now
+        return now - self._first >= SPENT_S
+
+    def answered(self) -> None:
+        self._last = float("-inf")
+
+
 class OpenAIEngine:
     """The `TextEngine` protocol over HTTP. Made by `openai_engine`."""
 
@@ -120,6 +142,7 @@ class OpenAIEngine:
         self._url = endpoint_url(config.url)
         self._slots = asyncio.Semaphore(config.max_concurrent)
         self._running = self._waiting = 0
+        self._account = Account()
         self._renamed: dict[str, str] = {}
         self._unknown: set[str] = set()
 
@@ -244,6 +267,9 @@ class OpenAIEngine:
         """What an answer that isn't 200 means."""
         status, said = response.status, self._clean(complaint(answer))
         how = f"it answered {status} {self._clean(response.reason or '')}".rstrip() + (f": {said}" if said else "")
+        now = asyncio.get_running_loop().time()
+        if status == 402 or (status == 429 and b"insufficient_quota" in answer and self._account.is_empty(now)):
+            return UsageError(f"{self._url} answers nobody whose account is empty ({how}): top it up, and go on")
         if status in (408, 409, 429) or status >= 500:
             # none at all, or by a clock that differs from ours: a wait that grows, as without it
             wait_s = retry_after_s(response.headers.get("Retry-After"), time.time()) or None
@@ -257,8 +283,6 @@ class OpenAIEngine:
             which = self._config.api_key_env or DEFAULT_KEY
             held = "holds another key" if self._key else "is not set, or not sent to such an address"
             return UsageError(f"{self._url} lets nobody in without a key it knows ({how}): {which} {held}")
-        if status == 402:
-            return UsageError(f"{self._url} answers nobody whose account is empty ({how}): top it up, and go on")
         if status == 404:
             return UsageError(f"{self._url} has no model {self._config.model!r}, or is no such endpoint ({how})")
         if status in (400, 422) and self._learn(said, body):
@@ -309,6 +333,7 @@ class OpenAIEngine:
     def _counted(self, answer: "_Answer") -> SampledText:
         usage, counts = self.usage, answer.usage
         usage.answers += 1
+        self._account.answered()
         if counts is None or counts.prompt_tokens is None or counts.completion_tokens is None:
             usage.uncounted += 1
         else:

@@ -15,8 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l0fast.corpus.embeddings import embeddings_url
+from l0fast.engine import openai
 from l0fast.engine.base import SampledText, Sampling
 from l0fast.engine.openai import (
+    SPENT_S,
+    Account,
     EndpointConfig,
     Events,
     OpenAIEngine,
@@ -420,6 +423,45 @@ def test_what_a_person_can_set_right_is_a_usage_error(reply: Reply, words: str):
     with pytest.raises(UsageError, match=words) as caught:
         ask([reply, data(whole())])
     assert KEY not in str(caught.value)
+
+
+SPENT = {
+    "message": "You exceeded your current quota, please check your plan and billing details.",
+    "type": "insufficient_quota",
+    "code": "insufficient_quota",
+}
+"""In OpenAI's words, which Alibaba's endpoint has, too, where a minute's tokens are used up."""
+
+
+def test_an_account_that_stays_empty_is_a_usage_error_in_the_words_of_the_service(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(openai, "SPENT_S", 0.0)
+    with pytest.raises(
+        UsageError, match="429 Too Many Requests: You exceeded your current quota.*top it up, and go on"
+    ):
+        ask([data({"error": SPENT}, status=429), data(whole())])
+    # of how fast it is asked
+    assert ask([status(429), data(whole())])[0].text == "Oslo"
+
+
+def test_an_account_that_is_said_to_be_empty_is_asked_again():
+    said, requests, engine = ask([data({"error": SPENT}, status=429), data(whole())])
+    assert said.text == "Oslo"
+    assert len(requests) == 2
+    assert engine._account._last == Account()._last, "the answer has to count"
+
+
+def test_an_account_is_empty_that_was_said_to_be_for_long_with_no_answer_between():
+    half, account = SPENT_S / 2, Account()
+    assert [account.is_empty(at) for at in (0.0, half, 2 * half - 1, 2 * half)] == [False, False, False, True]
+    account.answered()
+    assert [account.is_empty(2 * half + at) for at in (1.0, half, 2 * half, 2 * half + 1)] == [
+        False,
+        False,
+        False,
+        True,
+    ]
+    # each may be of a minute whose tokens were used up
+    assert not any(account.is_empty(1e6 + 3 * half * n) for n in range(9))
 
 
 def test_the_dialect_is_learned_once():
