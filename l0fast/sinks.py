@@ -4,6 +4,9 @@
     tensorboard    event files in the run's folder: tensorboard --logdir RUNS
     prometheus     http://127.0.0.1:PORT/metrics, gauges with the newest step's values; this machine alone can ask
 
+A run that goes on does so there, too. TensorBoard then forgets the steps that are taken once more; Weights & Biases keeps those
+that it was told first.
+
 Each has a thread and a queue: the event loop puts a row there and goes on. A package that is missing is said before the
 run starts. A sink that fails later is said once, in the log and on the terminal, and gets no more rows; the run goes on.
 """
@@ -13,6 +16,7 @@ import math
 import os
 import queue
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +26,7 @@ from typing import Any, Protocol
 
 from l0fast.config import MetricsConfig, RunConfig
 from l0fast.errors import UsageError
+from l0fast.files import write_whole
 
 Row = Mapping[str, Any]
 
@@ -169,17 +174,25 @@ class _TensorBoard:
     """Scalars by tensorboard's own event writer: torch's would load torch into the driver."""
 
     def __init__(self, run_dir: Path):
-        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportMissingImports]
+        from tensorboard.compat.proto.event_pb2 import (  # pyright: ignore[reportMissingImports]
+            Event,
+            SessionLog,
+        )
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportMissingImports]
         from tensorboard.summary.writer.event_file_writer import EventFileWriter  # pyright: ignore[reportMissingImports]
 
         self._event, self._summary = Event, Summary
+        self._begins: Any = SessionLog(status=SessionLog.START)
         self._writer = EventFileWriter(str(run_dir / "tensorboard"))
 
     def write(self, row: Row) -> None:
         values = [self._summary.Value(tag=key, simple_value=value) for key, value in numbers(row).items()]
-        summary = self._summary(value=values)
-        self._writer.add_event(self._event(wall_time=time.time(), step=int(row.get("step", 0)), summary=summary))
+        step, summary = int(row.get("step", 0)), self._summary(value=values)
+        if self._begins is not None:
+            # what another process has told of this step and later ones counts no more
+            self._writer.add_event(self._event(wall_time=time.time(), step=step, session_log=self._begins))
+            self._begins = None
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
         self._writer.flush()
 
     def close(self) -> None:
@@ -193,7 +206,12 @@ class _Wandb:
         import wandb  # pyright: ignore[reportMissingImports]
 
         self._run = wandb.init(
-            project=config.metrics.wandb_project, name=run_dir.name, dir=run_dir, config=config.model_dump(mode="json")
+            project=config.metrics.wandb_project,
+            name=run_dir.name,
+            dir=run_dir,
+            config=config.model_dump(mode="json"),
+            id=os.environ.get("WANDB_RUN_ID") or _wandb_id(run_dir),
+            resume="allow",
         )
 
     def write(self, row: Row) -> None:
@@ -201,3 +219,11 @@ class _Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """Of the run there; kept in its folder, for when it goes on."""
+    file = run_dir / "wandb_id.txt"
+    if not file.exists():
+        write_whole(file, secrets.token_hex(8).encode())
+    return file.read_text()

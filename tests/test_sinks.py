@@ -1,10 +1,13 @@
 """Where metrics go besides metrics.jsonl: off the loop, and never the end of a run."""
 
 import importlib.util
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -148,6 +151,48 @@ def test_tensorboard_can_read_what_is_written(tmp_path: Path):
         put(ROW | {"step": 4, "rollout/reward": 0.75})
     read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in read.Scalars("rollout/reward")] == [(3, 0.5), (4, 0.75)]
+
+
+def test_tensorboard_shows_what_a_run_did_that_went_on_from_an_earlier_step(tmp_path: Path):
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import (  # pyright: ignore[reportMissingImports]
+        EventAccumulator,
+    )
+
+    for steps, reward in (((1, 2, 3, 4), 0.25), ((3, 4, 5), 0.75)):
+        with open_sinks(config("tensorboard"), tmp_path, pytest.fail) as put:
+            for step in steps:
+                put({"step": step, "rollout/reward": reward})
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    told = [(e.step, e.value) for e in read.Scalars("rollout/reward")]
+    assert told == [(1, 0.25), (2, 0.25), (3, 0.75), (4, 0.75), (5, 0.75)]
+
+
+def test_a_run_that_goes_on_is_the_same_one_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[dict[str, Any]] = []
+    stand_in = ModuleType("wandb")
+
+    class Run:
+        def log(self, row: sinks.Row, step: int) -> None: ...
+
+        def finish(self) -> None: ...
+
+    def init(**settings: Any) -> Run:
+        asked.append(settings)
+        return Run()
+
+    monkeypatch.setattr(stand_in, "init", init, raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    other = tmp_path / "other"
+    other.mkdir()
+    for folder in (tmp_path, tmp_path, other):
+        with open_sinks(config("wandb"), folder, pytest.fail) as put:
+            put(ROW)
+    first, again, another = (settings["id"] for settings in asked)
+    assert first == again != another
+    assert {settings["resume"] for settings in asked} == {"allow"}
 
 
 def test_wandb_takes_them_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
