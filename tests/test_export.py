@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from l0fast.agent.chat import Chat
 from l0fast.config import LearnerConfig, RunConfig
 from l0fast.errors import UsageError
 from l0fast.export import DTYPES, export, find_checkpoint, main
@@ -101,6 +102,27 @@ def test_settings_stay_in_the_words_of_the_model_the_run_began_with(policy_folde
         model = AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype="auto")
         assert model.config.rope_parameters["rope_theta"] == 1e6
         assert str(model.dtype) == f"torch.{dtype}"
+
+
+@pytest.mark.parametrize(
+    "theirs", [None, {"eos_token_id": 0, "top_p": 0.9}], ids=["in config.json alone", "a base model's"]
+)
+def test_whoever_loads_a_policy_ends_a_turn_where_training_did(theirs, policy_folder: Path, tmp_path: Path):
+    base = shutil.copytree(policy_folder, tmp_path / "base")
+    settings = json.loads((base / "config.json").read_text()) | {"eos_token_id": 0}
+    (base / "config.json").write_text(json.dumps(settings))
+    (base / "generation_config.json").unlink(missing_ok=True)
+    if theirs is not None:
+        (base / "generation_config.json").write_text(json.dumps(theirs))
+    saved(tmp_path / "run", base).save(tmp_path / "saved")
+    export(find_checkpoint(tmp_path / "run"), tmp_path / "out")
+    stops = list(Chat(base).stop_token_ids)
+    assert stops == [2, 0]
+    for folder in ("saved", "out"):
+        written = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        assert written["eos_token_id"] == stops
+        assert written.get("top_p") == (theirs or {}).get("top_p")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / folder).generation_config.eos_token_id == stops
 
 
 def test_lora_is_merged(policy_folder: Path, tmp_path: Path):

@@ -22,7 +22,7 @@ import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,9 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from l0fast.agent.chat import Chat
 from l0fast.config import LearnerConfig
+from l0fast.errors import UsageError
 from l0fast.files import weights_for_all
 from l0fast.learner import lora
 from l0fast.learner.algorithms import MAX_LOG_RATIO, gspo_coefficients
@@ -446,7 +448,8 @@ def keep_unchanged(start: Path, folder: Path, dtype: torch.dtype) -> None:
     """Put into a model folder that transformers has written what training does not change, as `start` has it.
 
     The settings, too, in the words of whoever wrote them: this transformers has words of its own for the angles (rope_parameters),
-    and one before 5 that reads them takes its defaults, for other log-probs than were trained.
+    and one before 5 that reads them takes its defaults, for other log-probs than were trained. A base model's settings know of no
+    turns, and who loads the folder would go on after the end of an answer: they get the tokens that ended one in training.
 
     Args:
         dtype: of the weights written.
@@ -460,6 +463,18 @@ def keep_unchanged(start: Path, folder: Path, dtype: torch.dtype) -> None:
     named = [name for name in ("dtype", "torch_dtype") if name in settings] or ["dtype"]
     settings |= dict.fromkeys(named, str(dtype).removeprefix("torch."))
     path.write_text(json.dumps({"architectures": written["architectures"]} | settings, indent=2) + "\n")
+    # not of a model whose form of chat no agent here knows
+    with suppress(UsageError):
+        _end_turns(folder, Chat(start).stop_token_ids)
+
+
+def _end_turns(folder: Path, stop_ids: Sequence[int]) -> None:
+    """Name in a model folder what ends a turn, where it doesn't yet."""
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    ends = settings.get("eos_token_id")
+    if not set(stop_ids) <= {*(ends if isinstance(ends, list) else [ends])}:
+        path.write_text(json.dumps(settings | {"eos_token_id": list(stop_ids)}, indent=2) + "\n")
 
 
 def unchanged_files(folder: Path) -> set[Path]:
