@@ -21,7 +21,6 @@ repeat it), not to where a redirect points, and not over plain http to another m
 
 import asyncio
 import codecs
-import ipaddress
 import logging
 import os
 import re
@@ -41,6 +40,7 @@ from l0fast.config import ENDPOINT_CAN_NOT_TRAIN, Config
 from l0fast.engine.base import EngineLoad, Message, SampledText, Sampling
 from l0fast.errors import EngineError, UsageError
 from l0fast.http_dates import retry_after_s
+from l0fast.proxies import is_loopback, proxy_of
 
 DEFAULT_KEY = "OPENAI_API_KEY"
 BYTES_PER_TOKEN = 1024
@@ -237,6 +237,9 @@ class OpenAIEngine:
                     answer.add(self._read(await _limited(response, max_bytes)))
         except aiohttp.ClientSSLError as e:
             raise UsageError(f"{self._url} has no certificate that holds here ({self._clean(str(e))}): check it") from e
+        except aiohttp.ClientHttpProxyError as e:
+            # its text may hold the proxy's address, with a password in it
+            raise _Passing(self._clean(f"the proxy that HTTPS_PROXY names answered {e.status} {e.message}")) from e
         except (aiohttp.ClientError, OSError) as e:
             # TimeoutError is an OSError: a connection or a stream that kept silent
             raise _Passing(self._clean(f"{type(e).__name__}: {e}" if str(e) else type(e).__name__)) from e
@@ -370,7 +373,7 @@ async def openai_engine(
         on_text: told (conversation, text) while an answer comes; None for whole answers, which cost the event loop less.
 
     Raises:
-        UsageError: an address or key that can't be used.
+        UsageError: an address, a key or a proxy that can't be used.
     """
     url = endpoint_url(config.url)
     key = api_key(config, url)
@@ -378,6 +381,7 @@ async def openai_engine(
     silence_s = config.timeout_s if on_text is None else config.silence_timeout_s
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=config.max_concurrent),
+        proxy=proxy_of(url),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=config.connect_timeout_s, sock_read=silence_s),
         headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
     ) as session:
@@ -419,14 +423,7 @@ def api_key(config: EndpointConfig, url: str) -> str:
     if not key.isascii() or not key.isprintable():
         raise UsageError(f"{config.api_key_env or DEFAULT_KEY} holds characters that no key has: set it again")
     parts = urlsplit(url)
-    return key if config.api_key_env or parts.scheme == "https" or _is_loopback(parts.hostname or "") else ""
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return key if config.api_key_env or parts.scheme == "https" or is_loopback(parts.hostname or "") else ""
 
 
 def as_written(reasoning: str, content: str) -> str:

@@ -2,10 +2,12 @@
 
     public    any http(s) address a model comes up with: its host must resolve to public addresses alone (no loopback,
               private, link-local, shared or reserved ones), the connection goes to an address that was checked, and every
-              redirect is checked anew. So nothing on this machine or its network can be read through an agent.
-    service   an address from the settings, with a key: wherever the user says, redirects not followed.
+              redirect is checked anew. So nothing on this machine or its network can be read through an agent; nor by
+              way of a proxy of the environment, which is not used: it would look the name up again, in its own network.
+    service   an address from the settings, with a key: wherever the user says, redirects not followed; by HTTPS_PROXY, if
+              the environment has one.
 
-Both: a deadline for all of it, a limit on bytes (after decompression), proxies of the environment not used. What may pass
+Both: a deadline for all of it, a limit on bytes (after decompression). What may pass
 (no connection, 408, 429, 5xx) is `Passing`, an OSError, so the broker asks again, after Retry-After where that was said;
 anything else is a ToolError with the status, for the agent to read. Not so where a service turns one request after the other
 away for who asks (a key that is wrong, credits that are used up): no agent can help that, and a policy would be trained on
@@ -31,6 +33,7 @@ from l0fast import __version__
 from l0fast.engine.openai import complaint
 from l0fast.errors import ToolError, UsageError
 from l0fast.http_dates import retry_after_s
+from l0fast.proxies import proxy_of
 from l0fast.tools.broker import Passing
 from l0fast.tools.threads import InThread
 
@@ -115,7 +118,13 @@ class Http:
         data = None if body is None else orjson.dumps(body)
         try:
             async with self._service.request(
-                method, URL(url), headers={**sent, **headers}, data=data, params=query, allow_redirects=False
+                method,
+                URL(url),
+                headers={**sent, **headers},
+                data=data,
+                params=query,
+                allow_redirects=False,
+                proxy=proxy_of(url),
             ) as response:
                 if response.status != 200:
                     raise await self._refused(response, name, headers, turned_away)
