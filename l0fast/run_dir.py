@@ -47,6 +47,8 @@ from l0fast.ids import Ids
 from l0fast.types import Group, Trajectory, Turn
 
 _SLICE_S = 0.0005
+_VOLUMES_OWN = "lost+found"
+"""Folder that ext4 has in an empty volume, for root alone to look into."""
 _TRAJECTORY_FIELDS = tuple(f.name for f in fields(Trajectory))
 _TURN_FIELDS = tuple(f.name for f in fields(Turn))
 
@@ -250,6 +252,8 @@ class RunDir:
         self.close()
         if self.vanishes_with(error):
             for entry in self.path.iterdir():
+                if entry.name == _VOLUMES_OWN:
+                    continue
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             with suppress(OSError):  # a link, or where a volume is mounted, stays: empty, it is as free
                 self.path.rmdir()
@@ -276,9 +280,9 @@ def step_name(step: int) -> str:
 
 
 def is_free(path: Path) -> bool:
-    """Whether it is missing or an empty folder. Raises UsageError where that can't be seen."""
+    """Whether it is missing or an empty folder, as a new volume is. Raises UsageError where that can't be seen."""
     try:
-        return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+        return not path.exists() or (path.is_dir() and not any(entry.name != _VOLUMES_OWN for entry in path.iterdir()))
     except OSError as e:
         raise UsageError(f"run folder {path} can't be looked into ({e.strerror}): choose another with --run-dir") from e
 

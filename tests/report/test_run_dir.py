@@ -21,6 +21,7 @@ from l0fast.run_dir import (
     RunDir,
     check_free,
     command,
+    is_free,
     read_config,
     read_groups,
     read_metrics,
@@ -106,6 +107,16 @@ def test_a_link_to_a_folder_is_left_free_too(tmp_path: Path):
     with pytest.raises(UsageError, match="no such image"):
         end_with(RunDir.create(tmp_path / "run", RunConfig()), UsageError("no such image"))
     check_free(tmp_path / "run")
+
+
+def test_a_volume_that_is_new_is_free_before_and_after_a_run_that_could_not_begin(tmp_path: Path):
+    (tmp_path / "run" / "lost+found").mkdir(parents=True)
+    (tmp_path / "run" / "lost+found" / "#12").write_text("")
+    assert is_free(tmp_path / "run")
+    with pytest.raises(UsageError, match="no such image"):
+        end_with(RunDir.create(tmp_path / "run", RunConfig()), UsageError("no such image"))
+    check_free(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == ["lost+found", "#12"]
 
 
 def on_a_full_disk(path: Path, name: str) -> RunDir:
