@@ -261,7 +261,7 @@ class EngineConfig(Config):
     stall_timeout_s: PositiveFloat = 60.0
     """Time an sglang engine may have requests and say nothing before it is taken for stuck and rebuilt [s]."""
     max_rebuilds: NonNegativeInt = 8
-    """Times one sglang engine is rebuilt in a run after it died."""
+    """Times one sglang engine is rebuilt in a day after it died."""
     sglang: tuple[str, ...] = ()
     """Further arguments of sglang.Engine, each name=value with the value in JSON, e.g. attention_backend="triton"."""
 

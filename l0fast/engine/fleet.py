@@ -7,8 +7,8 @@
 
 When an engine dies, its requests go to another one, or to itself when it is back: what was asked, and as much as is known
 of what had been sampled, so no episode notices more than a delay. One task keeps each engine: starts it, brings it to the
-weights the learner has published, waits for its death, and starts it again, `engine.max_rebuilds` times at most. The others
-work on meanwhile. A request during which several engines died is given up, for it may be what kills them. Where engines
+weights the learner has published, waits for its death, and starts it again, `engine.max_rebuilds` times a day at most. The
+others work on meanwhile. A request during which several engines died is given up, for it may be what kills them. Where engines
 sleep while the learner works, it waits for one that is being started, which then sleeps, too; none is started meanwhile.
 
 What an engine is, this file does not know (`FleetEngine`); sglang.py makes them.
@@ -29,6 +29,8 @@ from l0fast.ids import Ids
 
 MAX_SENDS = 3
 """Engines that may die over one request before it is given up."""
+REBUILDS_S = 24 * 3600.0
+"""Time in which rebuilds are counted: in a run of weeks an engine may die now and then [s]."""
 _AGAIN_S = 1.0
 """Wait before an engine that could not be started is tried again; it doubles with each try in a row [s]."""
 
@@ -158,7 +160,8 @@ class _Member:
     """Whether it has ever been up."""
     at_rest: asyncio.Event = field(default_factory=asyncio.Event)
     """Set unless it is being started or ended: it is up, or has no memory."""
-    rebuilds: int = 0
+    rebuilds: list[float] = field(default_factory=list)
+    """When it was rebuilt, within `REBUILDS_S` of the last death [s]."""
     given_up: bool = False
     ended: FleetEngine | None = None
     """The one that died last, while it is being ended."""
@@ -318,11 +321,13 @@ class Fleet:
                     raise
                 why = str(e)
             in_a_row += 1
-            if member.rebuilds == self._config.max_rebuilds:
+            now, limit = asyncio.get_running_loop().time(), self._config.max_rebuilds
+            member.rebuilds = [at for at in member.rebuilds if now - at < REBUILDS_S]
+            if len(member.rebuilds) == limit:
                 self._give_up(member, why)
                 return
-            member.rebuilds += 1
-            self._log(f"engine {member.number} died: {why}; rebuild {member.rebuilds} of {self._config.max_rebuilds}")
+            member.rebuilds.append(now)
+            self._log(f"engine {member.number} died: {why}; rebuild {len(member.rebuilds)} of {limit} in a day")
             if in_a_row > 1:
                 await asyncio.sleep(_AGAIN_S * 2 ** (in_a_row - 2))
 
@@ -355,7 +360,8 @@ class Fleet:
 
     def _give_up(self, member: _Member, why: str) -> None:
         what = (
-            f"engine {member.number} died {member.rebuilds + 1} times and is not rebuilt any more (engine.max_rebuilds)"
+            f"engine {member.number} died {len(member.rebuilds) + 1} times in a day and is not rebuilt any more "
+            "(engine.max_rebuilds)"
         )
         self._log(f"{what}; the last time: {why}")
         member.given_up = True

@@ -312,6 +312,26 @@ def test_rebuilds_are_bounded_and_then_everything_asked_is_an_error():
     play(main)
 
 
+def test_rebuilds_of_another_day_count_no_more(monkeypatch):
+    async def main(world):
+        async with world.open(1, max_rebuilds=1) as running:
+            monkeypatch.setattr("l0fast.engine.fleet.REBUILDS_S", 0.0)
+            for _ in range(3):
+                world.engines[-1].fail("killed")
+                await settle()
+            monkeypatch.undo()
+            assert [s.response_ids[-1] for s in await finish(world, await ask(running, "a"))] == [16]
+            # the last one counts
+            waiting = await ask(running, "b")
+            world.engines[-1].fail("killed")
+            await settle()
+            with pytest.raises(EngineError, match="died 2 times in a day and is not rebuilt any more.*killed"):
+                await waiting["b"]
+        assert len(world.engines) == 4
+
+    play(main)
+
+
 def test_one_engine_that_is_given_up_leaves_the_others_at_work():
     async def main(world):
         async with world.open(2, max_rebuilds=0) as running:
