@@ -492,12 +492,26 @@ class Events:
                 self._data.append(line[5:].removeprefix(b" "))
 
 
+class _Part(BaseModel):
+    text: str | None = None
+    thinking: "list[_Part] | None" = None
+
+
 class _Told(BaseModel):
     """What a choice says, whole as `message` or in part as `delta`."""
 
-    content: str | None = None
+    content: str | list[_Part] | None = None
+    """Parts are how Mistral's models tell their thinking."""
     reasoning_content: str | None = None
     reasoning: str | None = None
+
+    def fields(self) -> tuple[str, str]:
+        """What was thought, and what was said."""
+        reasoning, content = self.reasoning_content or self.reasoning or "", self.content or ""
+        if isinstance(content, str):
+            return reasoning, content
+        thought = (part.text or "" for whole in content for part in whole.thinking or ())
+        return reasoning + "".join(thought), "".join(part.text or "" for part in content)
 
 
 class _Choice(BaseModel):
@@ -548,8 +562,7 @@ class _Answer:
     def add(self, completion: _Completion) -> None:
         self.usage = completion.usage or self.usage
         for choice in completion.choices[:1]:
-            said = choice.message or choice.delta or _Told()
-            reasoning, content = said.reasoning_content or said.reasoning or "", said.content or ""
+            reasoning, content = (choice.message or choice.delta or _Told()).fields()
             if self._told and reasoning:
                 self._told.say(reasoning if self.reasoning else "<think>" + reasoning)
             if self._told and content:

@@ -39,7 +39,7 @@ KEY = "sk-not-to-be-seen"
 Reply = Callable[[web.Request], Any]
 
 
-def whole(text: str | None = "Oslo", **more: Any) -> dict[str, Any]:
+def whole(text: Any = "Oslo", **more: Any) -> dict[str, Any]:
     """A whole answer, as documented."""
     return {
         "object": "chat.completion",
@@ -82,7 +82,7 @@ def stream(*parts: dict[str, Any] | bytes, end: bytes = b"data: [DONE]\n\n", cut
     return reply
 
 
-def delta(finish_reason: str | None = None, **said: str) -> dict[str, Any]:
+def delta(finish_reason: str | None = None, **said: Any) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": said, "finish_reason": finish_reason}]}
 
 
@@ -176,6 +176,21 @@ def test_a_stream_is_told_as_it_comes_with_thinking_in_its_place():
     assert (result.finish_reason, result.completion_tokens) == ("stop", 6)
     assert told == ["<think>Nor", "way.", "</think><code>sub", "mit()</code>"]
     assert request["stream_options"] == {"include_usage": True}
+
+
+def parts(thought: str = "", said: str = "") -> list[dict[str, Any]]:
+    """As Mistral's models tell what they think."""
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": thought}], "closed": True}
+    return [thinking] * bool(thought) + [{"type": "text", "text": said}] * bool(said)
+
+
+def test_thinking_that_comes_in_parts_is_thinking():
+    answer = whole(parts("Look it up.", "<code>1</code>"))
+    assert ask([data(answer)])[0].text == "<think>Look it up.</think><code>1</code>"
+    told: list[str] = []
+    deltas = [parts("Look "), parts("it up."), parts(said="<code>"), "1</code>"]
+    result, *_ = ask([stream(*(delta(content=content) for content in deltas), delta("stop"))], told=told)
+    assert result.text == "".join(told) == "<think>Look it up.</think><code>1</code>"
 
 
 @pytest.mark.parametrize(
