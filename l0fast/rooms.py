@@ -50,6 +50,7 @@ from l0fast.tasks.world import World
 from l0fast.tools.broker import Broker, ToolPolicy, open_broker
 from l0fast.tools.local_search import LocalSearch, search_tool
 from l0fast.tools.toolbox import Toolbox, check_tools, open_toolbox, policy_of, try_tools
+from l0fast.types import Task
 from l0fast.warm_start.demonstrations import Demonstrator
 
 
@@ -102,12 +103,17 @@ def check_questions(config: RunConfig) -> set[str]:
         raise
     except ValueError as e:
         raise UsageError(f"eval.questions = {config.eval.questions}: {e}") from e
+    check_judge(config, _judged(curriculum, heldout))
+    return {*curriculum.checks, *(task.check for task in heldout)}
+
+
+def _judged(curriculum: Curriculum, heldout: Sequence[Task]) -> list[str]:
+    """What is judged by a model."""
     judged = {
         "some of task.eval": any(task.check == "judge" for task in heldout),
         "some of task.train": "judge" in curriculum.checks,
     }
-    check_judge(config, [what for what, is_so in judged.items() if is_so])
-    return {*curriculum.checks, *(task.check for task in heldout)}
+    return [what for what, is_so in judged.items() if is_so]
 
 
 def check_judge(config: RunConfig, judged: Sequence[str]) -> None:
@@ -241,7 +247,10 @@ async def open_rooms(
         open_scorer(config.reward, max_new_tokens=config.agent.max_new_tokens, sandbox=sandbox, judge=judge) as scorer,
     ):
         await try_tools(toolbox)
-        await try_judge(judge)
+        if config.reward.judge or await asyncio.to_thread(
+            lambda: _judged(curriculum, curriculum.heldout(config.eval.questions))
+        ):
+            await try_judge(judge)
         with shared_weights(folder) as weights:
             kind = engine_kind(config)
             layout = check_layout(config, folder, gpus=num_gpus()) if kind == "sglang" else None

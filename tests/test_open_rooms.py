@@ -101,10 +101,10 @@ def test_a_demonstrator_learns_its_worlds_in_another_thread(monkeypatch: pytest.
     assert threading.current_thread() not in added.values()
 
 
-def asking(tmp_path, **sections) -> RunConfig:
+def asking(tmp_path, *, check: str = "exact_match", **sections) -> RunConfig:
     """A run over questions, with web search and a judge."""
     questions = tmp_path / "q.jsonl"
-    questions.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    questions.write_text(f'{{"question": "1 + 1?", "answer": "2", "check": "{check}"}}\n')
     task = {"kind": "questions", "train": [str(questions)], "eval": [str(questions)]}
     return RunConfig.model_validate({"task": task, "tools": {"use": ["web_search"]}} | sections)
 
@@ -137,7 +137,7 @@ def test_a_search_or_a_judge_that_does_not_answer_is_found_before_a_learner_star
     monkeypatch.setenv("SERPER_API_KEY", "wrong")
     monkeypatch.setattr(rooms, "open_sandbox", lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr(rooms, "learner", learner)
-    refused = [path]
+    refused, check, weight = [path], "judge", 0.0
 
     async def answer(request: web.Request) -> web.Response:
         if request.path in refused:
@@ -149,7 +149,13 @@ def test_a_search_or_a_judge_that_does_not_answer_is_found_before_a_learner_star
         async with serving(answer) as url:
             tools = {"use": ["web_search"], "cache_file": str(tmp_path / "searches")}
             judge = {"endpoint": f"{url}/judge", "model": "m", "cache_file": str(tmp_path / "votes")}
-            config = asking(tmp_path, web={"search_url": f"{url}/search"}, tools=tools, judge=judge)
+            sections = {
+                "web": {"search_url": f"{url}/search"},
+                "tools": tools,
+                "judge": judge,
+                "reward": {"judge": weight},
+            }
+            config = asking(tmp_path, check=check, **sections)
             meters = Meters(config, tmp_path, log=lambda line: None, warn=lambda line: None)
             async with rooms.open_rooms(config, tmp_path, meters, lambda line: None):
                 pass
@@ -165,6 +171,12 @@ def test_a_search_or_a_judge_that_does_not_answer_is_found_before_a_learner_star
     # also where a run has had answers that are kept
     refused.append(path)
     is_found()
+    check, weight = "exact_match", 0.5
+    is_found()
+    # a judge that nobody asks need not answer
+    weight = 0.0
+    with pytest.raises(ThatWasAll if path.startswith("/judge") else UsageError):
+        asyncio.run(main())
 
 
 def test_the_first_question_costs_no_more_than_any_other():
