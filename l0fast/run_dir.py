@@ -11,9 +11,9 @@
     checkpoints/step_000008/       all that going on from there takes; written by the learner, whole or not at all
     plots/  model/                 made at the end by others
 
-One run writes it at a time: `log.txt` is locked where the file system has locks (`RunDir.locked`). A resumed run
-first removes what was written after its checkpoint, so that it is written once; it does so only once everything it needs has
-started, so that one that can't start leaves the folder as it was.
+One run writes it at a time: `metrics.jsonl` is locked where the file system has locks (`RunDir.locked`); not `log.txt`, which
+logrotate may take. A resumed run first removes what was written after its checkpoint, so that it is written once; it does so
+only once everything it needs has started, so that one that can't start leaves the folder as it was.
 
 Trajectories are encoded and written by a thread that sleeps as long as it works, half a millisecond at a time. Without
 the sleeps it takes the interpreter back from the event loop at once: 10-35 ms of lag for 600 long trajectories, measured.
@@ -103,16 +103,16 @@ class RunDir:
         self.path = path
         self.as_found = as_found
         """Whether all that another run left is still there: true until `go_on_after`."""
-        self._log = (path / "log.txt").open("a", encoding="utf-8")
+        self._metrics = (path / "metrics.jsonl").open("ab")
         try:
-            self.locked = lock(self._log)
+            self.locked = lock(self._metrics)
             """Whether no other run can write here meanwhile."""
         except BlockingIOError:
-            self._log.close()
+            self._metrics.close()
             raise UsageError(
                 f"run folder {path} is being written by a run that still goes on: end that first"
             ) from None
-        self._metrics = (path / "metrics.jsonl").open("ab")
+        self._log = (path / "log.txt").open("a", encoding="utf-8")
         self._groups = (path / "groups.jsonl").open("ab")
         self._log_lock = threading.Lock()
 

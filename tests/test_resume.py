@@ -317,6 +317,10 @@ def test_a_run_that_still_goes_on_is_left_alone(stopped: Path):
         with pytest.raises(UsageError, match="still goes on"):
             RunDir.resume(stopped)
         assert left_in(stopped) == before
+        # as logrotate does
+        (stopped / "log.txt").rename(stopped / "log.txt.1")
+        with pytest.raises(UsageError, match="still goes on"):
+            RunDir.resume(stopped)
 
 
 # --- the same line each time ------------------------------------------------------------------------------------------
