@@ -12,9 +12,10 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# a script's `pytest &` has SIGINT ignored, and so would the commands have that tests end by Ctrl-C
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# a script's `pytest &` has SIGINT ignored and nohup's SIGHUP, and so would the commands have that tests end by them
+for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(signum) == signal.SIG_IGN:
+        signal.signal(signum, handler)
 
 # a busy machine is no failure
 settings.register_profile("l0fast", deadline=None, max_examples=40)
