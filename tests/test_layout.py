@@ -244,6 +244,16 @@ def test_others_may_have_what_is_left(others, monkeypatch, held):
     waits(engine(), monkeypatch, 0.0)
 
 
+def test_what_an_idle_gpu_shows_as_used_is_held_by_nobody(others, monkeypatch):
+    """By a run that wants nearly all of it."""
+    others((700, 700))
+    run = engine(memory_share=0.9625)
+    waits(run, monkeypatch, 0.0)
+    monkeypatch.setattr("l0fast.layout._HELD_BY_NOBODY", 0.0)
+    with pytest.raises(UsageError, match="others hold 0.7"):
+        waits(run, monkeypatch, 0.0)
+
+
 @pytest.mark.parametrize("layout", ["resident", "sleep", "split"])
 def test_a_gpu_that_others_hold_too_much_of_is_named_before_anything_starts(others, monkeypatch, layout):
     """SGLang would start with nine tenths of what is free, and the learner fail at its first step, in NCCL's words."""

@@ -13,6 +13,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
@@ -38,6 +39,7 @@ SAME = 1e-5
 """Scores this close are equal: they are the same fp32 sums, taken in different orders."""
 
 
+@cache
 def _bm25s() -> Any:
     """The package bm25s, without JAX: where that is installed, it would compute something when it is imported, and then JAX takes
     three quarters of the first GPU's memory for this process (https://docs.jax.dev/en/latest/gpu_memory_allocation.html).
