@@ -12,7 +12,7 @@ simulates, which depends little on the scene, and turns in a simulated second, w
 
     times real time = turns simulated a second / turns in a simulated second
 
-The last line is JSON.
+`python -m bench.compiled bench.simulated_speed` measures the same engines compiled. The last line is JSON.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import time
 from array import array
 from collections.abc import Sequence
 
-from bench.admission import CAPACITIES, OFFERED, RESULTS, SPEED, simulate, traffic
+from bench.admission import CAPACITIES, COMPILED, OFFERED, RESULTS, SPEED, simulate, traffic
 from bench.at_least import at_least
 from bench.machine import machine
 from bench.results_folder import results_folder, write
@@ -126,10 +126,10 @@ def main(argv: list[str] | None = None) -> int:
         description="How many times faster than real time engines are simulated.",
     )
     parser.add_argument("--seconds", type=at_least(1), default=240, help="simulated time of each scene [s]")
-    parser.add_argument("--out", type=results_folder, default=RESULTS, help="folder for simulated_speed.json")
+    parser.add_argument("--out", type=results_folder, default=RESULTS, help="folder for the JSON file")
     args = parser.parse_args(argv)
     name, kv_tokens = next(iter(CAPACITIES.items()))
-    print(machine())
+    print(f"{machine()}; engines {'compiled' if COMPILED else 'interpreted'}")
     print(f"{args.seconds:,d} simulated seconds a scene, median of {ROUNDS}; each engine with {name}")
     scenes: dict[tuple[int, int, int], list[tuple[float, int, float, int]]] = {scene: [] for scene in SCENES}
     for _ in range(ROUNDS):
@@ -160,8 +160,14 @@ def main(argv: list[str] | None = None) -> int:
         }
         rows.append(row)
         print("{:9,d} {:8d} {:7,d} {:12.2f} {:11,.0f} {:10,.0f} {:11,.0f} {:10,.0f}".format(*row.values()))
-    result = {"bench": "simulated_speed", "machine": machine(), "simulated_s": args.seconds, "rows": rows}
-    write(result, args.out, "simulated_speed.json")
+    result = {
+        "bench": "simulated_speed",
+        "machine": machine(),
+        "compiled": COMPILED,
+        "simulated_s": args.seconds,
+        "rows": rows,
+    }
+    write(result, args.out, "simulated_speed_compiled.json" if COMPILED else "simulated_speed.json")
     return 0
 
 

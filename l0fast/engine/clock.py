@@ -18,7 +18,6 @@ they are due. A thread's work takes no time on this clock, which runs ahead of i
 
 import asyncio
 import heapq
-import itertools
 import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
@@ -76,11 +75,12 @@ class EventClock:
         self.now_s = 0.0
         """[s]"""
         self._events: list[tuple[float, int, _Event]] = []
-        self._order = itertools.count()
+        self._order = 0
 
     def call_at(self, at_s: float, call: Callable[[], Any]) -> Timer:
         event = _Event(call)
-        heapq.heappush(self._events, (max(at_s, self.now_s), next(self._order), event))
+        self._order += 1
+        heapq.heappush(self._events, (max(at_s, self.now_s), self._order, event))
         return event
 
     def has_events(self) -> bool:

@@ -31,11 +31,10 @@ class Placement:
             return None
         home = self._homes.get(conversation)
         if home not in self._up or self._should_leave(home):
-            order = [self._episodes, self._requests]
-            if home in self._up:
-                # it goes for a free slot
-                order.reverse()
-            home = min(self._up, key=lambda engine: (*(of[engine] for of in order), engine))
+            # one that leaves goes for a free slot
+            leaves = home in self._up
+            first, second = (self._requests, self._episodes) if leaves else (self._episodes, self._requests)
+            home = min(self._up, key=lambda engine: (first[engine], second[engine], engine))
             self.forget(conversation)
             self._homes[conversation] = home
             self._episodes[home] += 1

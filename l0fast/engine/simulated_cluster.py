@@ -7,7 +7,8 @@ simulated.py puts the `Engine` protocol before it, traffic.py plays agents that 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from l0fast.engine.base import EngineLoad
@@ -16,14 +17,16 @@ from l0fast.engine.placement import Placement
 from l0fast.engine.simulated_replica import Replica, Request, Speed
 
 
-@dataclass(slots=True, eq=False)
 class _Placed:
     """A replica and when it is looked at next."""
 
-    number: int
-    replica: Replica
-    timer: Timer | None = None
-    timer_s: float = 0.0
+    __slots__ = ("number", "replica", "timer", "timer_s", "wake")
+
+    def __init__(self, number: int, replica: Replica, wake: Callable[["_Placed"], Any]):
+        self.number, self.replica = number, replica
+        self.wake = partial(wake, self)
+        self.timer: Timer | None = None
+        self.timer_s = 0.0
 
 
 class Cluster:
@@ -39,7 +42,8 @@ class Cluster:
         """
         self.clock = clock
         self._all = [
-            _Placed(i, Replica(speed, slots=slots, kv_tokens=kv_tokens, forgets=forgets)) for i in range(replicas)
+            _Placed(i, Replica(speed, slots=slots, kv_tokens=kv_tokens, forgets=forgets), self._wake)
+            for i in range(replicas)
         ]
         self._under_way: dict[Request, tuple[_Placed, Callable[[], Any]]] = {}
         self._placement = Placement(replicas, slots)
@@ -134,5 +138,5 @@ class Cluster:
             placed.timer.cancel()
             placed.timer = None
         if at_s < math.inf:
-            placed.timer, placed.timer_s = self.clock.call_at(at_s, lambda: self._wake(placed)), at_s
+            placed.timer, placed.timer_s = self.clock.call_at(at_s, placed.wake), at_s
         return called

@@ -20,20 +20,22 @@ Rules and constants: SGLang's scheduler and its retract_decode, as of 0.5.
 """
 
 import heapq
-import itertools
 import math
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Final
 
 from l0fast.engine.base import EngineLoad, VersionSpan
 
-_RATIO, _RATIO_MIN, _RATIO_STEPS = 0.7, 0.7 * 0.14, 600
+_RATIO: Final = 0.7
+_RATIO_MIN: Final = 0.7 * 0.14
+_RATIO_STEPS: Final = 600
 """SGLang's new_token_ratio: at the start, at the least, steps from one to the other."""
-_CLIP_NEW_TOKENS = 4096
+_CLIP_NEW_TOKENS: Final = 4096
 """Nobody is expected to sample more than this [tokens]."""
-_PREFILL_BATCH_TOKENS = 8192
+_PREFILL_BATCH_TOKENS: Final = 8192
 """A batch of prompts takes no further request from here on [tokens]."""
-_RETRACT_STEPS = 20
+_RETRACT_STEPS: Final = 20
 """Steps that shall fit after a retraction."""
 
 
@@ -58,25 +60,48 @@ class Speed:
             raise ValueError(f"{self}: no time can be negative")
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
 class Request:
-    conversation: str
-    prompt_tokens: int
-    response_tokens: int
-    """What it will sample; the replica acts as if it knew `max_new_tokens` only."""
-    max_new_tokens: int
-    matched_tokens: int = 0
-    """Leading tokens that were computed before, whether or not their entries are still there."""
-    decoded_tokens: int = 0
-    """As of the last time that it joined or left the running ones."""
-    cached_tokens: int = 0
-    """Prompt tokens found when it was first admitted."""
-    versions: list[tuple[int, int]] = field(default_factory=list)
-    """(policy version, index of its first token)"""
-    finished_s: float = math.inf
-    finish_step: int = -1
-    """Step after which it is done; -1 while it is not running."""
-    admitted: bool = False
+    __slots__ = (
+        "admitted",
+        "cached_tokens",
+        "conversation",
+        "decoded_tokens",
+        "finish_step",
+        "finished_s",
+        "matched_tokens",
+        "max_new_tokens",
+        "prompt_tokens",
+        "response_tokens",
+        "versions",
+    )
+
+    def __init__(
+        self,
+        *,
+        conversation: str,
+        prompt_tokens: int,
+        response_tokens: int,
+        max_new_tokens: int,
+        matched_tokens: int = 0,
+    ):
+        """
+        Args:
+            response_tokens: what it will sample; the replica acts as if it knew `max_new_tokens` only.
+            matched_tokens: leading tokens that were computed before, whether or not their entries are still there.
+        """
+        self.conversation, self.prompt_tokens = conversation, prompt_tokens
+        self.response_tokens, self.max_new_tokens = response_tokens, max_new_tokens
+        self.matched_tokens = matched_tokens
+        self.decoded_tokens = 0
+        """As of the last time that it joined or left the running ones."""
+        self.cached_tokens = 0
+        """Prompt tokens found when it was first admitted."""
+        self.versions: list[tuple[int, int]] = []
+        """(policy version, index of its first token)"""
+        self.finished_s = math.inf
+        self.finish_step = -1
+        """Step after which it is done; -1 while it is not running."""
+        self.admitted = False
 
     @property
     def version_spans(self) -> tuple[VersionSpan, ...]:
@@ -106,7 +131,7 @@ class Replica:
         self._prefill_end_s = 0.0
         self._running: dict[Request, None] = {}
         self._finishes: list[tuple[int, int, Request]] = []
-        self._order = itertools.count()
+        self._order = 0
         self._steps = 0
         self._next_steps, self._next_steps_s = 0, 0.0
         """Until the next event, while requests run."""
@@ -295,7 +320,8 @@ class Replica:
             request.decoded_tokens += 1
             request.finish_step = self._steps + request.response_tokens - request.decoded_tokens
             self._running[request] = None
-            heapq.heappush(self._finishes, (request.finish_step, next(self._order), request))
+            self._order += 1
+            heapq.heappush(self._finishes, (request.finish_step, self._order, request))
         self._finish()
 
     def _finish(self) -> None:

@@ -10,7 +10,6 @@ latencies, memory and admission come to; what a scheduler makes of recorded epis
 Every draw is a function of (seed, number of the episode, turn): who is faster than whom changes nothing in what is asked for.
 """
 
-import itertools
 import random
 from dataclasses import dataclass
 
@@ -47,40 +46,48 @@ class Agents:
         self.turns = self.episodes = 0
         """Ended so far."""
         self.traffic, self.cluster, self.clock, self.gate = traffic, cluster, cluster.clock, gate
-        self._seed, self._numbers = seed, itertools.count()
+        self._seed, self._number = seed, -1
         if gate is not None:
             gate.observe(cluster.load())
 
     def start(self, agents: int) -> None:
         """So many more."""
         for _ in range(agents):
-            _Episode(self, next(self._numbers)).ask()
+            _Agent(self).begin()
 
-    def ended(self) -> None:
-        self.episodes += 1
-        self.start(1)
-
-    def rng(self, number: int) -> random.Random:
-        return random.Random(self._seed << 64 | number)
+    def next_episode(self) -> tuple[str, int]:
+        """Returns its name and the seed of its draws."""
+        self._number += 1
+        return str(self._number), self._seed << 64 | self._number
 
 
-class _Episode:
-    __slots__ = ("_agents", "_conversation", "_known", "_left", "_request", "_rng", "_tokens")
+class _Agent:
+    __slots__ = ("_agents", "_conversation", "_known", "_left", "_random", "_request", "_seed", "_tokens")
 
-    def __init__(self, agents: Agents, number: int):
-        self._agents, self._conversation = agents, str(number)
-        self._rng = agents.rng(number)
-        self._tokens = int(agents.traffic.prompt_tokens(self._rng.random()))
-        self._left = int(agents.traffic.turns(self._rng.random()))
-        self._known = 0
+    def __init__(self, agents: Agents):
+        self._agents = agents
+        # made once: to seed it is a tenth of what an episode costs
+        rng = random.Random(0)
+        self._seed, self._random = rng.seed, rng.random
+        self._conversation = ""
+        self._tokens = self._left = self._known = 0
         self._request: Request
 
-    def ask(self) -> None:
+    def begin(self) -> None:
+        """Another episode."""
+        self._conversation, seed = self._agents.next_episode()
+        self._seed(seed)
+        self._tokens = int(self._agents.traffic.prompt_tokens(self._random()))
+        self._left = int(self._agents.traffic.turns(self._random()))
+        self._known = 0
+        self._ask()
+
+    def _ask(self) -> None:
         traffic, gate = self._agents.traffic, self._agents.gate
         self._request = Request(
             conversation=self._conversation,
             prompt_tokens=self._tokens,
-            response_tokens=min(1 + int(traffic.response_tokens(self._rng.random())), traffic.max_new_tokens),
+            response_tokens=min(1 + int(traffic.response_tokens(self._random())), traffic.max_new_tokens),
             max_new_tokens=traffic.max_new_tokens,
             matched_tokens=self._known,
         )
@@ -100,16 +107,17 @@ class _Episode:
             gate.ran(self._conversation, self._tokens, request.cached_tokens)
             if gate.wants_load():
                 gate.observe(agents.cluster.load())
-        self._tokens += int(agents.traffic.output_tokens(self._rng.random()))
-        agents.clock.call_at(agents.clock.now_s + agents.traffic.tool_s(self._rng.random()), self._go_on)
+        self._tokens += int(agents.traffic.output_tokens(self._random()))
+        agents.clock.call_at(agents.clock.now_s + agents.traffic.tool_s(self._random()), self._go_on)
 
     def _go_on(self) -> None:
         self._left -= 1
         if self._left > 0:
-            self.ask()
+            self._ask()
             return
         agents = self._agents
         agents.cluster.forget(self._conversation)
         if agents.gate is not None:
             agents.gate.forget(self._conversation)
-        agents.ended()
+        agents.episodes += 1
+        self.begin()

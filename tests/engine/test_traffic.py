@@ -1,5 +1,7 @@
 """Agents that are figures: the same episodes at the same times as coroutines have them, and as arithmetic says."""
 
+import gc
+
 import pytest
 
 from bench.simulated_speed import Coroutines
@@ -109,3 +111,21 @@ def test_what_is_asked_for_does_not_hang_on_who_is_faster():
         assert turns[:both] == four[name][:both]
     assert asked(1, seed=1)["0"] != one["0"]
     assert len({turns[0] for turns in one.values()}) > 0.9 * len(one)
+
+
+def test_episodes_leave_no_cycles_so_that_their_simulation_needs_no_collector():
+    clock = EventClock()
+    agents = Agents(
+        TRAFFIC,
+        Cluster(clock, speed=SPEED, slots=8, kv_tokens=3_000, replicas=2, forgets=False),
+        gate=Gate(Admission(new_tokens=100), clock),
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        agents.start(16)
+        clock.move_to(100.0)
+        assert agents.episodes > 50
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

@@ -1,0 +1,71 @@
+"""bench.compiled: the same figures as the interpreted engines, whatever the sources are changed to, and a way out where it can't."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from bench.compiled import ROOT, Compiled, compiled
+from l0fast.errors import UsageError
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("mypyc") is None
+        or shutil.which("cc") is None
+        or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+        reason="mypyc, a C compiler or Python's headers are missing",
+    ),
+]
+
+
+def simulated(out: Path, *runner: str) -> dict:
+    command = [sys.executable, *runner, "bench.admission", "--seconds", "20", "--out", out]
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=110, check=True)
+    return json.loads((out / "admission.json").read_text())
+
+
+def test_compiled_engines_give_the_same_figures_as_interpreted_ones(tmp_path):
+    result, result_compiled = simulated(tmp_path, "-m"), simulated(tmp_path, "-m", "bench.compiled")
+    assert (result["compiled"], result_compiled["compiled"]) == (False, True)
+    rows, rows_compiled = (
+        [row | {"wall_s": 0, "times_real_time": 0} for rows in r["rows"].values() for row in rows]
+        for r in (result, result_compiled)
+    )
+    assert len(rows) == 24
+    assert rows == rows_compiled
+
+
+def test_a_changed_source_is_compiled_anew_and_nothing_else_is_left(tmp_path):
+    source = tmp_path / "answer.py"
+    answers = []
+    for answer in (41, 42):
+        source.write_text(f"def answer() -> int:\n    return {answer}\n")
+        folder = compiled(tmp_path, ["answer.py"])
+        assert compiled(tmp_path, ["answer.py"]) == folder
+        program = (
+            f"import sys; from pathlib import Path; from bench.compiled import Compiled; "
+            f"sys.meta_path.insert(0, Compiled(Path({str(folder)!r}))); import answer; "
+            "assert answer.__file__.endswith('.so'); print(answer.answer())"
+        )
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+        answers.append(done.stdout.strip())
+        assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".so"}
+    assert answers == ["41", "42"]
+    assert len(list((tmp_path / "build" / "compiled").iterdir())) == 2
+
+
+def test_what_cannot_be_compiled_is_said_and_leaves_no_folder(tmp_path):
+    (tmp_path / "answer.py").write_text('def answer() -> int:\n    return "42"\n')
+    with pytest.raises(UsageError, match=r"answer\.py:2: error.*\n(.*\n)*mypyc could not compile that"):
+        compiled(tmp_path, ["answer.py"])
+    assert list((tmp_path / "build" / "compiled").iterdir()) == []
+
+
+def test_other_modules_are_left_to_python(tmp_path):
+    assert Compiled(tmp_path).find_spec("json") is None
