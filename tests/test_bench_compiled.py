@@ -1,5 +1,6 @@
 """bench.compiled: the same figures as the interpreted engines, whatever the sources are changed to, and a way out where it can't."""
 
+import importlib.metadata
 import importlib.util
 import json
 import shutil
@@ -65,6 +66,12 @@ def test_what_cannot_be_compiled_is_said_and_leaves_no_folder(tmp_path):
     with pytest.raises(UsageError, match=r"answer\.py:2: error.*\n(.*\n)*mypyc could not compile that"):
         compiled(tmp_path, ["answer.py"])
     assert list((tmp_path / "build" / "compiled").iterdir()) == []
+
+
+def test_without_mypyc_the_way_out_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda **_: iter(()))
+    with pytest.raises(UsageError, match=r"needs mypyc, and there is none: pip install -e '\.\[bench\]'"):
+        compiled(tmp_path, ["answer.py"])
 
 
 def test_other_modules_are_left_to_python(tmp_path):
