@@ -37,9 +37,8 @@ class DecodeGraphs:
         """R and L of the graph for these."""
         return graph_sizes(slots_n, positions_n, num_slots=self._num_slots, max_len=self._max_len)
 
-    def __call__(self, slots_n: Ints, ids_n: NDArray[np.int32], positions_n: Ints) -> Tensor:
-        """Hidden states after one id a row, [n, E]."""
-        rows, length = self.sizes(slots_n, positions_n)
+    def __call__(self, slots_n: Ints, ids_n: NDArray[np.int32], positions_n: Ints, rows: int, length: int) -> Tensor:
+        """Hidden states after one id a row, [n, E], by the graph of R rows and L columns that `sizes` gives."""
         inputs_2R = np.zeros((2, rows), np.int64)
         inputs_2R[1] = self._max_len
         inputs_2R[:, slots_n] = ids_n, positions_n

@@ -130,7 +130,7 @@ class SlotModel:
         if self._graphs is not None:
             rows, columns = self._graphs.sizes(slots_n, positions_n)
             if (rows * columns - len(slots_n) * length) * self._column_bytes <= _MOST_IDLE_BYTES:
-                return self._logits(self._graphs(slots_n, ids_n, positions_n))
+                return self._logits(self._graphs(slots_n, ids_n, positions_n, rows, columns))
         first, end = int(slots_n[0]), int(slots_n[-1]) + 1
         block = slice(first, end) if len(slots_n) >= _DENSE_SHARE * (end - first) else None
         slab_pass = _Decode(self, self._put(slots_n), self._put(positions_n), length, block)

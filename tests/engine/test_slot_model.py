@@ -194,7 +194,8 @@ def test_graphs_are_made_on_one_stream(monkeypatch):
         lambda ids, columns, length: torch.zeros(len(ids), 3), num_slots=8, max_len=256, device=torch.device("cpu")
     )
     for slot in (0, 1, 3, 7):
-        graphs(np.array([slot]), np.array([5], np.int32), np.array([70]))
+        slots, positions = np.array([slot]), np.array([70])
+        graphs(slots, np.array([5], np.int32), positions, *graphs.sizes(slots, positions))
     assert len(graphs._graphs) == cuda.graph.call_count == 4
     assert cuda.Stream.call_count == 1
     stream = cuda.Stream.return_value
