@@ -98,10 +98,6 @@ class Pack:
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.cu_seqlens) - len(self.family_cu)
-
 
 def row_of(
     segment: Segment,
@@ -319,24 +315,24 @@ def attention_pairs(pack: Pack) -> int:
     return int((lengths * (lengths + 1) // 2).sum() + lengths[: len(branch_tokens)] @ branch_tokens)
 
 
-def _cost(pack: Pack, attention_weight: float) -> float:
+def _cost(pack: Pack) -> float:
     """FLOPs, in tokens."""
-    return pack.num_tokens + attention_weight * attention_pairs(pack)
+    return pack.num_tokens + ATTENTION_WEIGHT * attention_pairs(pack)
 
 
 def _duration(packs: Sequence[Pack], num_ranks: int) -> float:
     """Of dealing them with `balance`: the sum over rounds of the most expensive pack."""
-    return sum(sorted((_cost(pack, ATTENTION_WEIGHT) for pack in packs), reverse=True)[::num_ranks])
+    return sum(sorted(map(_cost, packs), reverse=True)[::num_ranks])
 
 
-def balance(packs: Sequence[Pack], num_ranks: int, *, attention_weight: float = ATTENTION_WEIGHT) -> list[list[Pack]]:
+def balance(packs: Sequence[Pack], num_ranks: int) -> list[list[Pack]]:
     """The packs of each rank. Ranks that get one less than others are `filled` up.
 
     Ranks wait for each other at every layer of every pack (FSDP gathers weights), so a round takes as long as its most
     expensive pack: packs are dealt in rounds of similar cost, which makes the sum over rounds least, and within a round
-    the most expensive goes to the rank that has had the least so far. Costs are FLOPs: T + attention_weight x pairs.
+    the most expensive goes to the rank that has had the least so far. Costs are FLOPs: T + ATTENTION_WEIGHT x pairs.
     """
-    costs = [_cost(pack, attention_weight) for pack in packs]
+    costs = [_cost(pack) for pack in packs]
     order = sorted(range(len(packs)), key=lambda i: -costs[i])
     ranks: list[list[Pack]] = [[] for _ in range(num_ranks)]
     loads = [0.0] * num_ranks
