@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from l0fast.learner.attention import PackLayout
 from l0fast.learner.loading import load_model, local_part
 from l0fast.learner.packing import Pack, filled
 from l0fast.learner.policy_model import PolicyModel, not_taken
@@ -172,19 +171,12 @@ class CriticModel:
 
     def _forward(self, pack: Pack) -> Tensor:
         """[R] values, with a gradient where one is wanted."""
-        root = self._policy.root if self._copy is None else self._copy
-        to_device = lambda array: torch.from_numpy(array).to(self._place.device)  # noqa: E731
-        inputs = (
-            to_device(pack.token_ids),
-            to_device(pack.position_ids),
-            PackLayout.of(pack, self._place.device),
-            to_device(pack.predictors),
-        )
+        policy = self._policy
         if self._copy is not None:
-            return root(*inputs, lambda hidden, _: self.head(hidden))
+            return policy.run(self._copy, pack, lambda hidden, _: self.head(hidden))
         with torch.no_grad():
-            hidden = root(*inputs, lambda hidden, _: hidden)
-        root.reshard()
+            hidden = policy.run(policy.root, pack, lambda hidden, _: hidden)
+        policy.root.reshard()
         return self.head(hidden)
 
     def _forward_backward(self, pack: Pack, old_values: Tensor | None) -> None:

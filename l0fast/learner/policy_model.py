@@ -298,13 +298,13 @@ class PolicyModel:
             kl_coef=config.kl_coef,
             tis_cap=tis_cap,
         )
-        loss_sum, stats = self._run(self.root, pack, head)
+        loss_sum, stats = self.run(self.root, pack, head)
         return loss_sum, stats if clipped is None else stats._replace(clipped=self._tensor(clipped))
 
     @torch.no_grad()
     def logprobs(self, pack: Pack) -> Tensor:
         """[R] log-probs under the policy as it is."""
-        logprobs = self._run(self.root, pack, self._logprobs_head(pack))
+        logprobs = self.run(self.root, pack, self._logprobs_head(pack))
         self.root.reshard()
         return logprobs
 
@@ -315,14 +315,15 @@ class PolicyModel:
             return None
         root = self.reference or self.root
         with lora.without_adapters(self.model) if self.reference is None else nullcontext():
-            logprobs = self._run(root, pack, self._logprobs_head(pack))
+            logprobs = self.run(root, pack, self._logprobs_head(pack))
         root.reshard()
         return logprobs
 
     def _logprobs_head(self, pack: Pack):
         return partial(token_logprobs, ids_T=self._tensor(pack.target_ids), temperature=self.temperature)
 
-    def _run(self, root: torch.nn.Module, pack: Pack, head: Any) -> Any:
+    def run(self, root: torch.nn.Module, pack: Pack, head: Any) -> Any:
+        """`Root.forward` of a pack, by any model that lies where the policy does."""
         return root(
             self._tensor(pack.token_ids),
             self._tensor(pack.position_ids),

@@ -410,7 +410,7 @@ def test_gspo_has_the_gradient_of_its_definition(model_path, batch):
         head = lambda hidden, weight, pack=pack: (  # noqa: E731
             torch.log_softmax(hidden @ weight.T, -1).gather(1, torch.from_numpy(pack.target_ids)[:, None])[:, 0]
         )
-        logprobs = policy._run(policy.root, pack, head)
+        logprobs = policy.run(policy.root, pack, head)
         loss = 0.0
         clipped = 0
         for s in np.unique(pack.sequences):
