@@ -299,13 +299,7 @@ def _json(event: Mapping[str, Any]) -> bytes:
     return orjson.dumps(event, default=str)
 
 
-def read_trace(path: Path) -> list[dict[str, Any]]:
-    """All events of a trace as `_event_lines`."""
-    with path.open("rb") as file:
-        return [orjson.loads(line) for line in _event_lines(file)]
-
-
-def _event_lines(trace: Iterable[bytes]) -> Iterator[bytes]:
+def event_lines(trace: Iterable[bytes]) -> Iterator[bytes]:
     """The events as they stand there, also of a trace that a killed run left behind, which may end inside of one."""
     before = b""
     for line in trace:
@@ -332,7 +326,7 @@ def merge_torch(trace: Path, profiles: Sequence[Path]) -> None:
             wall clock, which is one for all processes of a machine.
     """
     with trace.open("rb") as file, whole_file(trace) as partial, partial.open("wb") as out:
-        lines = _event_lines(file)
+        lines = event_lines(file)
         # what a trace begins with
         clock = next(lines)
         began = orjson.loads(clock)["args"]["began_unix_ns"]
