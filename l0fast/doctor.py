@@ -86,11 +86,7 @@ def can_run(findings: Sequence[Finding]) -> bool:
 
 
 def _python() -> Finding:
-    good = sys.version_info >= (3, 11)
-    return Finding(
-        "Python", "ok" if good else "can't", f"{platform.python_version()}, {sys.executable}",
-        "" if good else "use Python 3.11 or newer", needed=True,
-    )  # fmt: skip
+    return Finding("Python", "ok", f"{platform.python_version()}, {sys.executable}", needed=True)
 
 
 def _system() -> Finding:
