@@ -172,8 +172,8 @@ def _retriever(name: str, http: Http | None) -> ToolSpec:
 
     async def search(query: str) -> list[str]:
         assert http is not None, "this tool is only shown"
-        ask = retrieve(http, url) if kind == "retrieve" else elasticsearch(http, url)
-        return await ask(query, SEARCH_RESULTS)
+        ask = retrieve if kind == "retrieve" else elasticsearch
+        return await ask(http, url, query, SEARCH_RESULTS)
 
     doc = f"The {SEARCH_RESULTS} passages that match best."
     return ToolSpec(name="search", signature="(query: str) -> list[str]", doc=doc, call=search)
