@@ -89,22 +89,24 @@ async def open_toolbox(
                     assert http is not None
                     version = f"{web.search_provider}, {web.search_results}"
                     spec = web_search_tool(web, http, replay=replay)
-                    common.append(broker.wrap(spec, _versioned(policy, version)))
+                    common.append(broker.wrap(spec, replace(policy, version=version)))
                     if not replay:
                         trial = broker.wrap(spec, replace(policy, cache=False), scope="trial")
                 case "get_webpage_in_markdown":
                     assert http is not None
                     assert converter is not None
                     version = f"{web.page_reader}, {web.page_chars}"
-                    common.append(broker.wrap(webpage_tool(web, http, converter), _versioned(policy, version)))
+                    common.append(broker.wrap(webpage_tool(web, http, converter), replace(policy, version=version)))
                 case "inspect_file":
                     assert converter is not None
-                    inspect = broker.wrap(inspect_file_tool(web, converter), _versioned(policy, f"{web.page_chars}"))
+                    inspect = broker.wrap(
+                        inspect_file_tool(web, converter), replace(policy, version=f"{web.page_chars}")
+                    )
                     of_task.append(inspect_file_of(inspect))
                 case "visual_qa":
                     assert http is not None
                     engine = await stack.enter_async_context(openai_engine(_vision(web)))
-                    look = broker.wrap(visual_qa_tool(engine, http), _versioned(policy, web.vision_model))
+                    look = broker.wrap(visual_qa_tool(engine, http), replace(policy, version=web.vision_model))
                     of_task.append(visual_qa_of(look))
                 case _ if name.startswith(("retrieve=", "elasticsearch=")):
                     assert http is not None
@@ -201,7 +203,3 @@ def describe_tools(names: Sequence[str], web: WebConfig) -> tuple[ToolSpec, ...]
 
 
 _EXAMPLE = Task(id="example", question="", answers=("",))
-
-
-def _versioned(policy: ToolPolicy, version: str) -> ToolPolicy:
-    return replace(policy, version=version)
