@@ -86,8 +86,6 @@ class Http:
                         charset=response.charset,
                         body=await self._body(response),
                     )
-            except NotPublic as e:
-                raise ToolError(str(e)) from e
             except (aiohttp.ClientError, OSError, ValueError) as e:
                 raise _failure(e, str(target)) from e
         raise ToolError(f"{url} redirects more than {MAX_REDIRECTS} times: try another address")
@@ -293,7 +291,7 @@ def _refusal(response: aiohttp.ClientResponse, name: str, words: str = "") -> Ex
 def _failure(error: Exception, name: str) -> Exception:
     if isinstance(error, Passing):
         return error
-    if isinstance(error, aiohttp.InvalidURL | ValueError):
+    if isinstance(error, ValueError):
         return ToolError(f"{name} leads to no web address")
     if isinstance(error.__cause__, NotPublic) or isinstance(error, NotPublic):
         return ToolError(str(error.__cause__ or error))
