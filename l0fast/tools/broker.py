@@ -16,7 +16,7 @@ waiter.
 
 Who is told what. The broker checks arguments against the signature that agents read, types included (so annotate
 with JSON's types), and what doesn't fit is the agent's TypeError. From there on a tool says what it can't do with
-ToolError; every other exception is a bug, TypeError too, and ends the run, except the passing ones in `retry_on`: what is
+ToolError; every other exception is a bug, TypeError too, and ends the run, except OSErrors, which may pass: what is
 left of them after the last try is a ToolError that names their class and not their text, except that of `Passing`, which a
 tool words for agents. It may also say how long to wait before the next try.
 Agents get what JSON makes of a result, each a copy of its own. `secrets`, also as URLs spell them, are blanked in
@@ -78,8 +78,6 @@ class ToolPolicy:
     """Most tries that begin in a minute, evenly spaced; 0 for no limit. Waiting for one's turn counts as waiting for a slot."""
     attempts: int = 3
     """Tries in all."""
-    retry_on: tuple[type[Exception], ...] = (OSError, TimeoutError)
-    """Exceptions that may pass; others are tried once. Running out of `timeout_s` counts as TimeoutError."""
     backoff_s: float = 0.5
     """Wait before the second try, doubled for each further; a random share of as much is added [s]."""
     cache: bool = True
@@ -412,7 +410,6 @@ class _Tool:
 
     def _told(self, e: Exception, *, timed_out: bool) -> Exception:
         """What is raised instead of a tool's exception; itself where it is a bug."""
-        policy = self._policy
         if isinstance(e, ToolError):
             self._counts.errors += 1
             self._last_words = self._blank(str(e))
@@ -420,12 +417,13 @@ class _Tool:
         if isinstance(e, TypeError):
             # to its callers a TypeError would be the agent's mistake, and its arguments were right
             return RuntimeError(f"tool {self.name} failed, or its result is not JSON-like: {e}")
-        passing = isinstance(e, policy.retry_on)
-        if not passing and not timed_out:
-            return e
         if isinstance(e, Passing):
-            return _Failed(str(e), again=passing, wait_s=e.retry_after_s)
-        return _Failed(f"timeout after {policy.timeout_s:g} s" if timed_out else type(e).__name__, again=passing)
+            return _Failed(str(e), again=True, wait_s=e.retry_after_s)
+        # TimeoutError is one
+        if isinstance(e, OSError):
+            how = f"timeout after {self._policy.timeout_s:g} s" if timed_out else type(e).__name__
+            return _Failed(how, again=True)
+        return e
 
     def _without_secrets(self, answer: bytes) -> bytes:
         return orjson.dumps(_mapped(orjson.loads(answer), self._blank)) if self._blanked else answer

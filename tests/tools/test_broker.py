@@ -452,18 +452,6 @@ def test_a_tool_that_does_not_answer_is_tried_again_and_given_up():
     asyncio.run(main())
 
 
-def test_a_timeout_that_may_not_be_retried_is_still_a_tool_error():
-    async def main() -> None:
-        held = Held()
-        async with open_broker() as broker:
-            search = broker.wrap(tool(held), ToolPolicy(timeout_s=0.01, retry_on=(ConnectionError,))).call
-            with pytest.raises(ToolError, match="1 attempt "):
-                await search("Oslo")
-            assert held.started == ["Oslo"]
-
-    asyncio.run(main())
-
-
 def test_passing_failures_are_tried_again():
     async def main() -> None:
         call, calls = failing(ConnectionResetError(), TimeoutError())
