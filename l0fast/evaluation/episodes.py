@@ -37,8 +37,6 @@ class Outcome:
     tokens: int | None
     """Sampled; None of an endpoint that doesn't count them."""
     wall_s: float
-    failed: bool
-    status: str
     asked: str
     """Fingerprint of the question (`fingerprint`)."""
 
@@ -86,22 +84,22 @@ class Episodes:
         """Write an episode, off the loop. Raises WorldError where it can't be written."""
         async with self._lock:
             with boundary(WorldError, f"write {self.path}"):
-                await asyncio.to_thread(self._write, benchmark, sample, trajectory, scores)
-        outcome = _outcome(trajectory, scores)
-        if not outcome.failed:
+                outcome = await asyncio.to_thread(self._write, benchmark, sample, trajectory, scores)
+        if not trajectory.status.failed:
             self.done[benchmark, trajectory.task.id, sample] = outcome
 
-    def _write(self, benchmark: str, sample: int, trajectory: Trajectory, scores: Mapping[str, float]) -> None:
-        row = {"benchmark": benchmark, "sample": sample, "scores": dict(scores)}
-        self._file.write(dump_row(row | trajectory_row(trajectory)))
+    def _write(self, benchmark: str, sample: int, trajectory: Trajectory, scores: Mapping[str, float]) -> Outcome:
+        row = {"benchmark": benchmark, "sample": sample, "scores": dict(scores)} | trajectory_row(trajectory)
+        self._file.write(dump_row(row))
         self._file.flush()
+        return _outcome(row)
 
     def _read(self) -> None:
         whole = 0
         for end, row in _rows(self.path):
             whole = end
             if not row["status"].startswith("failed"):
-                self.done[row["benchmark"], row["task"]["id"], row["sample"]] = _outcome_of_row(row)
+                self.done[row["benchmark"], row["task"]["id"], row["sample"]] = _outcome(row)
         # what a kill has cut off would spoil the next line
         os.truncate(self.path, whole)
 
@@ -114,7 +112,7 @@ def read_outcomes(path: Path) -> dict[str, dict[str, list[Outcome]]]:
     outcomes: dict[str, dict[str, list[Outcome]]] = {}
     for _, row in _rows(path):
         if not row["status"].startswith("failed"):
-            outcome = _outcome_of_row(row)
+            outcome = _outcome(row)
             question = f"{row['task']['id']} {outcome.asked}"
             outcomes.setdefault(row["benchmark"], {}).setdefault(question, []).append(outcome)
     return outcomes
@@ -139,33 +137,18 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UsageError(f"{path} is not what an evaluation writes ({e}): give another folder") from e
 
 
-def _outcome(trajectory: Trajectory, scores: Mapping[str, float]) -> Outcome:
-    return Outcome(
-        correct=trajectory.correct,
-        scores=scores,
-        turns=len(trajectory.turns),
-        tokens=_sum(turn.num_tokens for turn in trajectory.turns),
-        wall_s=trajectory.wall_s,
-        failed=trajectory.status.failed,
-        status=str(trajectory.status),
-        asked=fingerprint(trajectory.task),
-    )
-
-
 def _sum(counts: Iterable[int | None]) -> int | None:
     """None where one of them is unknown."""
     known = list(counts)
     return None if None in known else sum(n for n in known if n)
 
 
-def _outcome_of_row(row: Mapping[str, Any]) -> Outcome:
+def _outcome(row: Mapping[str, Any]) -> Outcome:
     return Outcome(
         correct=row["correct"],
         scores=row["scores"],
         turns=len(row["turns"]),
         tokens=_sum(len(turn["response_ids"]) or turn.get("counted_tokens") for turn in row["turns"]),
         wall_s=row["wall_s"],
-        failed=row["status"].startswith("failed"),
-        status=row["status"],
         asked=fingerprint(row["task"]),
     )
