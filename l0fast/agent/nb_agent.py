@@ -62,12 +62,11 @@ class NBAgent:
     """Told each turn when it is over."""
     keep_chars: int = 20_000
     """Longest answer of a tool that the trajectory keeps [characters]."""
-    clock: Callable[[], float] = time.monotonic
 
     async def run_episode(self, task: Task, *, index: int, temperature: float, seed: int) -> Trajectory:
         """Play one episode. Never raises for what the world does: the status tells."""
         conversation = f"{task.id}/{index}/{seed}"
-        episode = _Episode(started=self.clock(), observer=self.observer.episode(conversation))
+        episode = _Episode(started=time.monotonic(), observer=self.observer.episode(conversation))
         status, cause = None, None
         whole, turn = asyncio.timeout(self.limits.timeout_s), _TurnDeadline()
         try:
@@ -98,7 +97,7 @@ class NBAgent:
             answer=episode.answer,
             cause=cause,
             started_s=episode.started,
-            wall_s=self.clock() - episode.started,
+            wall_s=time.monotonic() - episode.started,
         )
 
     async def _turns(
@@ -122,10 +121,10 @@ class NBAgent:
                 return TrajectoryStatus.TRUNCATED_CONTEXT
             if self.limits.turn_timeout_s is not None:
                 deadline.move(self.limits.turn_timeout_s)
-            t0 = self.clock()
+            t0 = time.monotonic()
             with episode.span("generate", "waiting for its response"):
                 response = await dialogue.respond(temperature=temperature, seed=seed * self.limits.max_turns + n)
-            t1 = self.clock()
+            t1 = time.monotonic()
             sampled, action = response.sampled, parse_action(response.text)
             shown_before, output, error = episode.notepad.render(), None, None
             if action.complaint is None:
@@ -156,7 +155,7 @@ class NBAgent:
                     counted_tokens=response.counted_tokens,
                     start_s=t0 - episode.started,
                     generate_s=t1 - t0,
-                    execute_s=self.clock() - t1,
+                    execute_s=time.monotonic() - t1,
                 )
             )
             self.on_turn(episode.turns[-1])
