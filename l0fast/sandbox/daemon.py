@@ -38,8 +38,6 @@ class Daemon:
     docker: aiodocker.Docker
     endpoint: str
     """"unix:///path"."""
-    version: str
-    """As it says itself, e.g. "20.10.24+dfsg1"."""
     rootless: bool
     """Rootless, or with remapped users: uids in a container are below 65,536."""
     memory_limit: bool
@@ -134,7 +132,6 @@ def _describe(docker: aiodocker.Docker, endpoint: str, version: Mapping[str, Any
     return Daemon(
         docker=docker,
         endpoint=endpoint,
-        version=version["Version"],
         rootless=bool({"name=rootless", "name=userns"} & options),
         memory_limit=bool(info["MemoryLimit"]),
         pids_limit=bool(info["PidsLimit"]),

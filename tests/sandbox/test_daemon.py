@@ -64,7 +64,7 @@ def sockets_at(monkeypatch: pytest.MonkeyPatch, *paths: Path) -> None:
 
 def test_a_daemon_is_described(path: Path):
     it = found(path)
-    assert (it.endpoint, it.name, it.version) == (f"unix://{path}", "Docker 20.10.24", "20.10.24+dfsg1")
+    assert (it.endpoint, it.name) == (f"unix://{path}", "Docker 20.10.24")
     assert (it.rootless, it.memory_limit, it.pids_limit, it.cpu_shares) == (False, True, True, True)
     assert it.runtimes == ("runc", "runsc")
 
@@ -176,7 +176,7 @@ def test_an_old_daemon_is_refused(path: Path):
 
 def test_api_versions_are_compared_as_numbers(path: Path):
     assert "speaks API 1.9" in refused(path, version={**VERSION, "ApiVersion": "1.9"})
-    assert found(path, version={**VERSION, "ApiVersion": "1.100"}).version
+    assert found(path, version={**VERSION, "ApiVersion": "1.100"}).name
 
 
 def test_windows_containers_are_refused(path: Path):
