@@ -91,20 +91,9 @@ def _again(error: Exception) -> bool | float:
 @asynccontextmanager
 async def open_embedder(config: EmbeddingsConfig) -> AsyncIterator[Embedder]:
     """For as long as the `async with` body runs. Raises UsageError for an address that is none."""
-    url = embeddings_url(os.environ.get(PLACE, "").strip() or config.url)
+    url = endpoint_url(os.environ.get(PLACE, "").strip() or config.url, "/embeddings")
     async with open_http(timeout_s=config.timeout_s, max_bytes=MAX_BYTES) as http:
         yield Embedder(config, http, url)
-
-
-def embeddings_url(url: str) -> str:
-    """The address to post to. Raises UsageError.
-
-    >>> embeddings_url("http://127.0.0.1:8000")
-    'http://127.0.0.1:8000/v1/embeddings'
-    >>> embeddings_url("https://api.example.com/v1/embeddings")
-    'https://api.example.com/v1/embeddings'
-    """
-    return endpoint_url(url, "/embeddings")
 
 
 class _Row(BaseModel):
