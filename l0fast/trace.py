@@ -69,9 +69,9 @@ class Trace:
         # a row each: what the run does at once is not nested
         return _Block(self, _STEP, self._row_of(name), name)
 
-    def block(self, name: str, start: int, end: int, **facts: Any) -> None:
+    def block(self, name: str, start: int, end: int) -> None:
         """What the whole run has done from `start` to `end` [ns, time.monotonic_ns]."""
-        self.events.append((_STEP, self._row_of(name), name, start, end, facts))
+        self.events.append((_STEP, self._row_of(name), name, start, end, None))
 
     def count(self, name: str, values: Mapping[str, float]) -> None:
         """How much there is of something now, drawn over each other."""
