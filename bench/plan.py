@@ -37,9 +37,7 @@ def plan(
 ) -> tuple[str, str | None]:
     """The table, and why it can't be, if so."""
     work = cost.workload_of(config, tokens=tokens, sampled=sampled)
-    setup = cost.setup_of(
-        config, gpus=gpus, gpu_memory_bytes=gpu_memory_bytes, sampled_share=work.sampled / work.tokens
-    )
+    setup = cost.setup_of(config, work, gpus=gpus, gpu_memory_bytes=gpu_memory_bytes)
     memory, flops = cost.memory_parts(shape, setup), cost.flops(shape, work, setup)
     seconds = cost.seconds(shape, work, setup, rates)
     host = cost.host_parts(

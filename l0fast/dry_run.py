@@ -148,7 +148,7 @@ def _gpus(config: RunConfig, folder: Path | None, result: DryRun) -> None:
     if complaint := memory_complaint(config, shape, layout, gpu_memory_bytes=memory):
         raise UsageError(complaint)
     work = cost.workload_of(config)
-    setup = cost.setup_of(config, gpus=layout.ranks, gpu_memory_bytes=memory, sampled_share=work.sampled / work.tokens)
+    setup = cost.setup_of(config, work, gpus=layout.ranks, gpu_memory_bytes=memory)
     parts = cost.memory_parts(shape, setup)
     learner = {name: size for name, size in parts.items() if not name.startswith("engine") and size}
     if exported := exported_bytes(shape, layout):

@@ -267,13 +267,7 @@ def _shape(model_path: Path) -> cost.ModelShape | None:
 
 def _setup(config: RunConfig, layout: Layout, gpu_memory_bytes: float, liger: bool) -> cost.Setup:
     work = cost.workload_of(config)
-    return cost.setup_of(
-        config,
-        gpus=layout.ranks,
-        gpu_memory_bytes=gpu_memory_bytes,
-        sampled_share=work.sampled / work.tokens,
-        liger=liger,
-    )
+    return cost.setup_of(config, work, gpus=layout.ranks, gpu_memory_bytes=gpu_memory_bytes, liger=liger)
 
 
 def _liger() -> bool:

@@ -520,16 +520,14 @@ def _remedies(shape: ModelShape, setup: Setup) -> Iterator[tuple[str, object, Ca
 # -- of a run
 
 
-def setup_of(
-    config: RunConfig, *, gpus: int, gpu_memory_bytes: float, sampled_share: float, liger: bool = True
-) -> Setup:
-    """How a run lies on GPUs of this number and size, engines and learner on the same ones."""
+def setup_of(config: RunConfig, work: Workload, *, gpus: int, gpu_memory_bytes: float, liger: bool = True) -> Setup:
+    """How a run whose steps have this work lies on GPUs of this number and size, engines and learner on the same ones."""
     learner = config.learner
     return Setup(
         gpus=gpus,
         gpu_memory_bytes=gpu_memory_bytes,
         pack_tokens=max(learner.pack_tokens, config.agent.context_tokens),
-        sampled_share=sampled_share,
+        sampled_share=work.sampled / work.tokens,
         reference=learner.kl_coef > 0,
         critic=learner.critic,
         lora_rank=learner.lora_rank,

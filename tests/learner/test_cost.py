@@ -445,5 +445,5 @@ def test_a_run_is_planned_from_its_settings():
     work = cost.workload_of(config)
     assert (work.episodes, work.tokens, work.sampled, work.rows) == (32, 8000, 3000, 1)
     assert cost.workload_of(config, tokens=20_000, sampled=5000).rows == 2.5
-    s = cost.setup_of(config, gpus=2, gpu_memory_bytes=10 * GIB, sampled_share=0.5)
+    s = cost.setup_of(config, work, gpus=2, gpu_memory_bytes=10 * GIB)
     assert (s.pack_tokens, s.reference, s.checkpointing, s.offload, s.engine_share) == (8000, False, False, True, 0.3)
