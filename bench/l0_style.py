@@ -39,7 +39,6 @@ from l0fast.engine.clock import CompressedClock
 from l0fast.engine.simulated import SimulatedEngine, Speed
 from l0fast.ids import Ids
 from l0fast.sandbox import open_sandbox
-from l0fast.sandbox.pool import SandboxPool
 from l0fast.tools.broker import ToolPolicy, open_broker
 from l0fast.types import Task
 
@@ -319,7 +318,6 @@ async def ours(
                 raise RuntimeError(f"episode {task.id} {trajectory.status}: {trajectory.cause}")
             took.append(time.perf_counter() - began)
 
-        assert isinstance(sandbox, SandboxPool)
         # a container's zygote is a child of the daemon's
         zygotes = [shard.launched.pid for shard in sandbox.shards]
         cpu_s = tree_cpu_s(os.getpid(), *zygotes)
