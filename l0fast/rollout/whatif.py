@@ -215,7 +215,7 @@ async def _replay(world: World, config: RunConfig, steps: int) -> Simulated:
         schedule=Schedule(
             rollout.mode,
             groups_per_step=rollout.groups_per_step,
-            max_open_groups=max(rollout.max_open_groups, rollout.groups_per_step),
+            max_open_groups=rollout.max_open_groups,
             max_staleness=rollout.max_staleness,
         ),
         sync=world.sync,
