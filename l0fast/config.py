@@ -41,7 +41,7 @@ class TaskConfig(Config):
     """Share of training questions asked in variants of the world, so that knowing its facts by heart does not pay: training names spelled anew, and invented ones."""
     num_variants: PositiveInt = 4
     """Variants made for that [worlds]."""
-    search_results: PositiveInt = 3
+    search_results: int = Field(default=3, ge=1, le=50)
     """Sentences a search returns."""
 
 

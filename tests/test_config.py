@@ -169,6 +169,8 @@ def test_every_shipped_recipe_is_valid(name: str):
         (["--num-steps"], ["--num-steps needs 1 value", "the line ends"]),
         (["--run-dir", "--smoke"], ["--run-dir needs 1 value", "--smoke follows"]),
         (["--task.kind", "zoo"], ["--task.kind zoo", "'geography', 'invented' or 'questions'"]),
+        # more than a search answers
+        (["--task.search-results", "51"], ["--task.search-results 51", "less than or equal to 50"]),
         (["--smoke=maybe"], ["--smoke maybe", "boolean"]),
         (["--recipe", "invented"], ["--recipe is not a flag"]),
         (["zoo"], ["'zoo'", *shipped_recipes(), ".toml"]),
