@@ -46,8 +46,12 @@ class CellResult:
     wall_s: float
 
 
+CELL_TIMEOUT_S = 30.0
+"""Soft limit of a cell that names none [s]."""
+
+
 class Session(Protocol):
-    async def execute(self, code: str, *, timeout_s: float | None = None) -> CellResult:
+    async def execute(self, code: str, *, timeout_s: float = CELL_TIMEOUT_S) -> CellResult:
         """Run one cell; state stays for the next.
 
         A cell that fails or times out is a result with an `error`. Raises SandboxError where the session is lost.

@@ -22,7 +22,6 @@ from types import MappingProxyType
 from l0fast.cgroups import cores
 from l0fast.errors import SandboxError
 from l0fast.sandbox.base import Session, ToolSpec
-from l0fast.sandbox.launch import OUTPUT_BYTES
 from l0fast.sandbox.session import PoolSession
 from l0fast.sandbox.shard import Backend, Lease, Shard
 
@@ -36,8 +35,6 @@ STARTS_AT_ONCE = max(2, cores())
 """Sessions being started at once [sessions]. A start is a processor's work from end to end (a fork, and the page faults
 that follow it, most of it in the kernel): more of them than processors come up no sooner, and keep the loop waiting for
 one. Two, so that one that hangs doesn't stop the others."""
-CELL_TIMEOUT_S = 30.0
-"""Soft limit of a cell that names none [s]."""
 GRACE_S = 3.0
 """From a cell's soft limit to its hard one [s]."""
 
@@ -133,14 +130,7 @@ class SandboxPool:
         """Lease a fresh session; leaving the block ends it and all it started. See `Sandbox.session`."""
         shard, lease = await self._lease(tools, seed, files)
         try:
-            yield PoolSession(
-                lease,
-                tools,
-                end=lambda: shard.kill(lease),
-                output_bytes=OUTPUT_BYTES,
-                timeout_s=CELL_TIMEOUT_S,
-                grace_s=self._grace_s,
-            )
+            yield PoolSession(lease, tools, end=lambda: shard.kill(lease), grace_s=self._grace_s)
         finally:
             await shard.end(lease)
 

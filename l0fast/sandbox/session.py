@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Mapping
 
 from l0fast.errors import SandboxError, ToolError
-from l0fast.sandbox.base import CellError, CellResult, ToolSpec
+from l0fast.sandbox.base import CELL_TIMEOUT_S, CellError, CellResult, ToolSpec
 from l0fast.sandbox.channel import Call, Done, Event, Files, ProtocolError
+from l0fast.sandbox.launch import OUTPUT_BYTES
 from l0fast.sandbox.shard import Lease
 
 MAX_CALLS = 64
@@ -21,33 +22,20 @@ class PoolSession:
     stopped process, a swallowed Timeout): it ends the session, and SandboxError is raised.
     """
 
-    def __init__(
-        self,
-        lease: Lease,
-        tools: Mapping[str, ToolSpec],
-        end: Callable[[], None],
-        *,
-        output_bytes: int,
-        timeout_s: float,
-        grace_s: float,
-    ):
+    def __init__(self, lease: Lease, tools: Mapping[str, ToolSpec], *, end: Callable[[], None], grace_s: float):
         self.lease = lease
         self._channel = lease.channel
         self._loop = asyncio.get_running_loop()
         self._tools = {spec.name: spec for spec in tools.values()}
         self._end = end
-        self._output_bytes = output_bytes
-        self._timeout_s = timeout_s
         self._grace_s = grace_s
 
-    async def execute(self, code: str, *, timeout_s: float | None = None) -> CellResult:
+    async def execute(self, code: str, *, timeout_s: float = CELL_TIMEOUT_S) -> CellResult:
         """Run one cell; state stays for the next.
 
         A cell that fails or times out is a result with an `error`. Raises SandboxError where the session is lost, and
         whatever a tool raised that isn't ToolError or TypeError, after ending the session.
         """
-        if timeout_s is None:
-            timeout_s = self._timeout_s
         if not timeout_s > 0:
             raise ValueError(f"timeout_s = {timeout_s} leaves a cell no time: give a positive number of seconds")
         channel = self._channel
@@ -76,7 +64,7 @@ class PoolSession:
             raise
         assert isinstance(event, Done)
         error = CellError(name=event.error[0], value=event.error[1], traceback=event.error[2]) if event.error else None
-        text = self.lease.output.take(self._output_bytes, event.dropped)
+        text = self.lease.output.take(OUTPUT_BYTES, event.dropped)
         return CellResult(output=text, error=error, wall_s=time.perf_counter() - began)
 
     async def collect(self, *, max_files: int = 64, max_bytes: int = 4 << 20) -> dict[str, bytes]:
