@@ -4,7 +4,7 @@
            --> math-verify                             a child process, killed when sympy goes on for ever
            --> the task's unit tests                   a session of their own, after the answer has run as code
            --> a model that judges                     judge.py, over HTTP
-    trajectory --> your own functions                  coroutines here, others in a thread
+    trajectory --> your own functions                  coroutines here, others in a thread of their own, which nobody waits for at the end
 
 Each under a deadline. What could not be scored is not a zero: a lost session, a judge that doesn't answer or a child that
 can't be started raise `WorldError`, and the episode has no vote. What an answer does to its check (tests that never end, an
@@ -16,7 +16,7 @@ import importlib
 import inspect
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from l0fast.errors import SandboxError, UsageError, WorldError
 from l0fast.sandbox.base import Sandbox
 from l0fast.tasks.expressions import any_equal, start_child
 from l0fast.tasks.rewards import exact_match, f1, has_answer, matches, numeric, turn_rewards
+from l0fast.tools.threads import InThread
 from l0fast.types import CHECKS, Task, Trajectory, TrajectoryStatus
 
 Judge = Callable[[Task, str], Awaitable[float]]
@@ -38,6 +39,8 @@ _LONG_CHARS = 2000
 """Texts that take longer to compare than to hand to a thread, about half a millisecond [characters]."""
 _LIVES = 3
 """Sessions that an answer may lose."""
+_THREADS = 16
+"""Rewards of the user's own that are computed in threads at once; the others' time has not begun."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,7 @@ class Scorer:
     judge: Judge | None
     custom: tuple[tuple[float, CustomReward], ...] = ()
     _math: ChildPool = field(repr=False)
+    _threads: asyncio.Semaphore = field(repr=False, default_factory=lambda: asyncio.Semaphore(_THREADS))
 
     async def scored(self, trajectory: Trajectory) -> tuple[Trajectory, Mapping[str, float]]:
         """With its rewards, and its answer's scores; where nobody could say what it is worth, a failed one and none."""
@@ -160,21 +164,31 @@ class Scorer:
 
     async def _custom(self, reward: CustomReward, trajectory: Trajectory) -> tuple[float, ...]:
         n = len(trajectory.turns)
-        name = f"{reward.__module__}:{reward.__qualname__}"
+        # an object that can be called need have no name
+        name = f"{reward.__module__}:{getattr(reward, '__qualname__', repr(reward))}"
+        here = inspect.iscoroutinefunction(reward)
         try:
-            async with asyncio.timeout(self.config.timeout_s):
-                if inspect.iscoroutinefunction(reward):
-                    given = await reward(trajectory)
-                else:
-                    given = await asyncio.to_thread(reward, trajectory)
+            async with nullcontext() if here else self._threads, asyncio.timeout(self.config.timeout_s):
+                given = reward(trajectory) if here else await InThread(reward)(trajectory)
+                # of a partial, a decorated one or an object's __call__ it shows only now
+                given = await given if inspect.isawaitable(given) else given
         except TimeoutError as e:
             raise WorldError(f"the reward {name} took longer than {self.config.timeout_s:g} s") from e
-        scores = tuple(given) if isinstance(given, Sequence) else (*[0.0] * (n - 1), given)[-n:] if n else ()
+        numbers = _plain(given)
+        if isinstance(numbers, Sequence):
+            scores = tuple(map(_plain, numbers))
+        else:
+            scores = (*[0.0] * (n - 1), numbers)[-n:] if n else ()
         if len(scores) != n or not all(isinstance(s, int | float) and math.isfinite(s) for s in scores):
             raise UsageError(
                 f"the reward {name} gave {given!r} for an episode of {n} turns: return a finite number, or one for each turn"
             )
         return tuple(map(float, scores))
+
+
+def _plain(value: Any) -> Any:
+    """Of NumPy's and torch's, which are no numbers and no sequences of Python's, what they hold."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 async def _compared(by: Callable[..., T], answer: str, answers: Sequence[str], *further: Any) -> T:

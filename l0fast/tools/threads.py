@@ -1,4 +1,4 @@
-"""A function that blocks, as a tool: each call in a thread of its own.
+"""A function that blocks, as a tool or a reward: each call in a thread of its own.
 
 asyncio's own threads are a few, and shared with all that reads files and cleans up; and both asyncio and Python wait for a
 pool's threads before they end. A thread that hangs can't be ended: here it keeps nobody waiting but those who want its slot
@@ -38,5 +38,5 @@ class InThread:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(returned.set_result, outcome)
 
-        threading.Thread(target=run, name=f"tool-{self._function.__name__}", daemon=True).start()
+        threading.Thread(target=run, name=f"{getattr(self._function, '__name__', 'function')}()", daemon=True).start()
         return returned

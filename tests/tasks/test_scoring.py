@@ -3,15 +3,17 @@
 import asyncio
 import sys
 import threading
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import pytest
 
 from l0fast.config import RewardConfig, SandboxConfig
+from l0fast.engine.clock import SimulatedClock
 from l0fast.errors import UsageError, WorldError
 from l0fast.ids import Ids
 from l0fast.sandbox import open_sandbox
-from l0fast.tasks import rewards
+from l0fast.tasks import rewards, scoring
 from l0fast.tasks.scoring import load_custom, open_scorer
 from l0fast.types import Task, Trajectory, TrajectoryStatus, Turn
 
@@ -152,12 +154,25 @@ def test_a_judge_is_asked_once_and_one_that_fails_is_no_zero():
 @pytest.fixture
 def my_rewards(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
-        "import asyncio, time\n"
+        "import asyncio, functools, threading, time\n"
+        "import numpy\n"
         "def polite(trajectory):\n    return float('please' in (trajectory.answer or ''))\n"
         "async def each(trajectory):\n    return [0.25 for _ in trajectory.turns]\n"
         "def odd(trajectory):\n    return 'many'\n"
         "async def endless(trajectory):\n    await asyncio.Event().wait()\n"
         "number = 3\n"
+        "let_go = threading.Event()\n"
+        "def hangs(trajectory):\n    let_go.wait(20)\n    return 0.0\n"
+        "def half(trajectory):\n    return numpy.float32(0.5)\n"
+        "def halves(trajectory):\n    return numpy.full(len(trajectory.turns), 0.5)\n"
+        "def right(trajectory):\n    return numpy.bool_(True)\n"
+        "def tensor(trajectory):\n    import torch\n    return torch.tensor(0.5)\n"
+        "def of_each(trajectory):\n    return [numpy.float32(0.25) for _ in trajectory.turns]\n"
+        "class Own:\n    async def __call__(self, trajectory):\n        return 0.5\n"
+        "own = Own()\n"
+        "part = functools.partial(lambda more, trajectory: more, 0.5)\n"
+        "@functools.wraps(each)\n"
+        "def decorated(trajectory):\n    return each(trajectory)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     yield
@@ -173,6 +188,53 @@ def test_rewards_of_the_users_own_count_by_their_weight():
     assert score.rewards == pytest.approx([0.25, 2.25])
     [none] = scored(replace(episode("please", "x"), turns=()), config=config)
     assert none.rewards == ()
+
+
+@pytest.mark.usefixtures("my_rewards")
+@pytest.mark.parametrize(
+    ("name", "rewards"),
+    [
+        ("half", [0, 0.5]),
+        ("halves", [0.5, 0.5]),
+        ("right", [0, 1]),
+        ("tensor", [0, 0.5]),
+        ("of_each", [0.25, 0.25]),
+        ("own", [0, 0.5]),
+        ("part", [0, 0.5]),
+        ("decorated", [0.25, 0.25]),
+    ],
+)
+def test_a_reward_may_be_all_that_can_be_called_and_give_numbers_of_numpy_and_torch(name, rewards):
+    config = RewardConfig(correct=0, has_answer=0, format=0, code=0, custom=(f"my_rewards:{name}",))
+    [score] = scored(episode("x", "x"), config=config)
+    assert score.rewards == pytest.approx(rewards)
+
+
+@pytest.mark.usefixtures("my_rewards")
+def test_a_reward_that_hangs_keeps_no_run_from_ending():
+    config = RewardConfig(custom=("my_rewards:hangs",), timeout_s=0.01)
+    with pytest.raises(WorldError, match="my_rewards:hangs took longer"):
+        scored(episode("x", "x"), config=config)
+    (hanging,) = (thread for thread in threading.enumerate() if thread.name == "hangs()")
+    assert hanging.daemon
+    sys.modules["my_rewards"].let_go.set()
+    hanging.join()
+
+
+@pytest.mark.usefixtures("my_rewards")
+def test_a_rewards_time_begins_when_it_does():
+    async def main():
+        config = RewardConfig(correct=0, has_answer=0, format=0, code=0, custom=("my_rewards:half",), timeout_s=5)
+        async with open_scorer(config, max_new_tokens=4) as scorer, asyncio.TaskGroup() as tg:
+            async with AsyncExitStack() as threads:
+                for _ in range(scoring._THREADS):
+                    await threads.enter_async_context(scorer._threads)
+                waiting = tg.create_task(scorer.score(episode("x", "x")))
+                await asyncio.sleep(100)
+                assert not waiting.done()
+        return waiting.result()
+
+    assert SimulatedClock().run(main()).rewards == pytest.approx([0, 0.5])
 
 
 @pytest.mark.usefixtures("my_rewards")
