@@ -15,6 +15,7 @@ A source is written as one text, DATA or DATA?name=value&name=value, with the fi
 """
 
 import random
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -156,7 +157,7 @@ def read_tasks(config: SourceConfig, split: str) -> Iterator[tuple[int, "Task | 
     """
     data_set = _data_set(config)
     columns, name = _columns(config, data_set), source_name(config)
-    find, rows = _rows(config, data_set, split)
+    find, rows = _rows(config, split)
     check, usual = config.check, data_set.check if data_set else "exact_match"
     find = _beside(Path(config.files_folder)) if config.files_folder else find
     for line, row in rows:
@@ -167,6 +168,21 @@ def read_tasks(config: SourceConfig, split: str) -> Iterator[tuple[int, "Task | 
             continue
         if not config.heldout_share or is_heldout(task.question, config.heldout_share) == (split == "eval"):
             yield line, task
+
+
+def at_hub(config: SourceConfig, split: str) -> tuple[str, str, str]:
+    """owner/name, subset and split there of a source that is no file. Raises UsageError."""
+    data_set = _data_set(config)
+    hub, _, subset = (config.data if data_set is None or "/" in config.data else data_set.hub).partition(":")
+    if "/" not in hub:
+        raise UsageError(
+            f"{config.data!r} is neither a file nor a data set with a ready map ({', '.join(DATASETS)}) nor owner/name on the "
+            "hub: give one of them"
+        )
+    theirs = config.split or (data_set.splits.get(split) if data_set else "train")
+    if theirs is None:
+        raise UsageError(f"{config.data} has no {split!r} questions: name one of its splits with split = '...'")
+    return hub, subset or (data_set.subset if data_set else ""), theirs
 
 
 def is_heldout(question: str, share: float) -> bool:
@@ -230,7 +246,7 @@ def _columns(config: SourceConfig, data_set: DataSet | None) -> Columns:
     )
 
 
-def _rows(config: SourceConfig, data_set: DataSet | None, split: str) -> tuple[Find, Rows]:
+def _rows(config: SourceConfig, split: str) -> tuple[Find, Rows]:
     """Where the files that rows name are found, and the rows."""
     path = Path(config.data)
     if path.is_file():
@@ -239,7 +255,7 @@ def _rows(config: SourceConfig, data_set: DataSet | None, split: str) -> tuple[F
         raise UsageError(
             f"there is no file {path}: give the path of one, the name of a data set, or owner/name on the hub"
         )
-    return _from_hub(config, data_set, split)
+    return _from_hub(config, split)
 
 
 def rows_of_file(path: Path) -> Rows:
@@ -253,6 +269,7 @@ def rows_of_file(path: Path) -> Rows:
 def _jsonl(path: Path) -> Rows:
     with path.open("rb") as file:
         for line, text in enumerate(file, 1):
+            text = text.removeprefix(BOM_UTF8) if line == 1 else text
             if text.strip():
                 try:
                     yield line, orjson.loads(text)
@@ -262,7 +279,7 @@ def _jsonl(path: Path) -> Rows:
 
 def _json(path: Path) -> Rows:
     try:
-        rows = orjson.loads(path.read_bytes())
+        rows = orjson.loads(path.read_bytes().removeprefix(BOM_UTF8))
     except ValueError as e:
         raise UsageError(f"{path} is not JSON ({e}): mend it, or give JSON lines as .jsonl") from e
     if not isinstance(rows, list):
@@ -287,17 +304,8 @@ def _parquet(path: Path) -> Rows:
         raise UsageError(f"{path} is no parquet file{where} ({e}): give one that is whole") from e
 
 
-def _from_hub(config: SourceConfig, data_set: DataSet | None, split: str) -> tuple[Find, Rows]:
-    hub, _, subset = (config.data if data_set is None or "/" in config.data else data_set.hub).partition(":")
-    if "/" not in hub:
-        raise UsageError(
-            f"{config.data!r} is neither a file nor a data set with a ready map ({', '.join(DATASETS)}) nor owner/name on the "
-            "hub: give one of them"
-        )
-    subset = subset or (data_set.subset if data_set else "")
-    theirs = config.split or (data_set.splits.get(split) if data_set else "train")
-    if theirs is None:
-        raise UsageError(f"{config.data} has no {split!r} questions: name one of its splits with split = '...'")
+def _from_hub(config: SourceConfig, split: str) -> tuple[Find, Rows]:
+    hub, subset, theirs = at_hub(config, split)
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as e:
@@ -377,15 +385,19 @@ def _column(row: Mapping[str, Any], names: str) -> Any:
 def _texts(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value] if (listed := _listed(value)) is None else listed
-    if isinstance(value, bool) or value is None:
-        return [] if value is None else [str(value)]
+    if value is None:
+        return []
     if isinstance(value, int | float):
-        return [repr(value)]
-    if isinstance(value, Sequence):
-        return [
-            text for item in value for text in ([str(item)] if isinstance(item, str | int | float) else _texts(item))
-        ]
+        return [_number(value)]
+    # bytes are a sequence of numbers, which nobody means
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [text for item in value for text in ([item] if isinstance(item, str) else _texts(item))]
     raise _Misfit(f"an answer is a text, a number or a list of them, not {type(value).__name__}")
+
+
+def _number(value: float) -> str:
+    """As one writes it: a column of whole numbers of which one is missing holds 42.0, which without its mark is 420."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _listed(text: str) -> list[str] | None:

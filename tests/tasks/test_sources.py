@@ -46,6 +46,8 @@ def test_a_jsonl_row_becomes_a_task_by_its_columns(tmp_path):
         (["[0, 1)", "[2, 3]", '["x"]'], ("[0, 1)", "[2, 3]", '["x"]')),
         (3, ("3",)),
         (2.5, ("2.5",)),
+        (42.0, ("42",)),
+        ([42.0, 0.5], ("42", "0.5")),
         (True, ("True",)),
     ],
 )
@@ -85,6 +87,24 @@ def test_parquet_and_json_are_read_as_jsonl_is(tmp_path):
     read = [load(str(tmp_path / f"x.{suffix}")).tasks for suffix in ("jsonl", "json", "parquet")]
     assert read[0] == read[1] == read[2]
     assert len(read[0]) == 3000
+
+
+def test_answers_in_bytes_are_told_of_and_not_taken_for_a_list_of_numbers(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"question": ["q", "r"], "answers": [b"Oslo", b""]}), tmp_path / "x.parquet")
+    with pytest.raises(UsageError, match="a list of them, not bytes"):
+        load(str(tmp_path / "x.parquet"))
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_end_its_lines_as_windows_does(tmp_path):
+    row = '{"question": "q", "answer": "x"}'
+    (tmp_path / "x.jsonl").write_bytes(f"\ufeff{row}\r\n{row}\r\n".encode())
+    (tmp_path / "x.json").write_bytes(f"\ufeff[{row},\r\n{row}]".encode())
+    for name in ("x.jsonl", "x.json"):
+        source = load(str(tmp_path / name))
+        assert (len(source.tasks), source.problems) == (2, ())
 
 
 def test_parquet_that_is_broken_further_on_is_one_sentence(tmp_path):
