@@ -29,7 +29,7 @@ from l0fast.rooms import absent_packages, check_questions, check_settings, hardl
 from l0fast.tasks.catalog import DATASETS
 from l0fast.tasks.curriculum import load_curriculum
 from l0fast.tasks.judge import judge_endpoint
-from l0fast.tasks.sources import SUFFIXES, load_source, parse_source, source_name
+from l0fast.tasks.sources import SUFFIXES, at_hub, load_source, parse_source, source_name
 from l0fast.tools.local_search import LocalSearch, search_tool
 from l0fast.tools.toolbox import check_tools, describe_tools
 from l0fast.types import Task
@@ -79,18 +79,13 @@ def _questions(config: RunConfig, result: DryRun) -> Task:
             source = parse_source(text)
             data_set = DATASETS.get(source.map or source.data)
             checks.add(source.check or (data_set.check if data_set else ""))
-            if Path(source.data).suffix in SUFFIXES:
+            if (path := Path(source.data)).is_file() or path.suffix in SUFFIXES:
                 loaded = load_source(source, split)
                 result.lines.append(f"  {split:<12}{loaded.report()}")
                 checks |= {task.check for task in loaded.tasks}
                 task = loaded.tasks[0] if split == "train" else task
                 continue
-            hub, _, subset = (data_set.hub if data_set and "/" not in source.data else source.data).partition(":")
-            subset = subset or (data_set.subset if data_set else "")
-            if data_set and split not in data_set.splits and not source.split:
-                raise UsageError(
-                    f"task.{split} has {text!r}, which has no {split} questions: name a split with ?split=..."
-                )
+            hub, subset, _ = at_hub(source, split)
             result.lines.append(
                 f"  {split:<12}{source_name(source)}: {hub}{':' + subset if subset else ''} of the Hugging "
                 "Face hub, not asked now"

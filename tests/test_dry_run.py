@@ -56,6 +56,21 @@ def test_a_run_without_checkpoints_needs_main_memory_for_the_model_that_it_leave
     assert "  main memory 2 GB of the node: weights on their way 2" in lines
 
 
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("mine.csv", "none of the formats read here"),
+        ("mine", "neither a file nor a data set"),
+        ("bamboogle", "no 'train'"),
+    ],
+)
+def test_questions_that_a_run_would_refuse_are_refused(tmp_path, monkeypatch, name, complaint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.csv").write_text("question,answer\nq,x\n")
+    with pytest.raises(UsageError, match=complaint):
+        dry_run(parse(["--task.kind", "questions", "--task.train", name, "--task.eval", "nq", "--dry-run"]))
+
+
 def test_seven_recipes_for_gpus_ship():
     assert len(BIG) == 7
 
@@ -88,7 +103,7 @@ def test_questions_on_disk_are_read_and_the_first_one_is_shown(tmp_path):
         (["--learner.pack-tokens", "none"], "--learner.pack-tokens none"),
         (["--rollout.mode", "sometimes"], "--rollout.mode sometimes"),
         (["--task.train", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
-        (["--task.train", "bamboogle"], "has no train questions"),
+        (["--task.train", "bamboogle"], "has no 'train' questions"),
         (["--task.train", "nq?wait=3"], "has wait = '3'"),
         (["--tools.use", "web_serch"], "no tool is called 'web_serch'"),
         (["--tools.use", "corpus=nowhere"], "there is no such file or folder"),
