@@ -196,7 +196,8 @@ class Chat:
         if closing is None:
             raise UsageError(
                 f"the chat template of {self._folder} does not end an answer with {' or '.join(map(repr, ends.values()))} "
-                f"before the next message, got {after_answer[:40]!r}: l0fast needs a ChatML-like template"
+                f"before the next message, got {after_answer[:40]!r}: add the token that does to eos_token_id in "
+                "generation_config.json, or take a ChatML-like template"
             )
         return (closing, *(id for id in ids if id != closing))
 

@@ -175,6 +175,7 @@ def test_a_thought_that_the_prompt_opens_belongs_to_the_response(other):
 
 @pytest.mark.parametrize(("template", "sentence"), [
     (NAMED, "does not end an answer with '<|endoftext|>' or '<|im_end|>' or '<|eot|>' before the next message, got '</s>["),
+    (NAMED, "add the token that does to eos_token_id in generation_config.json, or take"),
     ("{{ raise_exception('no system') }}", "does not take messages of system, user (TemplateError: no system)"),
     ("{{ 1 + messages }}", "does not take messages of system, user (TypeError"),
     (HEADERS.replace("messages %}", "messages if m.role != 'system' %}"), "leaves out what the system says"),
