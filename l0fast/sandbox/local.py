@@ -316,7 +316,10 @@ def _wait_for_namespace(info: int) -> None:
         # bwrap had not got that far, or all is over
         return
     try:
-        if not select.select([watch], [], [], _SWEEP_TIMEOUT_S)[0]:
+        # not select(), which knows no descriptor above 1,023
+        ended = select.poll()
+        ended.register(watch, select.POLLIN)
+        if not ended.poll(1000 * _SWEEP_TIMEOUT_S):
             raise SandboxError(f"process {pid} is still there after its bwrap has ended")
     finally:
         os.close(watch)

@@ -16,6 +16,10 @@ from l0fast.sandbox.pool import SandboxPool
 from l0fast.sandbox.shard import Backend, Report
 
 CORES_PER_SHARD = 2
+_FILES_PER_SESSION, _FILES_PER_SHARD, _FILES_BESIDES = 2, 5, 256
+"""Open files that this process has for each, and for all else."""
+_OPEN_FILES = 65_536
+"""What the limit is raised to where it may be: agents have connections, too, and engines sockets. SGLang raises it so far."""
 
 
 @asynccontextmanager
@@ -28,7 +32,7 @@ async def open_sandbox(
     which, and what is missing. Raises UsageError where none is safe here, or the one asked for doesn't work.
     """
     _check_platform()
-    _check_descriptors(max_sessions)
+    _raise_open_files(max_sessions, _num_shards(config, max_sessions))
     kinds = ("docker", "bwrap", "process") if config.kind == "auto" else (config.kind,)
     refused = []
     for kind in kinds:
@@ -65,12 +69,16 @@ def _backend(kind: str, config: SandboxConfig, log: Callable[[str], None]) -> Ba
     return DockerBackend(config, log=log)
 
 
-def _pool(backend: Backend, config: SandboxConfig, max_sessions: int) -> SandboxPool:
+def _num_shards(config: SandboxConfig, max_sessions: int) -> int:
     needed = math.ceil(max_sessions / config.sessions_per_shard)
     wanted = min(max_sessions, cores() // CORES_PER_SHARD)
+    return max(needed, wanted, 1)
+
+
+def _pool(backend: Backend, config: SandboxConfig, max_sessions: int) -> SandboxPool:
     return SandboxPool(
         backend,
-        num_shards=max(needed, wanted, 1),
+        num_shards=_num_shards(config, max_sessions),
         sessions_per_shard=config.sessions_per_shard,
         start_timeout_s=config.start_timeout_s,
     )
@@ -107,14 +115,20 @@ def _check_platform() -> None:
         raise UsageError(f"the sandbox needs Linux on {' or '.join(TABLES)}, and this is {sys.platform} on {machine}")
 
 
-def _check_descriptors(max_sessions: int) -> None:
-    needed = 2 * max_sessions + 256
+def _raise_open_files(max_sessions: int, num_shards: int) -> None:
+    """A shell's 1,024 are for programs that wait with select(), which knows no more; nothing here does.
+
+    Raises UsageError where so many sessions can't be had.
+    """
+    needed = _FILES_PER_SESSION * max_sessions + _FILES_PER_SHARD * num_shards + _FILES_BESIDES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft >= needed or soft == resource.RLIM_INFINITY:
-        return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UsageError(
             f"{max_sessions} sessions need {needed} open files and the limit here is {hard}: raise it (ulimit -n), or "
             f"lower the number of open episodes"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    wanted = max(2 * needed, _OPEN_FILES)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -2,7 +2,9 @@
 
 import asyncio
 import errno
+import fcntl
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 
 from l0fast.errors import SandboxError
 from l0fast.sandbox.launch import GUEST, Uids
-from l0fast.sandbox.local import _library_folders
+from l0fast.sandbox.local import _library_folders, _wait_for_namespace
 
 
 @pytest.mark.parametrize("call", ["socket.socketpair", "Uids", "tempfile.mkdtemp", "subprocess.Popen", "os.pidfd_open"])
@@ -35,6 +37,35 @@ def test_a_zygote_that_can_not_be_started_is_the_sandboxs_own_error_and_leaves_n
         assert os.listdir("/proc/self/fd") == before
 
     asyncio.run(main())
+
+
+def test_the_end_of_a_killed_bwraps_zygote_is_seen_among_more_than_1024_open_files(monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard <= 1024:
+        pytest.skip(f"the limit here is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    pidfd_open = os.pidfd_open
+
+    def above(pid: int) -> int:
+        fd = pidfd_open(pid)
+        try:
+            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 1024)
+        finally:
+            os.close(fd)
+
+    monkeypatch.setattr(os, "pidfd_open", above)
+    info, told = os.pipe2(os.O_NONBLOCK)
+    zygote = subprocess.Popen(["sleep", "60"])
+    try:
+        os.write(told, f'{{"child-pid": {zygote.pid}}}'.encode())
+        zygote.kill()
+        _wait_for_namespace(info)
+    finally:
+        zygote.kill()
+        zygote.wait()
+        os.close(info)
+        os.close(told)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_user_namespace_has_uids_for_the_shards_of_a_machine_with_many_cores():

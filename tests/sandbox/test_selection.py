@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import resource
 
 import pytest
 
@@ -101,6 +102,47 @@ def test_another_platform_is_refused(monkeypatch, platform, machine):
 def test_more_sessions_than_open_files_are_refused():
     with pytest.raises(UsageError, match="open files"):
         asyncio.run(open_sandbox(SandboxConfig(), max_sessions=10**9, log=lambda line: None).__aenter__())
+
+
+@pytest.mark.parametrize(
+    ("hard", "sessions", "per_shard", "soft"),
+    [
+        (524_288, 256, 128, 65_536),
+        # a Slurm node's
+        (4_096, 256, 128, 4_096),
+        (resource.RLIM_INFINITY, 256, 128, 65_536),
+        # containers of their own
+        (4_096, 400, 1, 4_096),
+        (1_048_576, 100_000, 1, 1_048_576),
+    ],
+)
+def test_open_files_are_raised_as_far_as_they_may_be(monkeypatch, hard, sessions, per_shard, soft):
+    """Connections of agents and sockets of engines need some, too."""
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: asked.append(limits))
+    selection._raise_open_files(sessions, -(-sessions // per_shard))
+    assert asked == [(soft, hard)]
+
+
+def test_a_shard_for_each_session_takes_open_files_of_its_own(monkeypatch):
+    """A container an agent: the driver holds the zygote's socket, its process and what it says."""
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 1024))
+    selection._raise_open_files(256, 8)
+    with pytest.raises(UsageError, match="256 sessions need 2048 open files and the limit here is 1024"):
+        selection._raise_open_files(256, 256)
+
+
+def test_open_files_of_a_shell_are_raised_when_a_sandbox_is_opened():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard <= 1024:
+        pytest.skip(f"the limit here is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        opened(kind="process")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1024
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize(
