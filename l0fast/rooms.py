@@ -27,13 +27,13 @@ from l0fast.engine.buckets import DiskWeights, GroupWeights, HostWeights, RankWe
 from l0fast.engine.fleet import Fleet, WeightSource
 from l0fast.engine.gate import GatedEngine, gated
 from l0fast.engine.sglang import sglang_fleet
-from l0fast.engine.sglang_process import check_sockets
+from l0fast.engine.sglang_process import check_sockets, import_sglang, more_arguments
 from l0fast.engine.simulated import SimulatedEngine
 from l0fast.engine.transformers import check_model_folder, transformers_engine
 from l0fast.errors import UsageError
 from l0fast.hub import download_model, is_hub_name
 from l0fast.ipc import SharedWeights, shared_weights
-from l0fast.layout import Layout, check_layout, engine_kind, wait_for_memory
+from l0fast.layout import Layout, check_layout, engine_kind, sglang_layout, wait_for_memory
 from l0fast.learner.advantage import streams
 from l0fast.learner.client import LearnerClient, learner, num_gpus
 from l0fast.meters import Meters
@@ -72,6 +72,8 @@ class Rooms:
 def check(config: RunConfig) -> None:
     """All that can be found wrong before anything starts. Raises UsageError."""
     check_settings(config)
+    if engine_kind(config) == "sglang":
+        _check_sglang(config)
     on_hub = is_hub_name(config.model.path)
     if not on_hub:
         _check_model(config)
@@ -82,12 +84,21 @@ def check(config: RunConfig) -> None:
         _check_model(config)
 
 
+def _check_sglang(config: RunConfig) -> None:
+    """Whatever the model."""
+    check_sockets()
+    sglang_layout(config, num_gpus())
+    if find_spec("sglang") is None:
+        raise UsageError(
+            "engine.kind = 'sglang', which is not installed: pip install 'l0fast[gpu]', or take --engine.kind transformers"
+        )
+
+
 def _check_model(config: RunConfig) -> None:
     folder = model_folder(config.model.path)
     Chat(folder).continuation("", closed=True)
     check_model_folder(folder, config.agent.context_tokens)
     if engine_kind(config) == "sglang":
-        check_sockets()
         check_layout(config, folder, gpus=num_gpus())
 
 
@@ -153,6 +164,7 @@ def absent_comparers(config: RunConfig, checks: Collection[str]) -> list[str]:
 def check_settings(config: RunConfig) -> None:
     """What contradicts itself, wherever it is to run. Raises UsageError."""
     task, learner = config.task, config.learner
+    more_arguments(config.engine)
     for reward in config.reward.custom:
         load_custom(reward)
     if task.kind == "questions":
@@ -259,6 +271,9 @@ async def open_rooms(
             if layout is not None and on_gpus:
                 await wait_for_memory(config, folder, layout)
             log(f"starting the learner and {_described(kind, layout, config)}")
+            if layout is not None:
+                # its engines would in a minute; one that is broken is so before the learner has loaded
+                await asyncio.to_thread(import_sglang, config.engine)
             # engines that read them elsewhere need none in main memory
             published = weights if layout is None or layout.weights == "host" else None
             if on_gpus and (asked := without_expandable_segments(os.environ)):

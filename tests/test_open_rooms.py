@@ -71,12 +71,29 @@ def test_a_learner_beside_sglang_is_on_the_gpus_that_were_dealt_out(monkeypatch:
         rooms, "check_layout", lambda *args, **kwargs: Layout(engines=1, first_gpu=0, ranks=1, weights="ipc")
     )
     monkeypatch.setattr(rooms, "wait_for_memory", AsyncMock())
+    monkeypatch.setattr(rooms, "import_sglang", lambda config: None)
     monkeypatch.setattr(rooms, "learner", opened)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     config = CONFIG.model_copy(update={"engine": CONFIG.engine.model_copy(update={"kind": "sglang"})})
 
     told = any("engines and the learner go without" in line for line in open_until_that_was_all(config, tmp_path))
     assert told == bool(gpus)
+
+
+def test_an_sglang_that_can_not_be_imported_is_found_before_a_learner_starts(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    def learner(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a large model takes minutes to load")
+
+    def broken(config: object) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        raise ThatWasAll
+
+    monkeypatch.setattr(rooms, "open_sandbox", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(rooms, "num_gpus", lambda: 0)
+    monkeypatch.setattr(rooms, "import_sglang", broken)
+    monkeypatch.setattr(rooms, "learner", learner)
+    config = CONFIG.model_copy(update={"engine": CONFIG.engine.model_copy(update={"kind": "sglang"})})
+    assert open_until_that_was_all(config, tmp_path)[-1].startswith("starting the learner and 1 sglang engine")
 
 
 def test_a_demonstrator_learns_its_worlds_in_another_thread(monkeypatch: pytest.MonkeyPatch, tmp_path):

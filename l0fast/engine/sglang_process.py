@@ -33,6 +33,8 @@ The launch ends when the children are started, long before they are ready, or wh
 import asyncio
 import atexit
 import ctypes
+import difflib
+import inspect
 import itertools
 import logging
 import multiprocessing
@@ -93,6 +95,50 @@ async def sglang_process(
             yield await starting.engine(config.start_timeout_s), starting.children
         finally:
             await starting.end()
+
+
+def import_sglang(config: EngineConfig) -> None:
+    """As an engine does when it starts, and look whether it knows the settings in engine.sglang. Blocks for ten seconds and more.
+
+    Raises:
+        UsageError: it can't be imported, or doesn't.
+    """
+    before = dict(os.environ)
+    try:
+        with _own_logging(), _environment(UNBOUND):
+            _imported()
+            from sglang.srt.server_args import ServerArgs  # pyright: ignore[reportMissingImports]
+    finally:
+        # it says where kernels are kept that are compiled; its children import it themselves, and the learner is none of them
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+    known = inspect.signature(ServerArgs).parameters
+    for name in more_arguments(config):
+        if name not in known:
+            like = difflib.get_close_matches(name, known)
+            raise UsageError(
+                f"engine.sglang has {name}, which this sglang does not know: "
+                + (
+                    f"is it {' or '.join(like)}?"
+                    if like
+                    else "`python -m sglang.launch_server --help` lists what it knows"
+                )
+            )
+
+
+def more_arguments(config: EngineConfig) -> dict[str, Any]:
+    """Those of `sglang.Engine` in engine.sglang. Raises UsageError."""
+    arguments = {}
+    for text in config.sglang:
+        name, _, value = text.partition("=")
+        try:
+            arguments[name] = orjson.loads(value)
+        except ValueError as e:
+            raise UsageError(
+                f"engine.sglang has {text!r}: write name=value with the value in JSON, e.g. max_total_tokens=8192"
+            ) from e
+    return arguments
 
 
 def check_sockets() -> None:
@@ -197,8 +243,11 @@ class _Thread:
         try:
             arguments = self._make()
             self._made.__init__(**arguments)
-        except (RuntimeError, OSError, EOFError) as e:
-            raise EngineError(f"sglang did not start: {e}; what it said of it is on stderr") from e
+        except (RuntimeError, OSError, EOFError, ValueError, TypeError, AssertionError) as e:
+            # the latter of a model or a setting that it can't have
+            raise EngineError(
+                f"sglang did not start: {type(e).__name__}: {e}; what else it said of it is on stderr"
+            ) from e
         finally:
             if not self.children:
                 self._end_launch()
@@ -270,9 +319,10 @@ def _imported() -> tuple[Any, Any, Any]:
         try:
             from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager  # pyright: ignore[reportMissingImports]
             from sglang.srt.server_args import PortArgs  # pyright: ignore[reportMissingImports]
-        except ImportError as e:
+        except Exception as e:
+            # of packages that don't fit each other there is any kind
             raise UsageError(
-                f"engine.kind = 'sglang', but it can't be imported ({e}): pip install 'l0fast[gpu]'"
+                f"engine.kind = 'sglang', but it can't be imported ({type(e).__name__}: {e}): pip install 'l0fast[gpu]'"
             ) from e
     return Engine, init_tokenizer_manager, PortArgs
 
@@ -329,15 +379,7 @@ def _arguments(
             cores = sorted(os.sched_getaffinity(0))
             ranks = [cores[rank % len(cores) :: config.tensor_parallel] for rank in range(config.tensor_parallel)]
             variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, rank)) for rank in ranks)
-    for text in config.sglang:
-        name, equals, value = text.partition("=")
-        try:
-            arguments[name] = orjson.loads(value)
-        except ValueError as e:
-            raise UsageError(
-                f"engine.sglang has {text!r}: write name=value with the value in JSON, e.g. max_total_tokens=8192"
-            ) from e
-    return arguments, variables
+    return arguments | more_arguments(config), variables
 
 
 def _next_port() -> int:

@@ -1,15 +1,22 @@
 """What SGLang is started with on GPUs. They are a stand-in for nvidia-smi; no SGLang is needed."""
 
+import asyncio
 import logging
+import os
+import re
 import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from l0fast import rooms
 from l0fast.config import EngineConfig, RunConfig
-from l0fast.engine.sglang_process import _PORTS, _arguments, _next_port, _own_logging, check_sockets
+from l0fast.engine import sglang_process as sglang_process_module
+from l0fast.engine.sglang_process import _PORTS, _arguments, _next_port, _own_logging, check_sockets, sglang_process
 from l0fast.errors import EngineError, UsageError
 from l0fast.rooms import check
 
@@ -155,6 +162,88 @@ def test_a_folder_for_temporary_files_in_whose_names_no_socket_fits_is_refused(m
             check_sockets()
     with tempfile.NamedTemporaryFile(dir=tmp_path) as file:
         assert len(file.name) == len(f"{tmp_path}/tmpxxxxxxxx")
+
+
+SGLANG = {
+    "__init__.py": "import os; os.environ['TRITON_CACHE_DIR'] = 'its own'",
+    "srt/__init__.py": "",
+    "srt/entrypoints/__init__.py": "",
+    "srt/entrypoints/engine.py": "class Engine: ...\ndef init_tokenizer_manager(): ...",
+    "srt/server_args.py": "class PortArgs: ...\nclass ServerArgs:\n    def __init__(self, max_total_tokens=None): ...",
+}
+
+
+def imported_early(tmp_path, settings: tuple[str, ...] = (), **changed: str) -> str:
+    """What is said of the SGLang above, with files changed."""
+    for name, text in (SGLANG | changed).items():
+        (tmp_path / "sglang" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sglang" / name).write_text(text)
+    program = (
+        "import os\nfrom l0fast.config import EngineConfig\nfrom l0fast.engine.sglang_process import import_sglang\n"
+        "from l0fast.errors import UsageError\nbefore = dict(os.environ)\n"
+        f"try:\n    import_sglang(EngineConfig(sglang={settings!r}))\nexcept UsageError as e:\n    print(e)\n"
+        "assert dict(os.environ) == before"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ((), ""),
+        (("max_total_tokens=8192",), ""),
+        (("max_total_token=8192",), "engine.sglang has max_total_token, .*: is it max_total_tokens\\?\n"),
+        (("no_such=1",), "engine.sglang has no_such, .* lists what it knows\n"),
+    ],
+)
+def test_a_setting_that_sglang_does_not_know_is_refused_with_the_one_that_was_meant(tmp_path, settings, said):
+    """What importing it puts into the environment is not for the learner, which starts next."""
+    assert re.fullmatch(said, imported_early(tmp_path, settings))
+
+
+@pytest.mark.parametrize("broken", ["raise AttributeError('of another torch')", "import nothing_of_that_name"])
+def test_an_sglang_that_is_broken_in_any_way_is_said_to_be(tmp_path, broken):
+    said = imported_early(tmp_path, **{"srt/entrypoints/engine.py": broken})
+    assert re.fullmatch(
+        r"engine.kind = 'sglang', but it can't be imported \((Attr|Mod).*Error: .*\): pip install .*\n", said
+    )
+
+
+def test_what_sglang_says_of_settings_that_it_can_not_have_is_an_engine_error(monkeypatch, model):
+    class Engine:
+        def __init__(self, **arguments):
+            raise TypeError("'<' not supported between instances of 'str' and 'int'")
+
+        def shutdown(self): ...
+
+        _launch_subprocesses = None
+
+    async def main():
+        config = EngineConfig(sglang=('max_total_tokens="many"',))
+        with pytest.raises(EngineError, match="^sglang did not start: TypeError: '<' not supported between"):
+            async with sglang_process(config, model, max_tokens=100, slots=8):
+                raise AssertionError("it started")
+
+    monkeypatch.setattr(sglang_process_module, "_imported", lambda: (Engine, None, None))
+    asyncio.run(main())
+
+
+def test_a_run_without_sglang_or_with_a_layout_that_can_not_be_is_refused_before_a_model_is_downloaded(monkeypatch):
+    def download(name: str) -> None:
+        raise AssertionError("it may take an hour")
+
+    monkeypatch.setattr(rooms, "download_model", download)
+    monkeypatch.setattr(rooms, "find_spec", lambda name: None)
+    run = {"engine": {"kind": "sglang"}, "model": {"path": "nobody/nothing"}}
+    with pytest.raises(UsageError, match="^engine.kind = 'sglang', which is not installed: pip install 'l0fast.gpu.'"):
+        check(RunConfig.model_validate(run))
+    run["engine"] = {"kind": "sglang", "layout": "split"}
+    with pytest.raises(UsageError, match="^engine.layout = 'split'"):
+        check(RunConfig.model_validate(run))
+    run["engine"] = {"kind": "sglang", "sglang": ["max_total_tokens=many"]}
+    with pytest.raises(UsageError, match="write name=value with the value in JSON"):
+        check(RunConfig.model_validate(run))
 
 
 def test_a_run_is_refused_for_it_before_it_loads_anything(monkeypatch, tmp_path):
