@@ -6,10 +6,13 @@ model writes, and more than its checkpoints after some hours of long episodes.
     a run         each step's, or those of its newest `rollout.keep_trajectories` steps; evaluations
 """
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from l0fast.config import RunConfig
+from l0fast.errors import UsageError
 
 BYTES_PER_TOKEN = 24
 """Of a trajectory in its file: 22 where under half of it was sampled, 27 where three quarters were, 30 turns of 20,000 tokens in
@@ -53,6 +56,32 @@ def no_room(config: RunConfig, run_dir: Path, step: int = 0) -> str | None:
         f"trajectories may take {gigabytes(needed)}, {gigabytes(step_bytes(config))} a step, and the disk of {folder} has "
         f"{gigabytes(free)} free: set --rollout.keep-trajectories to the number of steps whose stay, or make room"
     )
+
+
+def check_caches(*, with_sglang: bool) -> None:
+    """Kernels for GPUs are compiled as they are met, into folders below the user's own: at a first step, or a first prompt.
+
+    Raises:
+        UsageError: one can't be written to, as below the HOME of a uid that a container was given, or on a disk that is full.
+    """
+    if (home := os.path.expanduser("~")) == "~":
+        raise UsageError(f"HOME is not set, and uid {os.getuid()} has none: set it to a folder that can be written to")
+    # triton/knobs.py: cache_knobs; sglang/srt/environ.py: SGLANG_CACHE_DIR, into which it has all packages that it uses compile
+    folders = {"TRITON_CACHE_DIR": f"{os.environ.get('TRITON_HOME') or home}/.triton/cache"}
+    if with_sglang:
+        folders["SGLANG_CACHE_DIR"] = f"{home}/.cache/sglang"
+    for variable, default in folders.items():
+        folder = nearest = Path(os.path.expanduser(os.environ.get(variable) or default)).absolute()
+        while not os.path.exists(nearest):
+            nearest = nearest.parent
+        try:
+            with tempfile.TemporaryFile(dir=nearest) as file:
+                file.write(bytes(4096))
+        except OSError as e:
+            raise UsageError(
+                f"{folder}, where kernels for GPUs are kept once they are compiled, can't be written to ({e.strerror}): set HOME "
+                f"or {variable} to a folder that can, on a disk of this machine for choice"
+            ) from e
 
 
 def gigabytes(size: float) -> str:

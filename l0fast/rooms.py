@@ -22,6 +22,7 @@ from l0fast.agent.chat import Chat
 from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
 from l0fast.allocator import without_expandable_segments
 from l0fast.config import RunConfig
+from l0fast.disk import check_caches
 from l0fast.engine.base import Engine, TextEngine
 from l0fast.engine.buckets import DiskWeights, GroupWeights, HostWeights, RankWeights
 from l0fast.engine.fleet import Fleet, WeightSource
@@ -72,8 +73,10 @@ class Rooms:
 def check(config: RunConfig) -> None:
     """All that can be found wrong before anything starts. Raises UsageError."""
     check_settings(config)
-    if engine_kind(config) == "sglang":
+    if with_sglang := engine_kind(config) == "sglang":
         _check_sglang(config)
+    if num_gpus():
+        check_caches(with_sglang=with_sglang)
     on_hub = is_hub_name(config.model.path)
     if not on_hub:
         _check_model(config)

@@ -1,6 +1,7 @@
 """What a run writes is planned as it turns out, and bounded where it is told to be."""
 
 import asyncio
+import os
 import random
 from collections import namedtuple
 from pathlib import Path
@@ -8,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from l0fast import disk
+from l0fast import disk, rooms
 from l0fast.cli import parse, render_plan
 from l0fast.config import RunConfig
-from l0fast.disk import BYTES_PER_TOKEN, kept_bytes, no_room
+from l0fast.disk import BYTES_PER_TOKEN, check_caches, kept_bytes, no_room
 from l0fast.dry_run import dry_run
+from l0fast.errors import UsageError
 from l0fast.ids import Ids
 from l0fast.run_dir import RunDir
 from l0fast.types import Task, ToolCall, Trajectory, TrajectoryStatus, Turn
@@ -84,3 +86,64 @@ def test_a_disk_without_room_for_them_is_said_with_the_way_out(tmp_path: Path, m
     assert no_room(config, tmp_path / "run", step=2000) is None
     assert kept_bytes(config, step=3000) == 0
     assert kept_bytes(bounded.config, step=49) - kept_bytes(bounded.config, step=50) > disk.step_bytes(config)
+
+
+@pytest.fixture
+def closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The HOME that a container gave to a uid of nobody's; root may write to it in spite of its mode."""
+    for variable in ("TRITON_CACHE_DIR", "TRITON_HOME", "SGLANG_CACHE_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    temporary_file = disk.tempfile.TemporaryFile
+
+    def denied(*, dir: Path):
+        if dir == home:
+            raise PermissionError(13, "Permission denied")
+        return temporary_file(dir=dir)
+
+    monkeypatch.setattr(disk.tempfile, "TemporaryFile", denied)
+    monkeypatch.setenv("HOME", str(home))
+    return home
+
+
+def test_a_home_in_which_no_compiled_kernel_can_be_kept_is_refused_with_the_way_out(
+    closed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(
+        UsageError, match=rf"^{closed}/.triton/cache, .* can't be written to \(Permission denied\): set HOME"
+    ):
+        check_caches(with_sglang=True)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    check_caches(with_sglang=False)
+    with pytest.raises(
+        UsageError, match=rf"^{closed}/.cache/sglang, .*: set HOME or SGLANG_CACHE_DIR to a folder that can"
+    ):
+        check_caches(with_sglang=True)
+    monkeypatch.setenv("SGLANG_CACHE_DIR", str(tmp_path / "sglang"))
+    check_caches(with_sglang=True)
+    monkeypatch.delenv("SGLANG_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    check_caches(with_sglang=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"], "a look leaves nothing"
+
+
+def test_a_uid_without_a_home_is_told_to_set_one(monkeypatch: pytest.MonkeyPatch):
+    """As SGLang's FlashInfer does not: Path.home() raises RuntimeError when that is imported."""
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(UsageError, match="^HOME is not set, and uid .* has none: set it to a folder"):
+        check_caches(with_sglang=True)
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_where_kernels_are_kept_is_looked_at_where_there_are_gpus_before_a_model_is_downloaded(
+    closed: Path, monkeypatch: pytest.MonkeyPatch, gpus: int
+):
+    def download(name: str) -> None:
+        raise AssertionError("it may take an hour")
+
+    monkeypatch.setattr(rooms, "num_gpus", lambda: gpus)
+    monkeypatch.setattr(rooms, "download_model", download)
+    config = RunConfig.model_validate({"engine": {"kind": "transformers"}, "model": {"path": "nobody/nothing"}})
+    with pytest.raises(UsageError if gpus else AssertionError, match=r"\.triton/cache" if gpus else "an hour"):
+        rooms.check(config)
