@@ -16,7 +16,7 @@ The learner's part is learner/cost.py's arithmetic.
 import asyncio
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -202,7 +202,7 @@ def check_layout(config: RunConfig, model_path: Path, *, gpus: int, memories: Se
     return layout
 
 
-async def wait_for_memory(config: RunConfig, model_path: Path, layout: Layout) -> None:
+async def wait_for_memory(config: RunConfig, model_path: Path, layout: Layout, log: Callable[[str], None]) -> None:
     """Until other processes leave these GPUs the memory that engines and learner will want: those of a run that was just killed
     take seconds to go.
 
@@ -211,10 +211,13 @@ async def wait_for_memory(config: RunConfig, model_path: Path, layout: Layout) -
     """
     if (shape := _shape(model_path)) is None:
         return
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline, told = time.monotonic() + _PATIENCE_S, False
     while complaint := await asyncio.to_thread(_held_complaint, config, shape, layout):
         if time.monotonic() >= deadline:
             raise UsageError(complaint)
+        if not told:
+            log(f"waiting up to {_PATIENCE_S:g} s for other processes to leave: {complaint}")
+            told = True
         await asyncio.sleep(_LOOK_S)
 
 

@@ -272,7 +272,7 @@ async def open_rooms(
             # engines were dealt out to GPUs; without, both would be slow beyond use, and say nothing of it
             on_gpus = layout is not None and num_gpus() > 0
             if layout is not None and on_gpus:
-                await wait_for_memory(config, folder, layout)
+                await wait_for_memory(config, folder, layout, log)
             log(f"starting the learner and {_described(kind, layout, config)}")
             if layout is not None:
                 # its engines would in a minute; one that is broken is so before the learner has loaded

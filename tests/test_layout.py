@@ -233,9 +233,12 @@ def others(tmp_path, monkeypatch):
     return hold
 
 
-def waits(run: RunConfig, monkeypatch, patience_s: float) -> None:
+def waits(run: RunConfig, monkeypatch, patience_s: float) -> list[str]:
+    """What is said meanwhile."""
+    said: list[str] = []
     monkeypatch.setattr("l0fast.layout._PATIENCE_S", patience_s)
-    asyncio.run(wait_for_memory(run, MODEL, sglang_layout(run, 2)))
+    asyncio.run(wait_for_memory(run, MODEL, sglang_layout(run, 2), said.append))
+    return said
 
 
 @pytest.mark.parametrize("held", [(0, 700), (20_000, 20_000)])
@@ -315,9 +318,10 @@ def test_memory_of_a_gpu_that_the_kernel_manages_is_held_by_nobody(others, monke
     waits(engine(), monkeypatch, 0.0)
 
 
-def test_a_run_that_was_just_killed_has_time_to_go(others, monkeypatch):
+def test_a_run_that_was_just_killed_has_time_to_go_and_that_is_said_once(others, monkeypatch):
     others((60_000, 60_000), (0, 60_000), (0, 0))
-    waits(engine(), monkeypatch, 60.0)
+    [said] = waits(engine(), monkeypatch, 60.0)
+    assert said.startswith("waiting up to 60 s for other processes to leave: engine and learner want")
 
 
 @pytest.mark.parametrize("recipe", [name for name in shipped_recipes() if name.startswith("l0_")])
