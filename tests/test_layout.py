@@ -205,13 +205,13 @@ def test_the_check_reads_the_model_and_the_gpus(tmp_path):
 def test_the_gpus_that_are_read_are_the_runs_own(tmp_path, monkeypatch):
     """And not the small one for a display, say, or those of others on the node."""
     (tmp_path / "nvidia-smi").write_text(
-        '#!/bin/sh\ncase "$1" in --id=3,2) echo 81559; echo 81559;; *) echo 4096; echo 4096; echo 81559; echo 81559;; esac\n'
+        "#!/bin/sh\necho '0, GPU-a, 4096'; echo '1, GPU-b, 4096'; echo '2, GPU-c, 81559'; echo '3, GPU-d, 40960'\n"
     )
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 2")
     monkeypatch.setattr("l0fast.layout.num_gpus", lambda: 2)
-    assert gpu_memories() == [81559 * 2**20] * 2
+    assert gpu_memories() == [40960 * 2**20, 81559 * 2**20]
 
 
 @pytest.fixture
@@ -219,7 +219,9 @@ def others(tmp_path, monkeypatch):
     """Two GPUs of 80 GiB, of which others hold so much when they are looked at the first, the second, ... and the last time [MiB]."""
 
     def hold(*looks: tuple[int, int]) -> None:
-        cases = "".join(f"{n}) echo '81920, {a}'; echo '81920, {b}';; " for n, (a, b) in enumerate(looks, 1))
+        cases = "".join(
+            f"{n}) echo '2, GPU-c, 81920, {b}'; echo '3, GPU-d, 81920, {a}';; " for n, (a, b) in enumerate(looks, 1)
+        )
         count = f"n=$(( $(cat {tmp_path}/looks 2>/dev/null || echo 0) + 1 )); [ $n -gt {len(looks)} ] && n={len(looks)}"
         (tmp_path / "nvidia-smi").write_text(
             f"#!/bin/sh\n{count}; echo $n > {tmp_path}/looks; case $n in {cases}esac\n"

@@ -243,6 +243,8 @@ class _Thread:
         try:
             arguments = self._make()
             self._made.__init__(**arguments)
+        except UsageError:
+            raise
         except (RuntimeError, OSError, EOFError, ValueError, TypeError, AssertionError) as e:
             # the latter of a model or a setting that it can't have
             raise EngineError(

@@ -20,12 +20,11 @@ from l0fast.engine.sglang_process import _PORTS, _arguments, _next_port, _own_lo
 from l0fast.errors import EngineError, UsageError
 from l0fast.rooms import check
 
-SMI = """#!/usr/bin/env python3
-import sys
-
-[asked] = [word.removeprefix("--id=") for word in sys.argv if word.startswith("--id=")]
-for name in asked.split(","):
-    print({"0": "81559, 78000", "1": "81559, 58000", "2": "81559, 60000", "3": "81559, 20000"}[name])
+SMI = """#!/bin/sh
+echo '0, GPU-a0, 81559, 78000'
+echo '1, GPU-b1, 81559, 58000'
+echo '2, GPU-c2, 81559, 60000'
+echo '3, GPU-d3, 81559, 20000'
 """
 """MiB in all and free: a learner holds some of GPUs 1 and 2, and much of 3."""
 
@@ -73,15 +72,25 @@ def test_its_share_is_of_a_gpu_and_not_of_what_a_learner_leaves_free(started, gp
     assert started(gpu, **settings)["mem_fraction_static"] == pytest.approx(bytes_of)
 
 
-def test_gpus_are_asked_for_by_the_names_they_have_outside(started, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 1")
+@pytest.mark.parametrize("visible", ["2, 1", "GPU-c2,GPU-b", "3,1,0"])
+def test_gpus_are_found_by_the_names_they_have_outside(started, monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     share = started(1)["mem_fraction_static"]
     assert share == pytest.approx(0.4 * 81559 / 58000)
 
 
+@pytest.mark.parametrize("visible", ["4", "GPU-e", "MIG-b1"])
+def test_a_gpu_that_is_not_there_is_named(started, monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(EngineError, match=f"knows no GPU {visible}: choose whole ones by number or uuid"):
+        started(0)
+
+
 def test_a_driver_that_does_not_answer_is_said(started, tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
-    with pytest.raises(EngineError, match=r"nvidia-smi --id=0 .* does not say how much memory is free .*exit status 9"):
+    with pytest.raises(
+        EngineError, match=r"nvidia-smi --query-gpu=.* does not say how much memory is free .*exit status 9"
+    ):
         started(0)
 
 
