@@ -428,6 +428,7 @@ async def learner(
                     "model_path": str(model_path),
                     "num_steps": config.num_steps,
                     "temperature": config.rollout.temperature,
+                    "max_row": config.agent.context_tokens,
                     "seed": config.seed,
                     "on_gpus": on_gpus,
                     "meets_engines": config.engine.weights == "group",

@@ -101,14 +101,17 @@ class Root(nn.Module):
             FSDPModule.reshard(self)
 
 
-def load_model(model_path: Path, config: LearnerConfig, place: Place, *, frozen: bool = False) -> Root:
+def load_model(
+    model_path: Path, config: LearnerConfig, place: Place, *, frozen: bool = False, max_row: int = 0
+) -> Root:
     """A causal language model with packed attention, in evaluation mode: dropout would be a mismatch with the sampler.
 
     Args:
         frozen: nothing of it is trained: no LoRA, no gradients, and kept in the dtype it computes in.
+        max_row: longest row that will come [tokens].
 
     Raises:
-        UsageError: a folder that can't be loaded.
+        UsageError: a folder that can't be loaded, or a model that can't be trained on such rows.
     """
     attention.register()
     if place.device.type == "cuda":
@@ -129,6 +132,7 @@ def load_model(model_path: Path, config: LearnerConfig, place: Place, *, frozen:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention.NAME)
     _check_architecture(model)
+    _check_window(model, max_row)
     if frozen:
         model.requires_grad_(False)
     elif config.lora_rank:
@@ -165,6 +169,16 @@ def _check_architecture(model: PreTrainedModel) -> None:
         odd.append("an attention of its own")
     if odd:
         raise _unknown(model, odd)
+
+
+def _check_window(model: PreTrainedModel, max_row: int) -> None:
+    """Raise UsageError where tokens of such a row are out of each other's sight: `attention` would at the first one, a step later."""
+    window, layers = getattr(model.config, "sliding_window", None), getattr(model.config, "layer_types", None)
+    if window and window < max_row and (layers is None or "sliding_attention" in layers):
+        raise UsageError(
+            f"a {type(model).__name__} has attention in a window of {window} tokens, which the learner's has not: set "
+            f"--agent.context-tokens to {window} or less, or take another model"
+        )
 
 
 def _unknown(model: PreTrainedModel, odd: list[str]) -> UsageError:

@@ -101,6 +101,7 @@ class PolicyModel:
         model_path: a model folder in Hugging Face form.
         num_steps: the schedule's end [steps].
         temperature: that of the sampler.
+        max_row: longest row that will come, if that is known [tokens].
         device: "cpu", or "cuda" for the current GPU.
         rank, world: of the default process group, which must exist where world > 1 or the device is a GPU.
 
@@ -115,6 +116,7 @@ class PolicyModel:
         *,
         num_steps: int,
         temperature: float,
+        max_row: int = 0,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world: int = 1,
@@ -123,7 +125,7 @@ class PolicyModel:
         self.place = Place.of(device, rank, world)
         self.step_index = 0
         """Steps taken, skipped ones included."""
-        self.root = load_model(model_path, config, self.place)
+        self.root = load_model(model_path, config, self.place, max_row=max_row)
         # with LoRA it is the model itself, without its additions
         needs_reference = config.kl_coef > 0 and not config.lora_rank
         self.reference = load_model(model_path, config, self.place, frozen=True) if needs_reference else None

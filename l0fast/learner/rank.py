@@ -98,6 +98,7 @@ def run(channel: Channel, args: dict[str, Any]) -> None:
             config,
             num_steps=args["num_steps"],
             temperature=args["temperature"],
+            max_row=args["max_row"],
             device=device,
             rank=rank,
             world=world,

@@ -15,8 +15,12 @@ from transformers import (
     FalconH1Config,
     GPT2Config,
     GraniteConfig,
+    MistralConfig,
+    MistralForCausalLM,
     PhiConfig,
     Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3MoeConfig,
     XGLMConfig,
 )
@@ -517,6 +521,41 @@ def test_a_model_is_written_where_deepspeed_is_installed_and_can_not_be_imported
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(UsageError, match="can't be loaded as a model"):
         PolicyModel(tmp_path, LearnerConfig(), num_steps=1, temperature=1.0)
+
+
+@pytest.mark.parametrize("layers", [None, ["full_attention", "sliding_attention"]])
+def test_rows_longer_than_a_models_window_are_refused_when_it_is_loaded(tmp_path, layers):
+    """And not at the first step, after a whole evaluation."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
+    sizes |= {"num_key_value_heads": 1, "sliding_window": 24}
+    if layers is None:
+        model = MistralForCausalLM(MistralConfig(**sizes))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, layer_types=layers, use_sliding_window=True))
+    model.save_pretrained(tmp_path)
+    new = lambda max_row: PolicyModel(tmp_path, LearnerConfig(), num_steps=1, temperature=1.0, max_row=max_row)  # noqa: E731
+    new(24)
+    with pytest.raises(UsageError, match="window of 24 tokens.*--agent.context-tokens to 24 or less"):
+        new(25)
+
+
+def test_a_window_that_no_layer_has_is_none(tmp_path):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
+    sizes |= {"num_key_value_heads": 1, "sliding_window": 24, "use_sliding_window": True}
+    Qwen3ForCausalLM(Qwen3Config(**sizes, layer_types=["full_attention"] * 2)).save_pretrained(tmp_path)
+    PolicyModel(tmp_path, LearnerConfig(), num_steps=1, temperature=1.0, max_row=25)
 
 
 def test_quantized_weights_are_refused(model_path, tmp_path):

@@ -207,7 +207,8 @@ def test_a_model_is_read_as_long_as_io_timeout_s_says(program, model_path):
     config = program.CONFIG.model_copy(update={"threads": torch.get_num_threads(), "io_timeout_s": 1234.0})
     about = {"rank": 0, "world": 1, "port": 0, "listen_fd": -1, "packs_fd": -1, "weights": None, "profile": None}
     about |= {"on_gpus": False, "meets_engines": False, "lends_memory": False}
-    about |= {"num_steps": 10, "temperature": 1.0, "seed": 0, "keep_checkpoints": 1, "model_path": str(model_path)}
+    about |= {"num_steps": 10, "temperature": 1.0, "max_row": 0, "seed": 0, "keep_checkpoints": 1}
+    about |= {"model_path": str(model_path)}
     channel = Channel()
     run_rank(channel, {"config": config.model_dump(), **about})
     assert ("loading the model", 1234.0) in channel.said
