@@ -19,8 +19,10 @@ with JSON's types), and what doesn't fit is the agent's TypeError. From there on
 ToolError; every other exception is a bug, TypeError too, and ends the run, except OSErrors, which may pass: what is
 left of them after the last try is a ToolError that names their class and not their text, except that of `Passing`, which a
 tool words for agents. It may also say how long to wait before the next try.
-Agents get what JSON makes of a result, each a copy of its own. `secrets`, also as URLs spell them, are blanked in
-results and ToolErrors before those are kept or handed on.
+Agents get what JSON makes of a result, each a copy of its own: tuples, sets and NumPy's arrays as lists, NaN and infinities
+as None, U+FFFD for a half of a surrogate pair. What JSON can't say is the tool's mistake and a UsageError, but for integers
+beyond 64 bits, which agents' arguments may lead to: a ToolError. `secrets`, also as URLs spell them, are blanked in results
+and ToolErrors before those are kept or handed on.
 
 Kept are answers of tools with `cache`, by scope, name, `version` of policy and tool, and arguments with defaults filled in. A ToolError is never
 kept: "no such page" may be "not yet". Modes of the file: "use" reads and adds; "record" makes every call anew and
@@ -32,7 +34,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus
@@ -43,6 +45,7 @@ import stamina
 from l0fast.errors import ToolError, UsageError
 from l0fast.sandbox.base import ToolSpec
 from l0fast.tools.cache import CacheFile, Key, Memory, Mode, normaliser
+from l0fast.tools.convert import whole
 from l0fast.tools.threads import InThread
 
 MAX_BACKOFF_S = 5.0
@@ -356,7 +359,7 @@ class _Tool:
         except _Failed as e:
             tries = "1 attempt" if num == 1 else f"{num} attempts"
             # a tool's own words may hold a key, in an address say
-            how = self._blank(str(e))
+            how = self._blank(whole(str(e)))
             raise self._given_up(
                 f"{self._spec.name}() gave no answer in {tries} ({how}): try later, or do without"
             ) from e
@@ -381,7 +384,7 @@ class _Tool:
                     result = (await asyncio.shield(thread)).result()
                 else:
                     result = await self._spec.call(*args, **kw)
-            return self._without_secrets(orjson.dumps(result))
+            return self._without_secrets(self._said(result))
         except asyncio.CancelledError as e:
             if task.cancelling():
                 raise
@@ -412,11 +415,11 @@ class _Tool:
         """What is raised instead of a tool's exception; itself where it is a bug."""
         if isinstance(e, ToolError):
             self._counts.errors += 1
-            self._last_words = self._blank(str(e))
+            self._last_words = self._blank(whole(str(e)))
             return ToolError(self._last_words)
         if isinstance(e, TypeError):
             # to its callers a TypeError would be the agent's mistake, and its arguments were right
-            return RuntimeError(f"tool {self.name} failed, or its result is not JSON-like: {e}")
+            return RuntimeError(f"tool {self.name} failed: {e}")
         if isinstance(e, Passing):
             return _Failed(str(e), again=True, wait_s=e.retry_after_s)
         # TimeoutError is one
@@ -424,6 +427,23 @@ class _Tool:
             how = f"timeout after {self._policy.timeout_s:g} s" if timed_out else type(e).__name__
             return _Failed(how, again=True)
         return e
+
+    def _said(self, result: Any) -> bytes:
+        """As JSON. Raises ToolError for an integer too large, UsageError for what else JSON can't say."""
+        try:
+            try:
+                return orjson.dumps(result, default=_plain)
+            except TypeError as e:
+                if "surrogates" not in str(e):
+                    raise
+                return orjson.dumps(_mapped(result, whole), default=_plain)
+        except TypeError as e:
+            if "64-bit" in str(e):
+                raise ToolError(f"{self.name}() found an integer beyond 64 bits, which it can't hand over") from e
+            raise UsageError(
+                f"the tool {self.name} gave {self._blank(repr(result))[:200]}, which JSON can't say ({e}): return text, "
+                "numbers, booleans, None, lists, and dicts whose keys are text"
+            ) from e
 
     def _without_secrets(self, answer: bytes) -> bytes:
         return orjson.dumps(_mapped(orjson.loads(answer), self._blank)) if self._blanked else answer
@@ -522,13 +542,29 @@ def _spellings(secrets: tuple[str, ...]) -> list[str]:
     return sorted(spelled, key=len, reverse=True)
 
 
+def _plain(value: Any) -> Any:
+    """Of what JSON has no word for: NumPy's and torch's numbers and arrays, sets, always in one order. Raises TypeError."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, set | frozenset):
+        try:
+            return sorted(value)
+        except TypeError:
+            return sorted(value, key=repr)
+    raise TypeError(f"{type(value).__name__} is not JSON-like")
+
+
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     """`value` with every string in it changed, keys too."""
     match value:
         case str():
             return change(value)
-        case list():
+        case list() | tuple():
             return [_mapped(item, change) for item in value]
         case dict():
-            return {change(key): _mapped(item, change) for key, item in value.items()}
+            return {change(key) if isinstance(key, str) else key: _mapped(item, change) for key, item in value.items()}
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            return _mapped(asdict(value), change)
+        case set() | frozenset() | object(tolist=_):
+            return _mapped(_plain(value), change)
     return value

@@ -106,12 +106,12 @@ def convert(data: bytes, content_type: str, name: str, charset: str | None) -> s
     except Exception as e:
         # the libraries meet broken files with whatever their code runs into
         why = f"no {_NAMES.get(kind, kind)} that can be read: {type(e).__name__}: {e}"
-        raise Unreadable(_whole(why[:MAX_WHY_CHARS])) from e
-    return _whole(text[:MAX_CHARS])
+        raise Unreadable(whole(why[:MAX_WHY_CHARS])) from e
+    return whole(text[:MAX_CHARS])
 
 
-def _whole(text: str) -> str:
-    """Without halves of surrogate pairs, which PDFs and some charsets have and JSON does not."""
+def whole(text: str) -> str:
+    """U+FFFD for halves of surrogate pairs, which PDFs, some charsets and odd JSON have and UTF-8 does not."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -1,13 +1,16 @@
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import itertools
 import logging
+import math
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import stamina
 from hypothesis import given
@@ -554,12 +557,61 @@ def test_a_type_error_for_right_arguments_is_a_bug_that_agents_never_see():
         asyncio.run(brokered(failing(TypeError("deep inside"))[0]))
 
 
-def test_a_result_that_is_not_json_is_a_bug():
-    async def call(query: str) -> object:
-        return object()
+@dataclasses.dataclass
+class Page:
+    title: str
+    words: set[str]
 
-    with pytest.raises(RuntimeError, match="not JSON-like"):
-        asyncio.run(brokered(call))
+
+def giving(result: Any) -> HostTool:
+    async def call(query: str) -> Any:
+        return result
+
+    return call
+
+
+@pytest.mark.parametrize("secrets", [(), ("hush",)])
+@pytest.mark.parametrize(
+    ("result", "arrives"),
+    [
+        ("a\ud800b", "a\ufffdb"),
+        ({"\udfff": [("\ud83d\ude00", {"x\udc80"}), None]}, {"\ufffd": [["\U0001f600", ["x\ufffd"]], None]}),
+        ([Page("\ud800", {"b", "a"}), Page("c", set())], [{"title": "\ufffd", "words": ["a", "b"]}, {"title": "c", "words": []}]),
+        (np.array(["\ud800"]), ["\ufffd"]),
+        ({10, 9, 2}, [2, 9, 10]),
+        ({"b", 1, "a"}, ["a", "b", 1]),
+        ({"n": np.int64(3), "a": np.arange(4.0).reshape(2, 2)}, {"n": 3, "a": [[0.0, 1.0], [2.0, 3.0]]}),
+        ([math.nan, -math.inf, np.float32("nan"), 1.5], [None, None, None, 1.5]),
+    ],
+)  # fmt: skip
+def test_what_json_can_say_of_a_result_arrives(result: Any, arrives: Any, secrets: tuple[str, ...]):
+    assert asyncio.run(brokered(giving(result), ToolPolicy(secrets=secrets))) == arrives
+
+
+@pytest.mark.parametrize(
+    ("result", "why"),
+    [
+        (object(), "object object at .* not JSON serializable: object"),
+        ({2020: 3.5}, r"\{2020: 3.5\}, .*Dict key must be str"),
+        ({2020: "\ud800"}, "Dict key must be str"),
+        (b"text", "not JSON serializable: bytes"),
+        ({"key": "hush", "value": b""}, r"\{'key': '\*\*\*'"),
+    ],
+)
+def test_a_result_that_json_can_not_say_is_shown_with_the_way_out(result: Any, why: str):
+    with pytest.raises(UsageError, match=f"the tool search gave .*{why}.*: return text, numbers, .* keys are text"):
+        asyncio.run(brokered(giving(result), ToolPolicy(secrets=("hush",))))
+
+
+def test_an_integer_beyond_64_bits_is_told_to_the_agent_whose_arguments_led_there():
+    with pytest.raises(ToolError, match=r"search\(\) found an integer beyond 64 bits"):
+        asyncio.run(brokered(giving([2**64])))
+
+
+@pytest.mark.parametrize("error", [ToolError("no \ud800"), Passing("no \ud800")])
+def test_half_of_a_surrogate_pair_in_what_a_tool_says_of_a_failure_is_no_end_of_a_run(error: Exception):
+    with pytest.raises(ToolError, match="no \ufffd"):
+        asyncio.run(brokered(failing(*[error] * 9)[0]))
 
 
 @pytest.mark.parametrize("cache", [True, False])
