@@ -30,6 +30,7 @@ overwrites; "replay" calls nothing, and what the file hasn't got is a ToolError.
 """
 
 import asyncio
+import inspect
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -382,6 +383,8 @@ class _Tool:
                 if isinstance(self._spec.call, InThread):
                     thread = self._spec.call.begin(*args, **kw)
                     result = (await asyncio.shield(thread)).result()
+                    # of a coroutine function in a wrapper it shows only now
+                    result = await result if inspect.isawaitable(result) else result
                 else:
                     result = await self._spec.call(*args, **kw)
             return self._without_secrets(self._said(result))

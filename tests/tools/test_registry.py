@@ -1,6 +1,7 @@
 """Tools by name: what is found, what agents are told of it, and one sentence for what can't be one."""
 
 import asyncio
+import functools
 import os
 import queue
 import threading
@@ -49,6 +50,18 @@ def test_a_function_is_a_tool_as_it_stands():
     assert (spec.name, spec.doc) == ("look_up", "Title and author\nof a book.")
     assert asyncio.run(spec.call("1", k=2)) == ["1", "2", "fast"]
     assert asyncio.run(function_tool(plain).call(7)) == "said 7"
+
+
+def test_a_coroutine_function_in_a_wrapper_is_awaited():
+    @functools.wraps(look_up)
+    def wrapped(*args: Any, **kw: Any) -> Any:
+        return look_up(*args, **kw)
+
+    async def main() -> Any:
+        async with open_broker() as broker:
+            return await broker.wrap(function_tool(wrapped)).call("1")
+
+    assert asyncio.run(main()) == ["1", "3", "fast"]
 
 
 def test_as_many_functions_block_at_once_as_there_are_slots():
