@@ -23,7 +23,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Dict, List, Literal, NamedTuple, Optional, TypeVar, Union, get_args, get_origin  # noqa: UP035
 
 import orjson
 from pydantic import ConfigDict, PydanticUserError, ValidationError, validate_call
@@ -53,16 +54,23 @@ def normaliser(name: str, signature: str) -> Callable[..., str]:
 
     Equal texts mean equal calls: 1, 1.0 and True differ. It raises TypeError for arguments that don't fit the signature
     or aren't JSON-like, which they are if JSON gives back the same. Raises ValueError for a signature that is no Python or
-    has annotations other than builtins, Any and Literal.
+    has annotations other than JSON's types, and for arguments that JSON never brings: a tuple, a set, a dict by number.
     """
-    scope: dict[str, Any] = {"Any": Any, "Literal": Literal, "__name__": __name__}
+    scope: dict[str, Any] = {kind.__name__: kind for kind in (Any, Literal, Optional, Union, List, Dict)}  # noqa: UP006
+    scope["__name__"] = __name__
     try:
         exec(f"def fits{signature}: return locals()", scope)
         fits = validate_call(config=ConfigDict(strict=True))(scope["fits"])
+        for parameter in inspect.signature(scope["fits"]).parameters.values():
+            if not _is_of_json(parameter.annotation):
+                given = inspect.formatannotation(parameter.annotation)
+                raise TypeError(
+                    f"{parameter.name}: {given} is nothing that agents' arguments, which come as JSON, can be"
+                )
     except (SyntaxError, NameError, TypeError, PydanticUserError) as e:
         raise ValueError(
-            f"tool {name!r} has the signature {signature!r}, which can't be checked: {e}; "
-            "write (name: type) -> type with builtin types, Any or Literal"
+            f"tool {name!r} has the signature {signature!r}, which can't be checked: {e}; annotate arguments with str, int, "
+            "float, bool, None, list[...], dict[str, ...], Any, Literal[...], and A | B of them"
         ) from e
     parameters = list(inspect.signature(scope["fits"]).parameters)
 
@@ -87,6 +95,16 @@ def normaliser(name: str, signature: str) -> Callable[..., str]:
         raise TypeError(f"{name}() takes strings, finite numbers, booleans, None, lists and dicts: {problem}")
 
     return normalise
+
+
+def _is_of_json(annotation: Any) -> bool:
+    """Whether there is JSON that is read as such a value."""
+    origin, args = get_origin(annotation) or annotation, get_args(annotation)
+    if origin in (Literal, inspect.Parameter.empty, Any, object, str, int, float, bool, None, NoneType):
+        return True
+    if origin is dict and args:
+        return (get_origin(args[0]) is Literal or args[0] in (str, Any, object)) and _is_of_json(args[1])
+    return origin in (list, dict, Union, UnionType) and all(map(_is_of_json, args))
 
 
 class Memory:

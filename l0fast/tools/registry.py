@@ -5,8 +5,8 @@
     my_tools:look_up         a function of the user's own, from a module that Python finds
 
 A function is a tool as it stands: agents are shown its name, its signature and its docstring. It may be async; one that
-isn't runs in a thread (threads.py). Annotate its arguments with builtins, Any or Literal, return what JSON can say, and
-raise ToolError for what it can't do: any other exception is a bug in it, and ends the run.
+isn't runs in a thread (threads.py). Annotate its arguments with JSON's types, Any or Literal, return what JSON can say, and
+raise ToolError for what it can't do: any other exception is a bug in it, and ends the run, but OSErrors (broker.py).
 
     def look_up(isbn: str) -> dict:
         "Title, author and year of a book."

@@ -133,6 +133,30 @@ def test_a_signature_that_cannot_be_checked_is_refused(signature: str):
         normaliser("f", signature)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["tuple[int, int]", "tuple", "set[str]", "list[set[int]]", "dict[int, str]", "str | bytes", "dict[str, tuple]", "complex"],
+)  # fmt: skip
+def test_what_no_json_is_read_as_is_refused_before_anything_is_called(kind: str):
+    with pytest.raises(ValueError, match=r"at: .* is nothing that agents' arguments, .* annotate arguments with str"):
+        normaliser("f", f"(x, at: {kind} = ...)")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("str | None", None),
+        ("Optional[str]", "a"),
+        ("Union[int, List[Dict[str, float]]]", [{"a": 1.5}]),
+        ("dict[Literal['a'], list]", {"a": [1]}),
+        ("None", None),
+        ("object", {"a": []}),
+    ],
+)
+def test_jsons_types_are_taken_as_python_spells_them(kind: str, value: Any):
+    assert orjson.loads(normaliser("f", f"(at: {kind})")(value)) == {"at": value}
+
+
 # memory
 
 

@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional, Union
 
 import pytest
 from hypothesis import given
@@ -50,6 +50,18 @@ def test_a_function_is_a_tool_as_it_stands():
     assert (spec.name, spec.doc) == ("look_up", "Title and author\nof a book.")
     assert asyncio.run(spec.call("1", k=2)) == ["1", "2", "fast"]
     assert asyncio.run(function_tool(plain).call(7)) == "said 7"
+
+
+def test_a_function_may_take_what_is_optional():
+    def find(name: Optional[str] = None, near: Union[int, str] = 0) -> list[str]:  # noqa: UP007, UP045
+        """Finds."""
+        return [str(name), str(near)]
+
+    async def main() -> Any:
+        async with open_broker() as broker:
+            return await broker.wrap(function_tool(find)).call("a", near="b")
+
+    assert asyncio.run(main()) == ["a", "b"]
 
 
 def test_a_coroutine_function_in_a_wrapper_is_awaited():
