@@ -121,13 +121,13 @@ class Questions:
         self.reports: Sequence[str] = (*(source.report() for source in (*self._train, *self._eval)), *self._shared())
 
     def _shared(self) -> Iterator[str]:
-        evaluated = [{normalize_answer(task.question) for task in source.tasks} for source in self._eval]
+        evaluated = [[normalize_answer(task.question) for task in source.tasks] for source in self._eval]
         trained = set[str]().union(*evaluated)
         trained &= {normalize_answer(task.question) for source in self._train for task in source.tasks}
         for source, questions in zip(self._eval, evaluated, strict=True):
-            if shared := len(questions & trained):
+            if shared := sum(question in trained for question in questions):
                 yield (
-                    f"{source.name}: {shared:,} of {len(source.tasks):,} questions to evaluate on are trained on as well: where "
+                    f"{source.name}: {shared:,} of {len(questions):,} questions to evaluate on are trained on as well: where "
                     "that is not meant, give the same ?heldout_share=0.05 to both"
                 )
 

@@ -46,6 +46,13 @@ def test_questions_from_files_have_the_recipes_tools(files):
     assert "b: 2 of 2 questions to evaluate on are trained on as well" in shared
 
 
+def test_a_question_that_stands_twice_counts_twice_of_those_that_are_trained_on(tmp_path):
+    rows = [{"question": f"{i % 14}?", "answer": str(i)} for i in range(16)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    same = [str(tmp_path / "a.jsonl")]
+    assert "a: 16 of 16 questions to evaluate on" in curriculum(kind="questions", train=same, eval=same).reports[-1]
+
+
 def test_a_file_dealt_in_two_is_not_called_shared(tmp_path):
     rows = [{"question": f"{i}?", "answer": str(i)} for i in range(50)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
