@@ -167,13 +167,16 @@ class Scorer:
         # an object that can be called need have no name
         name = f"{reward.__module__}:{getattr(reward, '__qualname__', repr(reward))}"
         here = inspect.iscoroutinefunction(reward)
+        limit: asyncio.Timeout | None = None
         try:
-            async with nullcontext() if here else self._threads, asyncio.timeout(self.config.timeout_s):
+            async with nullcontext() if here else self._threads, asyncio.timeout(self.config.timeout_s) as limit:
                 given = reward(trajectory) if here else await InThread(reward)(trajectory)
                 # of a partial, a decorated one or an object's __call__ it shows only now
                 given = await given if inspect.isawaitable(given) else given
         except TimeoutError as e:
-            raise WorldError(f"the reward {name} took longer than {self.config.timeout_s:g} s") from e
+            late = limit is not None and limit.expired()
+            why = f"took longer than {self.config.timeout_s:g} s" if late else f"gave up: TimeoutError: {e}"
+            raise WorldError(f"the reward {name} {why}") from e
         numbers = _plain(given)
         if isinstance(numbers, Sequence):
             scores = tuple(map(_plain, numbers))

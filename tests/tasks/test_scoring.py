@@ -160,6 +160,7 @@ def my_rewards(tmp_path, monkeypatch):
         "async def each(trajectory):\n    return [0.25 for _ in trajectory.turns]\n"
         "def odd(trajectory):\n    return 'many'\n"
         "async def endless(trajectory):\n    await asyncio.Event().wait()\n"
+        "def asks(trajectory):\n    raise TimeoutError('no word of 10.0.0.7')\n"
         "number = 3\n"
         "let_go = threading.Event()\n"
         "def hangs(trajectory):\n    let_go.wait(20)\n    return 0.0\n"
@@ -259,3 +260,5 @@ def test_a_reward_that_gives_no_number_or_does_not_end_is_named():
         scored(episode("x", "x"), config=RewardConfig(custom=("my_rewards:odd",)))
     with pytest.raises(WorldError, match="my_rewards:endless took longer"):
         scored(episode("x", "x"), config=RewardConfig(custom=("my_rewards:endless",), timeout_s=0.01))
+    with pytest.raises(WorldError, match=r"my_rewards:asks gave up: TimeoutError: no word of 10\.0\.0\.7"):
+        scored(episode("x", "x"), config=RewardConfig(custom=("my_rewards:asks",)))
