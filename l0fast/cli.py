@@ -15,8 +15,11 @@ TOML or on the command line gets the same answer, one sentence with what, the va
 import difflib
 import itertools
 import json
+import os
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -313,16 +316,31 @@ def render_plan(invocation: Invocation) -> str:
     return "\n".join([head, *(f"  {name:<{width}}  {text}" for name, text in lines.items())])
 
 
+@contextmanager
+def until_read() -> Iterator[None]:
+    """Around what only prints: a reader that has read enough, `head` say, ends the command, with exit code 0."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # at its end Python writes what is left, and would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
 def _print_help() -> None:
-    tyro.cli(
-        _CommandLine,
-        prog="python -m l0fast.run",
-        description="Train a code-writing agent by reinforcement learning and show it getting better. Flags win over the "
-        f"recipe, the recipe over the defaults. Recipes that ship: {', '.join(shipped_recipes())}.",
-        default=_CommandLine(),
-        args=["--help"],
-        config=(tyro.conf.UseAppendAction,),
-    )
+    with until_read():
+        tyro.cli(
+            _CommandLine,
+            prog="python -m l0fast.run",
+            description="Train a code-writing agent by reinforcement learning and show it getting better. Flags win over the "
+            f"recipe, the recipe over the defaults. Recipes that ship: {', '.join(shipped_recipes())}.",
+            default=_CommandLine(),
+            args=["--help"],
+            config=(tyro.conf.UseAppendAction,),
+        )
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from l0fast.first_process import step_back
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         # what takes time to load is loaded here, where Ctrl-C is heard
-        from l0fast.cli import parse
+        from l0fast.cli import parse, until_read
 
         invocation = parse(sys.argv[1:] if argv is None else argv)
 
@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if invocation.dry_run:
             from l0fast.dry_run import dry_run
 
-            print(dry_run(invocation).text())  # noqa: T201 - it is the answer
+            plan = dry_run(invocation)
+            with until_read():
+                print(plan.text())  # noqa: T201 - it is the answer
             return 0
 
         from l0fast.training import run

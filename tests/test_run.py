@@ -1,14 +1,17 @@
 """The command as a user runs it: in a process of its own, with real engine, sandbox and learner on a tiny random policy."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from l0fast.run_dir import checkpoints, read_config, read_metrics, read_trajectories
-from tests.command import children_of, finish, start, wait_until_gone
+from tests.command import ROOT, children_of, finish, start, wait_until_gone
 
 SMALL = [
     "--engine.threads", "1", "--learner.threads", "1", "--rollout.max-turns", "2", "--agent.max-new-tokens", "8",
@@ -140,3 +143,23 @@ def test_dry_run_prints_the_plan_and_writes_nothing(policy_folder: Path, tmp_pat
     assert "24 steps" in out
     assert "seed" in out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [("run", "--help"), ("run", "--dry-run"), ("warm_start", "--help")], ids=" ".join)
+def test_a_reader_that_has_read_enough_is_no_error(command: tuple[str, str]):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        module, flag = command
+        ended = subprocess.run(
+            [sys.executable, "-m", f"l0fast.{module}", flag],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from l0fast.agent.chat import Chat
 from l0fast.agent.nb_agent import EpisodeLimits, NBAgent
+from l0fast.cli import until_read
 from l0fast.config import RunConfig, SandboxConfig
 from l0fast.engine.simulated import SimulatedEngine
 from l0fast.errors import UsageError, WorldError
@@ -74,7 +75,8 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, args=argv, prog="python -m l0fast.warm_start", description=__doc__)
+    with until_read():
+        options = tyro.cli(Options, args=argv, prog="python -m l0fast.warm_start", description=__doc__)
     console = Console()
     try:
         make(options, console)
