@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 
 from l0fast.config import RewardConfig, SandboxConfig
-from l0fast.engine.clock import SimulatedClock
 from l0fast.errors import UsageError, WorldError
 from l0fast.ids import Ids
 from l0fast.sandbox import open_sandbox
@@ -231,11 +230,19 @@ def test_a_rewards_time_begins_when_it_does():
                 for _ in range(scoring._THREADS):
                     await threads.enter_async_context(scorer._threads)
                 waiting = tg.create_task(scorer.score(episode("x", "x")))
-                await asyncio.sleep(100)
+                await turns()
+                # as if 100 seconds had passed
+                loop = asyncio.get_running_loop()
+                loop.time = lambda time=loop.time: time() + 100
+                await turns()
                 assert not waiting.done()
         return waiting.result()
 
-    assert SimulatedClock().run(main()).rewards == pytest.approx([0, 0.5])
+    async def turns():
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    assert asyncio.run(main()).rewards == pytest.approx([0, 0.5])
 
 
 @pytest.mark.usefixtures("my_rewards")
