@@ -114,14 +114,14 @@ def containers(env: dict[str, str]) -> set[str]:
 
 
 def nothing_runs(run: Run, env: dict[str, str]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 15
     while any(left := of(run)):
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
 
 
 def nothing_is_left(run: Run, env: dict[str, str]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 15
     while True:
         left = {
             "processes": [pid for pids in of(run) for pid in pids],
