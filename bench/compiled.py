@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
+from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 
 from l0fast.errors import L0fastError, UsageError
@@ -115,6 +115,14 @@ def _compile(root: Path, sources: Sequence[str], folder: Path) -> None:
         )
 
 
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        # nor what it would be in
+        return False
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.compiled", description="Run a module with the simulated engines compiled by mypyc."
@@ -122,6 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("module", help="what `python -m` would run")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     args = parser.parse_args(argv)
+    if not _is_there(args.module):
+        parser.error(f"no module is called {args.module}: give what `python -m` would run, e.g. bench.admission")
     try:
         sys.meta_path.insert(0, Compiled(compiled()))
     except L0fastError as e:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.compiled import ROOT, Compiled, compiled
+from bench.compiled import ROOT, Compiled, compiled, main
 from l0fast.errors import UsageError
 
 pytestmark = [
@@ -72,6 +72,13 @@ def test_without_mypyc_the_way_out_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda **_: iter(()))
     with pytest.raises(UsageError, match=r"needs mypyc, and there is none: pip install -e '\.\[bench\]'"):
         compiled(tmp_path, ["answer.py"])
+
+
+@pytest.mark.parametrize("module", ["bench.nothing", "nothing.at_all"])
+def test_a_module_that_is_not_there_is_one_sentence(module, capsys):
+    with pytest.raises(SystemExit):
+        main([module])
+    assert f"no module is called {module}: give" in capsys.readouterr().err
 
 
 def test_other_modules_are_left_to_python(tmp_path):
