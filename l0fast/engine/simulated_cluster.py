@@ -20,6 +20,7 @@ from l0fast.engine.simulated_replica import Replica, Request, Speed
 class _Placed:
     """A replica and when it is looked at next."""
 
+    # `wake` is made once, not with every event
     __slots__ = ("number", "replica", "timer", "timer_s", "wake")
 
     def __init__(self, number: int, replica: Replica, wake: Callable[["_Placed"], Any]):

@@ -61,6 +61,7 @@ class Speed:
 
 
 class Request:
+    # no dataclass: bench/compiled.py could not compile the making of one, which is done every turn
     __slots__ = (
         "admitted",
         "cached_tokens",

@@ -33,6 +33,7 @@ from l0fast.segments import segments_of
 
 KL_COEF = 0.1
 TINY = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+WINDOWED = TINY | {"num_hidden_layers": 2, "num_key_value_heads": 2, "sliding_window": 24}
 
 
 def policy_of(model_path, temperature=1.0, **settings):
@@ -526,18 +527,10 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
 @pytest.mark.parametrize("layers", [None, ["full_attention", "sliding_attention"]])
 def test_rows_longer_than_a_models_window_are_refused_when_it_is_loaded(tmp_path, layers):
     """And not at the first step, after a whole evaluation."""
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": 64,
-    }
-    sizes |= {"num_key_value_heads": 1, "sliding_window": 24}
     if layers is None:
-        model = MistralForCausalLM(MistralConfig(**sizes))
+        model = MistralForCausalLM(MistralConfig(**WINDOWED))
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes, layer_types=layers, use_sliding_window=True))
+        model = Qwen3ForCausalLM(Qwen3Config(**WINDOWED, layer_types=layers, use_sliding_window=True))
     model.save_pretrained(tmp_path)
     new = lambda max_row: PolicyModel(tmp_path, LearnerConfig(), num_steps=1, temperature=1.0, max_row=max_row)  # noqa: E731
     new(24)
@@ -546,15 +539,8 @@ def test_rows_longer_than_a_models_window_are_refused_when_it_is_loaded(tmp_path
 
 
 def test_a_window_that_no_layer_has_is_none(tmp_path):
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": 64,
-    }
-    sizes |= {"num_key_value_heads": 1, "sliding_window": 24, "use_sliding_window": True}
-    Qwen3ForCausalLM(Qwen3Config(**sizes, layer_types=["full_attention"] * 2)).save_pretrained(tmp_path)
+    config = Qwen3Config(**WINDOWED, layer_types=["full_attention"] * 2, use_sliding_window=True)
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
     PolicyModel(tmp_path, LearnerConfig(), num_steps=1, temperature=1.0, max_row=25)
 
 
