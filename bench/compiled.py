@@ -1,4 +1,4 @@
-"""A module run with the simulated engines compiled by mypyc: the same source and the same figures, in a third of the time.
+"""A module run with the simulated engines compiled by mypyc: the same source and the same figures, in a tenth to a quarter of the time.
 
     python -m bench.compiled bench.admission --seconds 9600
     python -m bench.compiled pytest tests/engine/test_simulated_replica.py
@@ -28,7 +28,7 @@ from l0fast.errors import L0fastError, UsageError
 ROOT = Path(__file__).parent.parent
 SOURCES = tuple(
     f"l0fast/engine/{name}.py"
-    for name in ("clock", "distributions", "placement", "simulated_cluster", "simulated_replica", "traffic")
+    for name in ("clock", "distributions", "placement", "schedule", "simulated_cluster", "simulated_replica", "traffic")
 )
 """What costs time where a turn is simulated. They may import others, whose types mypyc then takes for anything."""
 OPTIONS = (

@@ -19,7 +19,6 @@ import argparse
 import asyncio
 import itertools
 import math
-import random
 import statistics
 import sys
 import time
@@ -33,7 +32,7 @@ from bench.results_folder import results_folder, write
 from l0fast.engine.base import Engine, EngineLoad, Sampling
 from l0fast.engine.gate import gated
 from l0fast.engine.simulated import SimulatedClock, SimulatedEngine, Speed
-from l0fast.engine.traffic import Traffic
+from l0fast.engine.traffic import Episodes, Traffic
 from l0fast.garbage import old_objects_aside
 from l0fast.ids import Ids
 from l0fast.rollout.admission import Admission
@@ -62,7 +61,7 @@ class Coroutines:
         self.turns = 0
         """Ended so far."""
         self.clock = SimulatedClock()
-        self._asks, self._admission, self._numbers = asks, admission, itertools.count()
+        self._episodes, self._max_new_tokens, self._admission = Episodes(asks), asks.max_new_tokens, admission
         self._said = Ids(array("i", [VOCAB_SIZE - 1]) * asks.max_new_tokens)
         self._lengths: dict[str, int] = {}
         """By conversation, of what it says next."""
@@ -103,21 +102,17 @@ class Coroutines:
 
     async def _agent(self) -> None:
         while True:
-            await self._episode(next(self._numbers))
-
-    async def _episode(self, number: int) -> None:
-        asks, rng, name = self._asks, random.Random(number), str(number)
-        prompt = Ids(array("i", [VOCAB_SIZE - 2]) * int(asks.prompt_tokens(rng.random())))
-        for _ in range(int(asks.turns(rng.random()))):
-            self._lengths[name] = min(1 + int(asks.response_tokens(rng.random())), asks.max_new_tokens)
-            sampling = Sampling(max_new_tokens=asks.max_new_tokens, stop_token_ids=(), seed=number)
-            sampled = await self._engine.generate(prompt, sampling, conversation=name)
-            self.turns += 1
-            output = array("i", [VOCAB_SIZE - 2]) * int(asks.output_tokens(rng.random()))
-            prompt = prompt + sampled.response_ids + output
-            await self.clock.sleep(asks.tool_s(rng.random()))
-        self._engine.forget(name)
-        del self._lengths[name]
+            name, prompt_tokens, turns = self._episodes.next()
+            prompt = Ids(array("i", [VOCAB_SIZE - 2]) * prompt_tokens)
+            sampling = Sampling(max_new_tokens=self._max_new_tokens, stop_token_ids=(), seed=int(name))
+            for response_tokens, output_tokens, tool_s in reversed(turns):
+                self._lengths[name] = response_tokens
+                sampled = await self._engine.generate(prompt, sampling, conversation=name)
+                self.turns += 1
+                prompt = prompt + sampled.response_ids + array("i", [VOCAB_SIZE - 2]) * output_tokens
+                await self.clock.sleep(tool_s)
+            self._engine.forget(name)
+            del self._lengths[name]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,10 +17,13 @@ they are due. A thread's work takes no time on this clock, which runs ahead of i
 """
 
 import asyncio
-import heapq
+import math
 import selectors
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
+
+from l0fast.engine.schedule import Schedule
 
 T = TypeVar("T")
 
@@ -32,78 +35,75 @@ class Timer(Protocol):
     def cancel(self) -> None: ...
 
 
-class Timers(Protocol):
-    """A clock for those who never wait."""
-
+class Clock(ABC):
+    # no protocol: bench/compiled.py calls what is of a class directly
     @property
+    @abstractmethod
     def now_s(self) -> float: ...
 
+    @abstractmethod
     def call_at(self, at_s: float, call: Callable[[], Any]) -> Timer:
         """Call when `now_s` has come to `at_s`; soon, where it has already. What returns False has set nothing going."""
-        ...
 
-
-class Clock(Timers, Protocol):
     async def sleep(self, duration_s: float) -> None:
         """Return when the clock has moved on by `duration_s` [s]."""
-        ...
-
-
-async def _sleep_on(clock: Clock, duration_s: float) -> None:
-    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    timer = clock.call_at(clock.now_s + duration_s, lambda: future.done() or future.set_result(None))
-    try:
-        await future
-    finally:
-        timer.cancel()
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        timer = self.call_at(self.now_s + duration_s, lambda: future.done() or future.set_result(None))
+        try:
+            await future
+        finally:
+            timer.cancel()
 
 
 class _Event:
-    __slots__ = ("call",)
+    __slots__ = ("at_s", "call")
 
-    def __init__(self, call: Callable[[], Any]):
+    def __init__(self, at_s: float, call: Callable[[], Any]):
+        self.at_s = at_s
         self.call: Callable[[], Any] | None = call
 
     def cancel(self) -> None:
         self.call = None
 
 
-class EventClock:
+class EventClock(Clock):
     """Event time, from 0, moved by hand."""
 
     def __init__(self) -> None:
-        self.now_s = 0.0
+        self._now_s = 0.0
+        self._events: Schedule[_Event] = Schedule()
+
+    @property
+    def now_s(self) -> float:
         """[s]"""
-        self._events: list[tuple[float, int, _Event]] = []
-        self._order = 0
+        return self._now_s
 
     def call_at(self, at_s: float, call: Callable[[], Any]) -> Timer:
-        event = _Event(call)
-        self._order += 1
-        heapq.heappush(self._events, (max(at_s, self.now_s), self._order, event))
+        event = _Event(max(at_s, self._now_s), call)
+        self._events.add(event.at_s, event)
         return event
 
     def has_events(self) -> bool:
         """Whether anything is to happen; what was cancelled is not."""
-        while self._events and self._events[0][2].call is None:
-            heapq.heappop(self._events)
-        return bool(self._events)
+        while (event := self._events.first()) is not None and event.call is None:
+            self._events.take(event.at_s)
+        return event is not None
 
     def move(self) -> None:
         """To the next event that sets something going, or past the last."""
-        while self.has_events() and self._happen() is False:
-            pass
+        while (event := self._events.take(math.inf)) is not None:
+            if event.call is not None:
+                self._now_s = event.at_s
+                if event.call() is not False:
+                    return
 
     def move_to(self, at_s: float) -> None:
         """Let happen what does until then."""
-        while self.has_events() and self._events[0][0] <= at_s:
-            self._happen()
-        self.now_s = max(self.now_s, at_s)
-
-    def _happen(self) -> Any:
-        self.now_s, _, event = heapq.heappop(self._events)
-        assert event.call is not None
-        return event.call()
+        while (event := self._events.take(at_s)) is not None:
+            if event.call is not None:
+                self._now_s = event.at_s
+                event.call()
+        self._now_s = max(self._now_s, at_s)
 
 
 class SimulatedClock(EventClock):
@@ -132,9 +132,6 @@ class SimulatedClock(EventClock):
             )
         return super().call_at(at_s, call)
 
-    async def sleep(self, duration_s: float) -> None:
-        await _sleep_on(self, duration_s)
-
     def _new_loop(self) -> asyncio.AbstractEventLoop:
         self._loop = asyncio.SelectorEventLoop(_MovesInsteadOfWaiting(self))
         return self._loop
@@ -153,7 +150,7 @@ class _MovesInsteadOfWaiting(selectors.DefaultSelector):
         return ready
 
 
-class CompressedClock:
+class CompressedClock(Clock):
     """The running loop's clock, from 0 at the first look, times a constant."""
 
     def __init__(self, time_compression: float = 1.0):
@@ -174,9 +171,6 @@ class CompressedClock:
         loop = asyncio.get_running_loop()
         delay_s = at_s / self.time_compression - self._loop_s(loop)
         return loop.call_later(max(0.0, delay_s) + _TIMER_S, call)
-
-    async def sleep(self, duration_s: float) -> None:
-        await _sleep_on(self, duration_s)
 
     def _loop_s(self, loop: asyncio.AbstractEventLoop) -> float:
         now_s = loop.time()

@@ -6,11 +6,11 @@ A caller brings its own uniform numbers, so that who draws when changes nothing 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import NormalDist
+from typing import Final
 
 Distribution = Callable[[float], float]
 
-_STANDARD = NormalDist()
-_LAST = 1 - 2.0**-25
+_LAST: Final = 1 - 2.0**-25
 """The largest u that a 24-bit uniform number stands for; keeps a quantile finite."""
 
 
@@ -20,7 +20,8 @@ def exponential(mean: float) -> Distribution:
 
 def lognormal(median: float, sigma: float) -> Distribution:
     """`sigma` is the standard deviation of the logarithm: 68 % lie within a factor exp(sigma) of the median."""
-    return lambda u: median * math.exp(sigma * _STANDARD.inv_cdf(min(max(u, 1 - _LAST), _LAST)))
+    standard = NormalDist().inv_cdf
+    return lambda u: median * math.exp(sigma * standard(min(max(u, 1 - _LAST), _LAST)))
 
 
 def uniform(low: float, high: float) -> Distribution:

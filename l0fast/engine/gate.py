@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from l0fast.deadlines import standing_still
 from l0fast.engine.base import Engine, EngineLoad, Sampled, Sampling
-from l0fast.engine.clock import Clock, CompressedClock, Timer, Timers
+from l0fast.engine.clock import Clock, CompressedClock, Timer
 from l0fast.errors import EngineError
 
 _LOOK_S = 1.0
@@ -44,7 +44,7 @@ class Admits(Protocol):
 class Gate:
     """Who waits to be let in."""
 
-    def __init__(self, admission: Admits, clock: Timers):
+    def __init__(self, admission: Admits, clock: Clock):
         self.admission = admission
         self.moved_s = -math.inf
         """When a turn was last let in, or ended, or an episode did."""

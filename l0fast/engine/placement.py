@@ -34,7 +34,7 @@ class Placement:
             # one that leaves goes for a free slot
             leaves = home in self._up
             first, second = (self._requests, self._episodes) if leaves else (self._episodes, self._requests)
-            home = min(self._up, key=lambda engine: (first[engine], second[engine], engine))
+            _, _, home = min([(first[engine], second[engine], engine) for engine in self._up])
             self.forget(conversation)
             self._homes[conversation] = home
             self._episodes[home] += 1

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from l0fast.engine.base import EngineLoad
-from l0fast.engine.clock import Timer, Timers
+from l0fast.engine.clock import Clock, Timer
 from l0fast.engine.placement import Placement
 from l0fast.engine.simulated_replica import Replica, Request, Speed
 
@@ -32,7 +32,7 @@ class _Placed:
 
 class Cluster:
     def __init__(
-        self, clock: Timers, *, speed: Speed, slots: int, kv_tokens: int, replicas: int = 1, forgets: bool = True
+        self, clock: Clock, *, speed: Speed, slots: int, kv_tokens: int, replicas: int = 1, forgets: bool = True
     ):
         """
         Args:
@@ -46,7 +46,6 @@ class Cluster:
             _Placed(i, Replica(speed, slots=slots, kv_tokens=kv_tokens, forgets=forgets), self._wake)
             for i in range(replicas)
         ]
-        self._under_way: dict[Request, tuple[_Placed, Callable[[], Any]]] = {}
         self._placement = Placement(replicas, slots)
         for i in range(replicas):
             self._placement.up(i)
@@ -65,13 +64,14 @@ class Cluster:
         except ValueError:
             self._placement.done(number)
             raise
-        self._under_way[request] = placed, done
+        request.replica, request.done = number, done
         self._deliver(placed)
 
     def cancel(self, request: Request) -> None:
         """Whatever it sampled is lost, and nobody is called. No harm where it is done."""
-        placed, _ = self._under_way.pop(request, (None, None))
-        if placed is not None:
+        if request.done is not None:
+            request.done = None
+            placed = self._all[request.replica]
             self._placement.done(placed.number)
             placed.replica.cancel(request, self.clock.now_s)
             self._deliver(placed)
@@ -128,9 +128,10 @@ class Cluster:
             finished, replica.finished = replica.finished, []
             for request in finished:
                 # nobody waits for one that was done at the moment it was cancelled
-                if (under_way := self._under_way.pop(request, None)) is not None:
+                if (done := request.done) is not None:
+                    request.done = None
                     self._placement.done(placed.number)
-                    under_way[1]()
+                    done()
         at_s = replica.next_event_s
         if placed.timer is not None:
             # one that fires early costs a look, and is rarer than moving it with every request

@@ -19,13 +19,14 @@ Left out: chunks of a long prompt interleaved with decoding, prefixes shared bet
 Rules and constants: SGLang's scheduler and its retract_decode, as of 0.5.
 """
 
-import heapq
 import math
-from collections import OrderedDict, deque
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from l0fast.engine.base import EngineLoad, VersionSpan
+from l0fast.engine.schedule import Schedule
 
 _RATIO: Final = 0.7
 _RATIO_MIN: Final = 0.7 * 0.14
@@ -67,11 +68,13 @@ class Request:
         "cached_tokens",
         "conversation",
         "decoded_tokens",
+        "done",
         "finish_step",
         "finished_s",
         "matched_tokens",
         "max_new_tokens",
         "prompt_tokens",
+        "replica",
         "response_tokens",
         "versions",
     )
@@ -103,6 +106,10 @@ class Request:
         self.finish_step = -1
         """Step after which it is done; -1 while it is not running."""
         self.admitted = False
+        self.replica = -1
+        """Its number, where there are several (simulated_cluster.py)."""
+        self.done: Callable[[], Any] | None = None
+        """To be called when all of it has been sampled, by whoever has the replica."""
 
     @property
     def version_spans(self) -> tuple[VersionSpan, ...]:
@@ -131,8 +138,8 @@ class Replica:
         self._prefilling: list[Request] = []
         self._prefill_end_s = 0.0
         self._running: dict[Request, None] = {}
-        self._finishes: list[tuple[int, int, Request]] = []
-        self._order = 0
+        self._finishes: Schedule[Request] = Schedule()
+        """Of the running, by their steps."""
         self._steps = 0
         self._next_steps, self._next_steps_s = 0, 0.0
         """Until the next event, while requests run."""
@@ -144,8 +151,10 @@ class Replica:
         self._ratio = _RATIO
         self._full = False
         self._resume_s = 0.0
-        self._prefixes: OrderedDict[str, int] = OrderedDict()
+        self._prefixes: dict[str, int] = {}
         self._evictable = 0
+        self._owed = 0
+        """Tokens that were evicted and are still counted in `_prefixes`: the first of those owe them."""
         self._prefill_tokens = self._cached_tokens = self._recomputed_tokens = self._decoded_tokens = 0
         self._prefill_s = self._decode_s = self._slot_s = 0.0
 
@@ -166,6 +175,7 @@ class Replica:
         self.advance(now_s)
         if request.finish_step >= 0:
             self._settle()
+            self._finishes.remove(request)
             self._leave(request)
             self._keep_prefix(request.conversation, request.prompt_tokens + request.decoded_tokens - 1)
         elif request in self._prefilling:
@@ -181,6 +191,7 @@ class Replica:
         self.advance(now_s)
         self._settle()
         under_way = [*self._running, *self._prefilling]
+        self._finishes.clear()
         for request in self._running.copy():
             self._leave(request)
             request.matched_tokens = request.prompt_tokens + request.decoded_tokens - 1
@@ -189,7 +200,7 @@ class Replica:
         self._prefilling.clear()
         self._waiting.extendleft(reversed(under_way))
         self._prefixes.clear()
-        self._evictable = 0
+        self._evictable = self._owed = 0
         self.policy_version, self._resume_s = policy_version, now_s + pause_s
         self._plan()
 
@@ -205,7 +216,7 @@ class Replica:
     def forget(self, conversation: str) -> None:
         """The conversation is over."""
         if self._forgets:
-            self._evictable -= self._prefixes.pop(conversation, 0)
+            self._take_prefix(conversation)
 
     def advance(self, to_s: float) -> None:
         """Let happen what does until then; who is done by then is in `finished`."""
@@ -265,9 +276,7 @@ class Replica:
         elif not self._running:
             self.next_event_s = max(self._now_s, self._resume_s) if tries else math.inf
         else:
-            while self._finishes[0][2].finish_step != self._finishes[0][0]:
-                heapq.heappop(self._finishes)  # it left before
-            steps = self._finishes[0][0] - self._steps
+            steps = int(self._finishes.next_at()) - self._steps
             steps = min(steps, max(1, (self.kv_tokens - self._locked) // len(self._running)))
             first_s, growth_s = self._step_times(len(self._running), self._locked)
             if tries:
@@ -289,12 +298,10 @@ class Replica:
                     self._full = True
                     break
             self._waiting.popleft()
-            prefix = self._prefixes.pop(request.conversation, 0)
-            self._evictable -= prefix
+            prefix = self._take_prefix(request.conversation)
             self._locked += total
             self._expected += expects
-            if self._evictable > self.kv_tokens - self._locked:
-                self._evict(self.kv_tokens - self._locked)
+            self._evict(self.kv_tokens - self._locked)
             computed_before = _computed_before(request)
             hit = min(prefix, computed_before)
             if not request.admitted:
@@ -321,23 +328,21 @@ class Replica:
             request.decoded_tokens += 1
             request.finish_step = self._steps + request.response_tokens - request.decoded_tokens
             self._running[request] = None
-            self._order += 1
-            heapq.heappush(self._finishes, (request.finish_step, self._order, request))
+            self._finishes.add(request.finish_step, request)
         self._finish()
 
     def _finish(self) -> None:
-        while self._finishes and self._finishes[0][0] <= self._steps:
-            step, _, request = heapq.heappop(self._finishes)
-            if request.finish_step == step:
-                self._leave(request)
-                self._keep_prefix(request.conversation, request.prompt_tokens + request.response_tokens - 1)
-                request.finished_s = self._now_s
-                self.finished.append(request)
+        while (request := self._finishes.take(self._steps)) is not None:
+            self._leave(request)
+            self._keep_prefix(request.conversation, request.prompt_tokens + request.response_tokens - 1)
+            request.finished_s = self._now_s
+            self.finished.append(request)
 
     def _retract(self) -> None:
         order = sorted(self._running, key=lambda r: (self._decoded(r), -r.prompt_tokens), reverse=True)
         while self._locked + len(self._running) > self.kv_tokens:
             request = order.pop()
+            self._finishes.remove(request)
             self._leave(request)
             request.matched_tokens = request.prompt_tokens + request.decoded_tokens - 1
             self._keep_prefix(request.conversation, request.prompt_tokens)
@@ -373,8 +378,7 @@ class Replica:
         self._decoded_tokens += requests * steps
         self._decode_s += duration_s
         self._slot_s += duration_s * requests
-        if self._evictable > self.kv_tokens - self._locked:
-            self._evict(self.kv_tokens - self._locked)
+        self._evict(self.kv_tokens - self._locked)
 
     def _leave(self, request: Request) -> None:
         """Stop running."""
@@ -392,19 +396,32 @@ class Replica:
         return request.response_tokens - (request.finish_step - self._steps)
 
     def _keep_prefix(self, conversation: str, tokens: int) -> None:
-        self._evictable += tokens - self._prefixes.pop(conversation, 0)
+        if conversation in self._prefixes:
+            self._take_prefix(conversation)
+        self._evictable += tokens
         self._prefixes[conversation] = tokens
+
+    def _take_prefix(self, conversation: str) -> int:
+        """What is left of it [tokens]; it is no prefix any more."""
+        while self._owed:
+            first = next(iter(self._prefixes))
+            paid = min(self._prefixes[first], self._owed)
+            self._owed -= paid
+            if self._owed:
+                del self._prefixes[first]
+            else:
+                self._prefixes[first] -= paid
+        tokens = self._prefixes.pop(conversation, 0)
+        self._evictable -= tokens
+        return tokens
 
     def _evict(self, room: int) -> None:
         """Until prefixes take no more than `room` [tokens]."""
-        room = max(room, 0)
-        while (over := self._evictable - room) > 0:
-            conversation, tokens = next(iter(self._prefixes.items()))
-            if tokens > over:
-                self._prefixes[conversation] = tokens - over
-            else:
-                del self._prefixes[conversation]
-            self._evictable -= min(tokens, over)
+        over = self._evictable - max(room, 0)
+        if over > 0:
+            # whose they were matters when one of them is looked up
+            self._evictable -= over
+            self._owed += over
 
     def _prefill_duration_s(self, new_tokens: int) -> float:
         return self.speed.prefill_batch_s + new_tokens / self.speed.prefill_tokens_per_s

@@ -7,7 +7,7 @@
 No ids, no coroutines: a turn costs a third of what it does as a coroutine on a `SimulatedEngine`. It answers what lengths,
 latencies, memory and admission come to; what a scheduler makes of recorded episodes, rollout/whatif.py does.
 
-Every draw is a function of (seed, number of the episode, turn): who is faster than whom changes nothing in what is asked for.
+What an episode asks for is a function of (seed, its number) alone, drawn when it begins: who is faster than whom changes nothing.
 """
 
 import random
@@ -35,6 +35,28 @@ class Traffic:
     tool_s: Distribution
 
 
+Turn = tuple[int, int, float]
+"""(tokens of the response, tokens of what the tool says, how long that takes [s])"""
+
+
+class Episodes:
+    """What one after the other asks for."""
+
+    def __init__(self, traffic: Traffic, seed: int = 0):
+        self._traffic, self._random, self._number = traffic, random.Random(seed).random, -1
+
+    def next(self) -> tuple[str, int, list[Turn]]:
+        """Returns the episode's name, the tokens of its first prompt, and its turns, the last one first."""
+        traffic, u = self._traffic, self._random
+        response_tokens, output_tokens, tool_s = traffic.response_tokens, traffic.output_tokens, traffic.tool_s
+        self._number += 1
+        turns = [
+            (min(1 + int(response_tokens(u())), traffic.max_new_tokens), int(output_tokens(u())), tool_s(u()))
+            for _ in range(max(1, int(traffic.turns(u()))))
+        ]
+        return str(self._number), int(traffic.prompt_tokens(u())), turns
+
+
 class Agents:
     """They play on the cluster for as long as its clock moves, each one on to its next episode at once."""
 
@@ -45,8 +67,8 @@ class Agents:
         """
         self.turns = self.episodes = 0
         """Ended so far."""
-        self.traffic, self.cluster, self.clock, self.gate = traffic, cluster, cluster.clock, gate
-        self._seed, self._number = seed, -1
+        self.cluster, self.clock, self.gate = cluster, cluster.clock, gate
+        self.to_come, self.max_new_tokens = Episodes(traffic, seed), traffic.max_new_tokens
         if gate is not None:
             gate.observe(cluster.load())
 
@@ -55,64 +77,57 @@ class Agents:
         for _ in range(agents):
             _Agent(self).begin()
 
-    def next_episode(self) -> tuple[str, int]:
-        """Returns its name and the seed of its draws."""
-        self._number += 1
-        return str(self._number), self._seed << 64 | self._number
-
 
 class _Agent:
-    __slots__ = ("_agents", "_conversation", "_known", "_left", "_random", "_request", "_seed", "_tokens")
+    __slots__ = ("_agents", "_conversation", "_known", "_request", "_tokens", "_turn", "_turns")
 
     def __init__(self, agents: Agents):
         self._agents = agents
-        # made once: to seed it is a tenth of what an episode costs
-        rng = random.Random(0)
-        self._seed, self._random = rng.seed, rng.random
         self._conversation = ""
-        self._tokens = self._left = self._known = 0
+        self._tokens = self._known = 0
+        self._turns: list[Turn] = []
+        """Still to come."""
+        self._turn: Turn
         self._request: Request
 
     def begin(self) -> None:
         """Another episode."""
-        self._conversation, seed = self._agents.next_episode()
-        self._seed(seed)
-        self._tokens = int(self._agents.traffic.prompt_tokens(self._random()))
-        self._left = int(self._agents.traffic.turns(self._random()))
+        self._conversation, self._tokens, self._turns = self._agents.to_come.next()
         self._known = 0
         self._ask()
 
     def _ask(self) -> None:
-        traffic, gate = self._agents.traffic, self._agents.gate
+        agents = self._agents
+        self._turn = self._turns.pop()
         self._request = Request(
             conversation=self._conversation,
             prompt_tokens=self._tokens,
-            response_tokens=min(1 + int(traffic.response_tokens(self._random())), traffic.max_new_tokens),
-            max_new_tokens=traffic.max_new_tokens,
+            response_tokens=self._turn[0],
+            max_new_tokens=agents.max_new_tokens,
             matched_tokens=self._known,
         )
-        if gate is None or gate.ask(self._conversation, self._tokens, self._go):
+        if agents.gate is None or agents.gate.ask(self._conversation, self._tokens, self._go):
             self._go()
 
     def _go(self) -> None:
         self._agents.cluster.submit(self._request, self._answered)
 
     def _answered(self) -> None:
-        agents, request = self._agents, self._request
+        agents = self._agents
+        response_tokens, output_tokens, tool_s = self._turn
         agents.turns += 1
-        self._tokens += request.response_tokens
+        self._tokens += response_tokens
         # the last id sampled is never computed
         self._known = self._tokens - 1
         if (gate := agents.gate) is not None:
-            gate.ran(self._conversation, self._tokens, request.cached_tokens)
+            gate.ran(self._conversation, self._tokens, self._request.cached_tokens)
             if gate.wants_load():
                 gate.observe(agents.cluster.load())
-        self._tokens += int(agents.traffic.output_tokens(self._random()))
-        agents.clock.call_at(agents.clock.now_s + agents.traffic.tool_s(self._random()), self._go_on)
+        self._tokens += output_tokens
+        agents.clock.call_at(agents.clock.now_s + tool_s, self._go_on)
 
     def _go_on(self) -> None:
-        self._left -= 1
-        if self._left > 0:
+        if self._turns:
             self._ask()
             return
         agents = self._agents

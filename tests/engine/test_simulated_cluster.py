@@ -79,6 +79,21 @@ def test_a_cancelled_request_is_never_called_and_its_slot_is_the_next_ones():
     assert simulated.load().running == simulated.load().waiting == 0
 
 
+def test_to_cancel_what_is_done_or_cancelled_changes_nothing():
+    simulated, called = cluster(replicas=2), []
+    done, dropped = request("a"), request("a")
+    simulated.submit(done, lambda: None)
+    simulated.clock.move_to(10.0)
+    simulated.submit(dropped, lambda: None)
+    for r in (dropped, dropped, done):
+        simulated.cancel(r)
+    for response in (30, 3):
+        simulated.submit(request("a", response), lambda response=response: called.append(response))
+    simulated.clock.move_to(15.0)
+    # were fewer counted than there are, both would be on one engine, one after the other
+    assert called == [3]
+
+
 def test_a_cancelled_request_does_not_count_against_its_engine():
     simulated = cluster(replicas=2)
     first, again = request("a"), request("a", prompt=20)

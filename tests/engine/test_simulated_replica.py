@@ -80,8 +80,10 @@ ACTIONS = st.lists(
         st.tuples(st.just("cancel"), st.integers(0, 30)),
         st.tuples(st.just("update"), st.integers(0, 1)),
         st.tuples(st.just("forget"), st.integers(0, 5)),
-        st.tuples(st.just("wait"), st.integers(1, 200)),
+        # some steps, or until all is done
+        st.tuples(st.just("wait"), st.integers(1, 15) | st.integers(1, 200)),
     ),
+    min_size=8,
     max_size=60,
 )
 
@@ -146,6 +148,48 @@ def test_the_longest_unused_prefix_goes_first_and_from_its_end():
     run_out(replica)
     assert again_a.cached_tokens < 30
     assert replica.load().recomputed_tokens == 40 - again_a.cached_tokens
+
+
+def test_a_conversation_that_asks_twice_at_once_leaves_one_prefix():
+    replica = Replica(SPEED, slots=2, kv_tokens=200)
+    for prompt, response in ((30, 11), (20, 6)):
+        replica.submit(request("a", prompt, response), 0.0)
+    run_out(replica)
+    # of the one that was done last; its last id was never computed
+    assert replica.load().used_tokens == 40
+
+
+def test_prefixes_go_from_the_least_recently_used_on_and_nothing_of_that_outlives_new_weights():
+    def cached(replica: Replica, name: str) -> int:
+        again = request(name, prompt=31, response=1, matched=30)
+        replica.submit(again, replica.next_event_s if replica.next_event_s < math.inf else 100.0)
+        run_out(replica)
+        return again.cached_tokens
+
+    def with_a_full_cache() -> Replica:
+        replica = Replica(SPEED, slots=1, kv_tokens=100)
+        for name in "abc":
+            replica.submit(request(name, prompt=30, response=1), 0.0)
+        replica.submit(request("big", prompt=45, response=1), 0.0)
+        run_out(replica)
+        return replica
+
+    # 45 of the others' 90 had to go: all of a, and 5 of b
+    assert [cached(with_a_full_cache(), name) for name in "cba"] == [30, 25, 0]
+    replica = with_a_full_cache()
+    replica.update_weights(1, 50.0)
+    assert [cached(replica, name) for name in "aa"] == [0, 30]
+
+
+def test_of_those_who_were_under_way_when_new_weights_came_each_is_done_once_and_in_full():
+    replica = Replica(Speed(prefill_tokens_per_s=1000, step_s=1.0), slots=4, kv_tokens=1000)
+    requests = [request("short", response=10), request("long", response=20)]
+    for one in requests:
+        replica.submit(one, 0.0)
+    replica.advance(4.5)
+    replica.update_weights(1, 4.5)
+    assert run_out(replica) == requests
+    assert [one.decoded_tokens for one in requests] == [10, 20]
 
 
 def test_what_does_not_fit_is_retracted_and_goes_on_where_it_was():
