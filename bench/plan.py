@@ -38,7 +38,7 @@ def plan(
     """The table, and why it can't be, if so."""
     work = cost.workload_of(config, tokens=tokens, sampled=sampled)
     setup = cost.setup_of(config, work, gpus=gpus, gpu_memory_bytes=gpu_memory_bytes)
-    memory, flops = cost.memory_parts(shape, setup), cost.flops(shape, work, setup)
+    memory, flops = cost.memory_of(shape, setup).parts, cost.flops(shape, work, setup)
     seconds = cost.seconds(shape, work, setup, rates)
     host = cost.host_parts(
         shape, setup, weights_by_host=config.engine.weights == "host", checkpoints=bool(config.checkpoint.every)

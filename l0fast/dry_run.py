@@ -144,8 +144,7 @@ def _gpus(config: RunConfig, folder: Path | None, result: DryRun) -> None:
         raise UsageError(complaint)
     work = cost.workload_of(config)
     setup = cost.setup_of(config, work, gpus=layout.ranks, gpu_memory_bytes=memory)
-    parts = cost.memory_parts(shape, setup)
-    learner = {name: size for name, size in parts.items() if not name.startswith("engine") and size}
+    learner = {name: size for name, size in cost.memory_of(shape, setup).learner.items() if size}
     if exported := exported_bytes(shape, layout):
         learner["weights for the engine"] = exported
     seconds = cost.seconds(shape, work, setup, cost.Rates())

@@ -39,8 +39,6 @@ _PATIENCE_S, _LOOK_S = 20.0, 1.0
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 _LESS = (("engine", "--engine.memory-share"), ("learner", "--learner.pack-tokens"))
 """What each takes less with."""
-STATE = ("master weights", "gradients", "AdamW moments", "reference", "critic", "other")
-"""Parts of the learner's memory that are there between two steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,9 +164,9 @@ def _complaint_in_turn(shape: cost.ModelShape, setup: cost.Setup, exported: floa
     learning = replace(setup, engine_share=0.0, other_bytes=setup.other_bytes + ASLEEP_BYTES)
     if (said := cost.why_not(shape, learning)) is not None:
         return said
-    parts, memory = cost.memory_parts(shape, setup), setup.gpu_memory_bytes
-    kept, room = sum(parts[name] for name in STATE) + exported, setup.engine_share * memory
-    prompts = parts["engine prompts"]
+    planned, memory = cost.memory_of(shape, setup), setup.gpu_memory_bytes
+    kept, room = sum(planned.kept.values()) + exported, setup.engine_share * memory
+    prompts = cost.prompt_bytes(shape, setup)
     if kept + prompts + room <= memory:
         return None
     share = int(100 * (1 - (kept + prompts) / memory)) / 100
@@ -247,15 +245,14 @@ def wanted_bytes(
 ) -> tuple[str, float]:
     """Who wants how much of a GPU, at any time; 0 where it is in nobody's part of the layout [bytes]."""
     setup = _setup(config, layout, gpu_memory_bytes, _liger())
-    parts, exported = cost.memory_parts(shape, setup), exported_bytes(shape, layout)
-    engine = sum(size for name, size in parts.items() if name.startswith("engine"))
-    learner = sum(parts.values()) - engine
+    planned, exported = cost.memory_of(shape, setup), exported_bytes(shape, layout)
+    engine, learner = sum(planned.engine.values()), sum(planned.learner.values())
     if not 0 <= gpu - layout.first_gpu < layout.engines * config.engine.tensor_parallel:
         return "the learner wants", learner if gpu < layout.ranks else 0.0
     if gpu >= layout.ranks:
         return "the engine wants", engine
     if config.engine.layout == "sleep":
-        engine += sum(parts[name] for name in STATE) + exported
+        engine += sum(planned.kept.values()) + exported
         return "engine and learner want", max(learner + ASLEEP_BYTES, engine)
     return "engine and learner want", engine + learner + exported
 

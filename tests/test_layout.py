@@ -140,7 +140,7 @@ def test_an_engine_on_several_gpus_holds_a_part_of_its_model_on_each():
     # a quarter of 61 GiB fits into the share, so the share is not what is complained of
     assert "GiB a GPU is more than" in str(fits[60e9])
     setup = cost.setup_of(recipe, cost.workload_of(recipe), gpus=8, gpu_memory_bytes=80e9)
-    parts = cost.memory_parts(SHAPES["Qwen2.5-32B"], setup)
+    parts = cost.memory_of(SHAPES["Qwen2.5-32B"], setup).parts
     assert parts["engine weights"] == 2 * SHAPES["Qwen2.5-32B"].parameters / 4
     assert parts["engine weights"] + parts["engine KV"] == pytest.approx(0.4 * 80e9)
 

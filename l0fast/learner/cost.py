@@ -311,8 +311,26 @@ class Rates:
     """To and from the host's memory [GB/s]."""
 
 
-def memory_parts(shape: ModelShape, setup: Setup) -> dict[str, float]:
-    """Most memory of one GPU by part while the learner works [bytes]."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Most memory of one GPU by part [bytes]."""
+
+    kept: dict[str, float]
+    """What the learner has between two steps, too."""
+    working: dict[str, float]
+    """What it has only while it works."""
+    engine: dict[str, float]
+
+    @property
+    def learner(self) -> dict[str, float]:
+        return self.kept | self.working
+
+    @property
+    def parts(self) -> dict[str, float]:
+        return self.learner | self.engine
+
+
+def memory_of(shape: ModelShape, setup: Setup) -> Memory:
     n, t = setup.gpus, setup.pack_tokens
     on_gpu = 0 if setup.offload else 1 / n
     lora = shape.lora_parameters(setup.lora_rank)
@@ -324,7 +342,7 @@ def memory_parts(shape: ModelShape, setup: Setup) -> dict[str, float]:
     activation = shape.activation_bytes(liger=setup.liger)
     layers, one_layer = (2 * shape.hidden, activation) if setup.checkpointing else (activation, 0)
     sampled = setup.sampled_share * t
-    return {
+    kept = {
         "master weights": 4 * (shape.parameters + lora) * on_gpu,
         "gradients": 4 * trained * on_gpu,
         "AdamW moments": 8 * trained * on_gpu,
@@ -332,16 +350,21 @@ def memory_parts(shape: ModelShape, setup: Setup) -> dict[str, float]:
         "critic": (4 * (shape.parameters + lora) + 12 * (lora or shape.backbone_parameters)) * on_gpu
         if setup.critic == "copy"
         else 0.0,
+        "other": setup.other_bytes,
+    }
+    working = {
         "unsharded weights": 2 * (shape.root_parameters + 2 * shape.layer_parameters),
         "gradients under way": 2 * root_gradients + 8 * layer_gradients,
         # the root keeps its output, its norm and the predictors' states with their gradient
         "activations": t * (layers * shape.layers + one_layer + 8 * shape.hidden) + 4 * sampled * shape.hidden,
         "policy head": min(setup.head_chunk, sampled) * shape.vocab * 6 + head_gradient,
+    }
+    engine = {
         "engine weights": 2.0 * shape.parameters / setup.tensor_parallel if setup.engine_share else 0.0,
         "engine KV": kv_tokens(shape, setup) * shape.kv_bytes / setup.tensor_parallel,
         "engine prompts": prompt_bytes(shape, setup) if setup.engine_share else 0.0,
-        "other": setup.other_bytes,
     }
+    return Memory(kept=kept, working=working, engine=engine)
 
 
 def prompt_bytes(shape: ModelShape, setup: Setup) -> float:
@@ -367,7 +390,7 @@ def host_parts(shape: ModelShape, setup: Setup, *, weights_by_host: bool, checkp
             model folder is gathered there, when the run ends.
         checkpoints: what is trained is copied before it is written.
     """
-    there, here = (memory_parts(shape, replace(setup, offload=offload)) for offload in (False, True))
+    there, here = (memory_of(shape, replace(setup, offload=offload)).kept for offload in (False, True))
     offloaded = {name: setup.gpus * (there[name] - here[name]) for name in there} if setup.offload else {}
     pinned = {"master weights": 4, "reference": 2} | ({} if setup.lora_rank else {"gradients": 4})
     trained = shape.lora_parameters(setup.lora_rank) or shape.parameters
@@ -490,7 +513,7 @@ def least_share(shape: ModelShape, setup: Setup) -> float:
 
 def bytes_needed(shape: ModelShape, setup: Setup) -> float:
     """Of one GPU, of all parts together."""
-    return sum(memory_parts(shape, setup).values())
+    return sum(memory_of(shape, setup).parts.values())
 
 
 def _fits(shape: ModelShape, setup: Setup) -> bool:

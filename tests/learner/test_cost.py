@@ -205,9 +205,9 @@ def setup(**changes) -> Setup:
 
 def test_memory_by_hand_for_qwen3_4b():
     shape = SHAPES["Qwen3-4B"]
-    parts = cost.memory_parts(
+    parts = cost.memory_of(
         shape, setup(checkpointing=True, reference=True, engine_share=0.5, context_tokens=10_000, liger=True)
-    )
+    ).parts
     P, P_layer, V, D = 4_022_468_096, 100_930_816, 151_936, 2560
     P_root = V * D + D
     A = 8 * D + 2 * (32 + 8) * 128 + 2 * (2 * 32 + 2 * 8) * 128 + 4 * 32 + 6 * 9728
@@ -233,16 +233,16 @@ def test_memory_by_hand_for_qwen3_4b():
 @pytest.mark.parametrize(("gib", "tokens"), [(16, 2048), (24, 4096), (40, 4096), (80, 8192), (141, 8192), (180, 16384)])
 def test_prompts_that_an_engine_computes_at_once_are_planned_beside_its_share(gib, tokens):
     shape = SHAPES["Qwen2.5-32B"]
-    alone = cost.memory_parts(shape, setup(gpu_memory_bytes=gib * GIB, engine_share=0.4))["engine prompts"]
+    alone = cost.memory_of(shape, setup(gpu_memory_bytes=gib * GIB, engine_share=0.4)).parts["engine prompts"]
     assert alone == tokens * (4 * 5120 + 6 * 27648)
     four = setup(gpu_memory_bytes=gib * GIB, engine_share=0.4, tensor_parallel=4)
-    assert cost.memory_parts(shape, four)["engine prompts"] == tokens * (4 * 5120 + 6 * 27648 / 4)
-    assert cost.memory_parts(shape, setup(gpu_memory_bytes=gib * GIB))["engine prompts"] == 0
+    assert cost.memory_of(shape, four).parts["engine prompts"] == tokens * (4 * 5120 + 6 * 27648 / 4)
+    assert cost.memory_of(shape, setup(gpu_memory_bytes=gib * GIB)).parts["engine prompts"] == 0
 
 
 def test_lora_trains_the_additions_alone():
     shape = SHAPES["Qwen2.5-7B"]
-    whole, lora = (cost.memory_parts(shape, setup(lora_rank=rank, reference=True)) for rank in (0, 16))
+    whole, lora = (cost.memory_of(shape, setup(lora_rank=rank, reference=True)).parts for rank in (0, 16))
     added = shape.lora_parameters(16)
     assert added == 40_370_176, "as peft counts for rank 16 in q, k, v, o, gate, up and down"
     assert lora["gradients"] == 4 * added / 8
@@ -263,7 +263,7 @@ def test_a_copy_takes_what_its_parameters_do(config, lora_rank, tmp_path):
     count = lambda parameters: sum(p.numel() for p in parameters)  # noqa: E731
     trained = count(critic.trained.values()) - count(critic.head.parameters())
     shape = ModelShape.from_config(config.to_dict())
-    parts = cost.memory_parts(shape, setup(gpus=1, critic="copy", lora_rank=lora_rank))
+    parts = cost.memory_of(shape, setup(gpus=1, critic="copy", lora_rank=lora_rank)).parts
     # with a gradient and two moments
     assert parts["critic"] == 4 * count(critic._copy.parameters()) + 12 * trained
 
@@ -284,7 +284,7 @@ def test_a_copy_that_has_additions_moves_their_gradients_alone():
 def test_what_is_offloaded_is_in_main_memory():
     shape = SHAPES["Qwen2.5-7B"]
     on, off = setup(), setup(offload=True)
-    here, there = (sum(cost.memory_parts(shape, s).values()) for s in (on, off))
+    here, there = (sum(cost.memory_of(shape, s).parts.values()) for s in (on, off))
     assert here - there == pytest.approx(16 * shape.parameters / 8)
     host = lambda s, **settings: cost.host_parts(  # noqa: E731
         shape, s, **{"weights_by_host": False, "checkpoints": False} | settings
@@ -421,7 +421,7 @@ def test_an_engine_needs_room_for_its_weights_and_one_context():
 @given(shapes, setups)
 def test_less_of_anything_takes_no_more_memory(name, setup):
     shape = SHAPES[name]
-    total = lambda s: sum(cost.memory_parts(shape, s).values())  # noqa: E731
+    total = lambda s: sum(cost.memory_of(shape, s).parts.values())  # noqa: E731
     for smaller in (
         replace(setup, gpus=2 * setup.gpus),
         replace(setup, pack_tokens=setup.pack_tokens // 2),
