@@ -35,7 +35,7 @@ import aiohttp
 
 from l0fast.agent.chat import Chat
 from l0fast.children import Child, child
-from l0fast.engine.sglang_process import has_small_heads
+from l0fast.engine.sglang_process import check_sockets, has_small_heads
 from l0fast.errors import EngineError, L0fastError, UsageError
 from l0fast.first_process import step_back
 from l0fast.policies import Policy, open_policy
@@ -96,6 +96,8 @@ async def serve(
             models, temporary = place / "models", place / "temporary"
             for folder in (models, temporary):
                 folder.mkdir()
+            if server == "sglang":
+                check_sockets(temporary)
             _lay_out(policy.folder, models / name)
             module, words = _command(server, policy.folder, name, host, port)
             async with child(

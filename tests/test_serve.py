@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,7 +24,7 @@ from l0fast.ask import ask
 from l0fast.children import child
 from l0fast.engine.base import SampledText, Sampling
 from l0fast.engine.openai import EndpointConfig, openai_engine
-from l0fast.errors import EngineError
+from l0fast.errors import EngineError, UsageError
 from l0fast.policies import MODELS
 from l0fast.serve import PLAIN_SAMPLING, _answers, _command, _lay_out, main, serve
 from l0fast.types import TrajectoryStatus
@@ -168,6 +169,21 @@ def test_a_server_reaches_itself_past_a_proxy(monkeypatch, host: str):
 async def wait_for_an_answer(module: str, *words: str, timeout_s: float) -> None:
     async with child(module, *words, name="the server") as process:
         await _answers(f"http://127.0.0.1:{words[0] if words else 1}", process, timeout_s)
+
+
+def test_where_no_socket_of_sglangs_would_fit_it_is_said_before_it_starts(monkeypatch, tmp_path: Path):
+    place = tmp_path / ("s" * (107 - len(str(tmp_path)) - len("/l0fast-serve-xxxxxxxx/temporary")))
+    place.mkdir()
+
+    async def main() -> None:
+        async with serve("geography", port=0, server="sglang"):
+            pass
+
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    monkeypatch.setattr(l0fast.serve, "_which", lambda server: server)
+    with pytest.raises(UsageError, match=rf"^TMPDIR = {place}/.* set TMPDIR to a shorter one"):
+        asyncio.run(main())
+    assert not any(place.iterdir())
 
 
 def test_a_server_that_dies_is_told_in_its_own_words():

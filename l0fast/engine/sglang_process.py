@@ -141,9 +141,13 @@ def more_arguments(config: EngineConfig) -> dict[str, Any]:
     return arguments
 
 
-def check_sockets() -> None:
-    """SGLang's processes meet at sockets in the folder for temporary files. Raises UsageError where its name is too long."""
-    folder = tempfile.gettempdir()
+def check_sockets(folder: Path | None = None) -> None:
+    """SGLang's processes meet at sockets in the folder for temporary files. Raises UsageError where its name is too long.
+
+    Args:
+        folder: that of another process; None for ours.
+    """
+    folder = folder or Path(tempfile.gettempdir())
     if len(os.fsencode(folder)) + _NAME_CHARS > _SOCKET_CHARS:
         raise UsageError(
             f"TMPDIR = {folder} has {len(os.fsencode(folder))} characters, and those of a folder with sglang's sockets may be "
