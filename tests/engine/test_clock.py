@@ -1,6 +1,7 @@
 """The simulated clock: it moves when its loop has nothing else to do, and only then."""
 
 import asyncio
+import math
 import socket
 import threading
 
@@ -288,3 +289,20 @@ def test_moved_by_hand_it_lets_happen_what_is_due_and_no_more():
     assert happened[3:] == [("c", 3.0), ("after b", 9.0)]
     assert clock.now_s == 10.0
     assert not clock.has_events()
+
+
+def test_a_time_that_is_no_number_is_refused_and_holds_nobody_up():
+    clock = EventClock()
+    with pytest.raises(ValueError, match="at_s = nan: .* give a number of seconds"):
+        clock.call_at(math.nan, lambda: None)
+    assert not clock.has_events()
+
+    simulated = SimulatedClock()
+
+    async def main() -> float:
+        with pytest.raises(ValueError, match="at_s = nan"):
+            await simulated.sleep(math.nan)
+        await simulated.sleep(1.0)
+        return simulated.now_s
+
+    assert simulated.run(main()) == 1.0
