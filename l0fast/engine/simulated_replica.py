@@ -20,7 +20,7 @@ Rules and constants: SGLang's scheduler and its retract_decode, as of 0.5.
 """
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -151,7 +151,8 @@ class Replica:
         self._ratio = _RATIO
         self._full = False
         self._resume_s = 0.0
-        self._prefixes: dict[str, int] = {}
+        # first ones go all the time: a dict steps over all that have gone to find its first
+        self._prefixes: OrderedDict[str, int] = OrderedDict()
         self._evictable = 0
         self._owed = 0
         """Tokens that were evicted and are still counted in `_prefixes`: the first of those owe them."""

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -179,6 +180,25 @@ def test_prefixes_go_from_the_least_recently_used_on_and_nothing_of_that_outlive
     replica = with_a_full_cache()
     replica.update_weights(1, 50.0)
     assert [cached(replica, name) for name in "aa"] == [0, 30]
+
+
+def test_to_find_who_is_evicted_next_takes_no_longer_when_many_have_gone():
+    replica = Replica(SPEED, slots=1, kv_tokens=60_000)
+    for i in range(60_000):
+        replica._keep_prefix(str(i), 1)
+
+    def evict_s(prefixes: int) -> float:
+        began_s = time.process_time()
+        for _ in range(prefixes):
+            replica._evict(replica.load().used_tokens - 1)
+            replica.forget("nobody")
+        return time.process_time() - began_s
+
+    first_s = min(evict_s(500) for _ in range(5))
+    for _ in range(50):
+        replica._evict(replica.load().used_tokens - 1000)
+        replica.forget("nobody")
+    assert min(evict_s(500) for _ in range(5)) < 5 * first_s
 
 
 def test_of_those_who_were_under_way_when_new_weights_came_each_is_done_once_and_in_full():
