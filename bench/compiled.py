@@ -1,4 +1,6 @@
-"""A module run with the simulated engines compiled by mypyc: the same source and the same figures, in a tenth to a quarter of the time.
+"""A module run with the simulated engines compiled by mypyc: the same source and the same figures, in less time.
+
+Agents that are figures (engine/traffic.py) take a tenth to a quarter of the time, those that are coroutines half to 70 %.
 
     python -m bench.compiled bench.admission --seconds 9600
     python -m bench.compiled pytest tests/engine/test_simulated_replica.py
