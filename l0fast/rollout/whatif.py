@@ -297,9 +297,15 @@ def _predict(recording: Recording, changed: RunConfig, kv_tokens: int | None) ->
 def _calibrate(recording: Recording, kv_tokens: int | None = None) -> tuple[Timing, float]:
     """The timing of the first half of the steps, and its error on the second half."""
     if len(recording.steps) < 2:
+        kept = recording.config.rollout.keep_trajectories
+        way = (
+            "keep the trajectories of 2 or more: rollout.keep_trajectories = 1 deletes the others"
+            if kept == 1
+            else "take more"
+        )
         raise UsageError(
             f"{len(recording.steps)} step was recorded, and two are needed, one to learn from and one to check: let the run "
-            "take more"
+            f"{way}"
         )
     half = len(recording.steps) // 2
     seen, unseen = recording.steps[:half], recording.steps[half:]

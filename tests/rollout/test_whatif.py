@@ -290,8 +290,21 @@ def test_another_mode_opens_as_many_groups_as_it_would_by_itself():
 
 
 def test_one_step_is_too_few(runs):
-    with pytest.raises(UsageError, match="1 step was recorded, and two are needed"):
+    with pytest.raises(UsageError, match="1 step was recorded, and two are needed.*: let the run take more$"):
         predict(runs["engine"], last_steps=1)
+
+
+@pytest.mark.parametrize("look", [predict, advise])
+def test_a_run_that_keeps_one_steps_trajectories_is_told_to_keep_more(runs, tmp_path: Path, look):
+    run_dir = shutil.copytree(runs["engine"], tmp_path / "run")
+    text = (run_dir / "config.toml").read_text()
+    (run_dir / "config.toml").write_text(text.replace("keep_trajectories = 0\n", "keep_trajectories = 1\n"))
+    for step in (1, 2, 3):
+        (run_dir / "trajectories" / f"{step_name(step)}.jsonl").unlink()
+    with pytest.raises(
+        UsageError, match="let the run keep the trajectories of 2 or more: rollout.keep_trajectories = 1"
+    ):
+        look(run_dir)
 
 
 @pytest.mark.parametrize("last_steps", [0, -1])
