@@ -12,6 +12,7 @@ to change the mode, or leave its -wal file, where two come or leave at once: so 
 of the folder.
 """
 
+import ast
 import asyncio
 import contextlib
 import fcntl
@@ -54,12 +55,17 @@ def normaliser(name: str, signature: str) -> Callable[..., str]:
 
     Equal texts mean equal calls: 1, 1.0 and True differ. It raises TypeError for arguments that don't fit the signature
     or aren't JSON-like, which they are if JSON gives back the same. Raises ValueError for a signature that is no Python or
-    has annotations other than JSON's types, and for arguments that JSON never brings: a tuple, a set, a dict by number.
+    has arguments of other than JSON's types, those too that JSON never brings: a tuple, a set, a dict by number.
     """
     scope: dict[str, Any] = {kind.__name__: kind for kind in (Any, Literal, Optional, Union, List, Dict)}  # noqa: UP006
     scope["__name__"] = __name__
     try:
-        exec(f"def fits{signature}: return locals()", scope)
+        module = ast.parse(f"def fits{signature}: return locals()")
+        for function in module.body:
+            if isinstance(function, ast.FunctionDef):
+                # arguments alone are checked: what it returns may be of a type whose name says nothing here
+                function.returns = None
+        exec(compile(module, "<signature>", "exec"), scope)
         fits = validate_call(config=ConfigDict(strict=True))(scope["fits"])
         for parameter in inspect.signature(scope["fits"]).parameters.values():
             if not _is_of_json(parameter.annotation):

@@ -127,7 +127,7 @@ def test_what_is_not_json_is_a_type_error(value: Any):
         normaliser("f", "(a)")([value])
 
 
-@pytest.mark.parametrize("signature", ["(query: str", "(a: DataFrame)", "(a) -> Unknown", "", "(a, a)", "(a: 3)"])
+@pytest.mark.parametrize("signature", ["(query: str", "(a: DataFrame)", "(a) -> a b", "", "(a, a)", "(a: 3)"])
 def test_a_signature_that_cannot_be_checked_is_refused(signature: str):
     with pytest.raises(ValueError, match="can't be checked"):
         normaliser("f", signature)

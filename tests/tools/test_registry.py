@@ -5,9 +5,11 @@ import functools
 import os
 import queue
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,6 +64,23 @@ def test_a_function_may_take_what_is_optional():
             return await broker.wrap(function_tool(find)).call("a", near="b")
 
     assert asyncio.run(main()) == ["a", "b"]
+
+
+def test_a_function_may_say_that_it_returns_what_arrives_as_a_list():
+    def vector(text: str) -> np.ndarray:
+        """Numbers of a text."""
+        return np.array([1.5, len(text)])
+
+    def titles(text: str) -> Sequence[str]:
+        """Titles of a text."""
+        return (text,)
+
+    async def main() -> list[Any]:
+        async with open_broker() as broker:
+            return [await broker.wrap(function_tool(f)).call("ab") for f in (vector, titles)]
+
+    assert function_tool(vector).signature == "(text: str) -> numpy.ndarray"
+    assert asyncio.run(main()) == [[1.5, 2.0], ["ab"]]
 
 
 def test_a_coroutine_function_in_a_wrapper_is_awaited():
