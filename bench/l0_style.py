@@ -237,8 +237,9 @@ async def _process(what: str, argv: Sequence[str]) -> AsyncIterator[_Child]:
 def in_bubblewrap(program: str, *args: str) -> list[str]:
     """The command that runs a Python program as L0's task server runs a worker."""
     folders = ["/usr", "/bin", "/lib", "/lib64", "/etc", sys.prefix, sys.base_prefix]
-    argv = ["bwrap", *(part for path in folders for part in ("--ro-bind-try", path, path))]
-    argv += "--proc /proc --dev /dev --tmpfs /tmp --tmpfs /home --setenv HOME /home".split()
+    # empty folders first: a Python may lie in them, and what is mounted last hides what was there
+    argv = "bwrap --proc /proc --dev /dev --tmpfs /tmp --tmpfs /home --setenv HOME /home".split()
+    argv += [part for path in folders for part in ("--ro-bind-try", path, path)]
     argv += ["--unshare-pid", "--die-with-parent"]
     return [*argv, sys.executable, "-c", textwrap.dedent(program), *args]
 

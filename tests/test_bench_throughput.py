@@ -10,7 +10,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -262,6 +264,18 @@ def test_a_worker_of_l0s_way_that_can_not_start_says_why():
 
     with pytest.raises(RuntimeError, match="status 1 instead of being ready: .*No module named 'no_such_package'"):
         asyncio.run(main())
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="L0's way needs bubblewrap")
+def test_a_worker_of_l0s_way_finds_a_python_under_a_folder_that_is_empty_for_it(monkeypatch: pytest.MonkeyPatch):
+    # /home is another such folder, where most people's virtual environments are
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        venv.create(folder, symlinks=True)
+        monkeypatch.setattr(sys, "prefix", folder)
+        monkeypatch.setattr(sys, "executable", f"{folder}/bin/python")
+        argv = l0_style.in_bubblewrap("import os, sys; print(sys.prefix, os.listdir('/home'), os.listdir('/tmp'))")
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{folder} [] [{Path(folder).name!r}]\n", done.stderr
 
 
 @pytest.mark.skipif(
