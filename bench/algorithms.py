@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench.at_least import at_least
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.main_job import folder_of, print_table, run
@@ -43,7 +44,7 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder for the runs; those already in it are read, not run"
     )
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="; ".join(WAYS))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--results", type=results_folder, help="folder for algorithms.json")
     options = parser.parse_args()
 

@@ -348,7 +348,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=at_least(0), default=0, help="0: 28 on a GPU, 2 on a CPU")
     parser.add_argument("--lr", type=more_than_0, default=1e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--sglang", nargs="*", default=[], help="further arguments of sglang.Engine, name=JSON")
     parser.add_argument("--results", type=results_folder, help="folder for colocated.json")
     options = parser.parse_args()

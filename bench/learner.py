@@ -274,7 +274,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.learner", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument(
         "--threads", type=at_least(1), default=len(os.sched_getaffinity(0)), help="OpenMP threads of the passes"

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.at_least import at_least
 from bench.ending import end_like_ctrl_c, run_to_its_end
 from bench.machine import machine
 from bench.results_folder import results_folder, write
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the runs; those already in it are read, not run"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2])
     parser.add_argument("--results", type=results_folder, help="folder for main_job.json and geography.png")
     parser.add_argument("--without-invented", action="store_true", help="leave the invented world out")
     options = parser.parse_args()

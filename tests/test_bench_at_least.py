@@ -9,6 +9,8 @@ import pytest
     ("line", "words"),
     [
         ("admission --seconds 0", "--seconds: 0: give at least 1"),
+        ("algorithms --out x --seed -1", "--seed: -1: give at least 0"),
+        ("colocated --seed -1", "--seed: -1: give at least 0"),
         ("colocated --steps 0", "--steps: 0: give at least 1"),
         ("corpus --queries 1", "--queries: 1: give at least 2"),
         ("corpus --passages many", "--passages: 'many' is no whole number: give at least 1"),
@@ -18,7 +20,9 @@ import pytest
         ("engine --model-path /nowhere", "model folder '/nowhere' has no config.json"),
         ("kernels --rounds 0", "--rounds: 0: give at least 1"),
         ("learner --rounds 0", "--rounds: 0: give at least 1"),
+        ("learner --seed -1", "--seed: -1: give at least 0"),
         ("learner --plan geography --gpu-memory-gb 0", "--gpu-memory-gb: 0: give a number above 0"),
+        ("main_job --out x --seeds 0 -1", "--seeds: -1: give at least 0"),
         ("sandbox --soak 0", "--soak: 0: give a number above 0"),
         ("throughput --runs 0", "--runs: 0: give at least 1"),
         ("throughput --soak 0", "--soak: 0: give a number above 0"),
