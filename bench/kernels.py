@@ -75,9 +75,7 @@ def clock(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
 
 
 def peak_gb(run: Callable[[], Any], leaves: Iterable[Tensor]) -> float:
-    """Most memory in use at a time above what was in use before, gradients of the leaves included [GB]."""
-    if not torch.cuda.is_available():
-        return float("nan")
+    """Most memory in use at a time on the GPU above what was in use before, gradients of the leaves included [GB]."""
     gc.collect()
     for leaf in leaves:
         leaf.grad = None
@@ -260,12 +258,14 @@ def bench_head(device: str, rounds: int) -> dict[str, Any]:
                 row["errors"] = head_errors(able, p)
             timed = {n: c for n, c in able.items() if n != "liger_grpo" or T == LIGER_GRPO_TOKENS}
             runs = {name: forward_backward(head, p) for name, head in timed.items()}
-            row |= {f"{n}_peak_gb": round(peak_gb(run, (p["hidden"], p["weight"])), 3) for n, run in runs.items()}
+            if device == "cuda":
+                row |= {f"{n}_peak_gb": round(peak_gb(run, (p["hidden"], p["weight"])), 3) for n, run in runs.items()}
+                # dW is kept in fp32 until it is handed on in the dtype of W
+                if "policy_head" in runs:
+                    row["policy_head_peak_above_dw_gb"] = round(row["policy_head_peak_gb"] - 4 * V * D / 1e9, 3)
             row |= {f"{name}_ms": round(ms, 3) for name, ms in clock(runs, rounds).items()}
             row["matmul_floor_ms"] = round(6 * T * V * D / 750e12 * 1e3, 2)
             if "policy_head" in runs:
-                # dW is kept in fp32 until it is handed on in the dtype of W
-                row["policy_head_peak_above_dw_gb"] = round(row["policy_head_peak_gb"] - 4 * V * D / 1e9, 3)
                 peers = [row[f"{name}_ms"] for name in runs if name != "policy_head"]
                 row["ratio_to_best_peer"] = round(min(peers) / row["policy_head_ms"], 2) if peers else None
             rows.append(row)
