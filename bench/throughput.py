@@ -346,8 +346,11 @@ def main() -> None:
         options.sizes, options.runs, options.time_compression = [32], 1, 100.0
         options.l0_agents, options.l0_time_compression = 2, 50.0
     work: Callable[[argparse.Namespace], Coroutine[Any, Any, dict[str, Any]]] = soak if options.soak else measure
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        result = runner.run(work(options))
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            result = runner.run(work(options))
+    except L0fastError as e:
+        raise SystemExit(f"bench.throughput: {e}") from e
     if not options.soak:
         show(result)
     write(result, options.results, "throughput_soak.json" if options.soak else "throughput.json")

@@ -239,6 +239,13 @@ def test_what_can_not_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch, ca
     assert words in capsys.readouterr().err
 
 
+def test_a_sandbox_that_is_not_here_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")
+    monkeypatch.setattr(sys, "argv", "bench.throughput --sizes 8 --l0-agents 0 --sandbox docker".split())
+    with pytest.raises(SystemExit, match="^bench.throughput: sandbox.kind = 'docker' does not work here: "):
+        bench.main()
+
+
 def test_a_talkative_worker_of_l0s_way_stalls_nobody():
     code = """if 1:
         import json, sys
