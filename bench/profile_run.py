@@ -93,7 +93,10 @@ def _invocation(options: argparse.Namespace, words: Sequence[str]) -> Invocation
 
 def _profiled(invocation: Invocation) -> tuple[int, Any]:
     """The run's exit code, and pyinstrument's session."""
-    from pyinstrument import Profiler  # pyright: ignore[reportMissingImports]
+    try:
+        from pyinstrument import Profiler  # pyright: ignore[reportMissingImports]
+    except ImportError as e:
+        raise UsageError(f"the profiler can't be imported ({e}): pip install -e '.[bench]'") from e
 
     from l0fast.training import run
 

@@ -1,6 +1,7 @@
 """The page of a profiled run: functions are blamed for their own time, and what a run said can't break the page."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,16 @@ def test_flags_that_were_given_are_not_given_twice(monkeypatch: pytest.MonkeyPat
     assert invocation.config.eval.every == 1
     assert invocation.config.checkpoint.every == 0
     assert invocation.run_dir == tmp_path / "out" / "run"
+
+
+def test_a_profiler_that_is_not_installed_is_one_sentence_before_the_run(monkeypatch, capsys, tmp_path: Path):
+    monkeypatch.setitem(sys.modules, "pyinstrument", None)
+    monkeypatch.setattr("sys.argv", ["bench.profile_run", "--out", str(tmp_path / "out")])
+    assert profile_run.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("bench.profile_run: the profiler can't be imported (")
+    assert said.endswith("): pip install -e '.[bench]'\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_the_words_say_counts(monkeypatch, tmp_path: Path):
