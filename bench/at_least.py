@@ -29,3 +29,14 @@ def more_than_0(value: str) -> float:
     if not 0 < found < math.inf:
         raise argparse.ArgumentTypeError(f"{value}: give a number above 0")
     return found
+
+
+def temperature(value: str) -> float:
+    """An argparse type."""
+    try:
+        found = float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number: give 0 or more") from None
+    if not 0 <= found < math.inf:
+        raise argparse.ArgumentTypeError(f"{value}: give 0 or more")
+    return found

@@ -15,6 +15,8 @@ import pytest
         ("corpus --queries 1", "--queries: 1: give at least 2"),
         ("corpus --passages many", "--passages: 'many' is no whole number: give at least 1"),
         ("endpoint --questions 0", "--questions: 0: give at least 1"),
+        ("endpoint --temperature 0 -1", "--temperature: -1: give 0 or more"),
+        ("endpoint --temperature nan", "--temperature: nan: give 0 or more"),
         ("engine --rounds 0", "--rounds: 0: give at least 1"),
         ("engine --prompt-tokens 20 10", "--prompt-tokens 20 10: give the smaller number first"),
         ("engine --model-path /nowhere", "model folder '/nowhere' has no config.json"),
