@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.results_folder import results_file
 from l0fast.errors import L0fastError, SandboxError, UsageError
 
 START_TIMEOUT_S = 90.0
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--packages", action="append", default=[], metavar="NAME", help="library for --image; may repeat"
     )
-    parser.add_argument("--log-file", type=Path, metavar="FILE", help="dockerd's log; not kept by default")
+    parser.add_argument("--log-file", type=results_file, metavar="FILE", help="dockerd's log; not kept by default")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...")
     options = parser.parse_args(argv)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command

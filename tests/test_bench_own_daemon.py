@@ -60,13 +60,14 @@ def test_a_command_that_is_not_there_is_one_sentence(capsys):
     ("argv", "sentence"),
     [
         (["--packages", "numpy", "true"], "--packages numpy goes with --image: add it"),
+        (["--log-file", "/tmp", "true"], "argument --log-file: /tmp is a folder: name a file in it"),
         (
             ["--image", "--image-tar", "a.tar", "true"],
             "--image builds an image and --image-tar loads one: keep one of them",
         ),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(capsys, argv, sentence):
+def test_options_that_can_not_be_are_refused(capsys, argv, sentence):
     with pytest.raises(SystemExit):
         main(argv)
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {sentence}")
