@@ -352,6 +352,8 @@ def main() -> None:
     parser.add_argument("--sglang", nargs="*", default=[], help="further arguments of sglang.Engine, name=JSON")
     parser.add_argument("--results", type=results_folder, help="folder for colocated.json")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU that it can use")
     options.weights = options.weights or ("ipc" if options.device == "cuda" else "host")
     try:
         result = uvloop.run(run(options))

@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+import torch
 
 
 @pytest.mark.parametrize(
@@ -12,6 +13,7 @@ import pytest
         ("algorithms --out x --seed -1", "--seed: -1: give at least 0"),
         ("colocated --seed -1", "--seed: -1: give at least 0"),
         ("colocated --steps 0", "--steps: 0: give at least 1"),
+        ("colocated --device cuda", "--device cuda: torch finds no GPU that it can use"),
         ("corpus --queries 1", "--queries: 1: give at least 2"),
         ("corpus --passages many", "--passages: 'many' is no whole number: give at least 1"),
         ("endpoint --questions 0", "--questions: 0: give at least 1"),
@@ -33,6 +35,7 @@ import pytest
 )
 def test_a_number_that_can_not_be_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, capsys, line: str, words: str):
     bench = importlib.import_module(f"bench.{line.partition(' ')[0]}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", line.split())
     with pytest.raises(SystemExit) as refused:
         bench.main()
