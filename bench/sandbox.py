@@ -607,9 +607,9 @@ def main() -> None:
     )
     parser.add_argument("--results", type=results_folder, help="folder for sandbox.json or sandbox_soak.json")
     options = parser.parse_args()
-    if not (options.soak or (shutil.which("bwrap") and find_spec("ipykernel"))):
+    if not (options.soak or (shutil.which("bwrap") and all(map(find_spec, ("ipykernel", *PRELOAD))))):
         parser.error(
-            "L0's way needs bubblewrap (Debian: apt-get install bubblewrap) and pip install -e '.[bench]': install them"
+            "what is compared needs bubblewrap (Debian: apt-get install bubblewrap) and pip install -e '.[bench]': install them"
         )
     try:
         results = run(options)

@@ -30,7 +30,8 @@ def test_a_daemon_is_who_listens_and_every_containerd_and_shim_for_as_long_as_th
     ("soak", "lacks", "sentence"),
     [
         (["--soak", "1"], "", "bench.sandbox: no Docker daemon answers (unix:///nowhere"),
-        ([], "ipykernel", "bench.sandbox: error: L0's way needs bubblewrap "),
+        ([], "ipykernel", "bench.sandbox: error: what is compared needs bubblewrap "),
+        ([], "pandas", "bench.sandbox: error: what is compared needs bubblewrap "),
     ],
 )
 def test_what_is_lacking_is_one_sentence_before_anything_is_measured(monkeypatch, capsys, soak, lacks, sentence):
