@@ -35,8 +35,13 @@ def plan(
     tokens: float | None = None,
     sampled: float | None = None,
 ) -> tuple[str, str | None]:
-    """The table, and why it can't be, if so."""
+    """The table, and why it can't be, if so. Raises UsageError: an episode with more sampled tokens than it has."""
     work = cost.workload_of(config, tokens=tokens, sampled=sampled)
+    if work.sampled > work.tokens:
+        raise UsageError(
+            f"{work.sampled:,.0f} sampled tokens are more than the {work.tokens:,.0f} of an episode: set --sampled and --tokens "
+            "to what is sampled of an episode and to all of it"
+        )
     setup = cost.setup_of(config, work, gpus=gpus, gpu_memory_bytes=gpu_memory_bytes)
     memory, flops = cost.memory_of(shape, setup).parts, cost.flops(shape, work, setup)
     seconds = cost.seconds(shape, work, setup, rates)
@@ -73,11 +78,10 @@ def run_plan(recipe: str, flags: list[str], model: str | None, **kwargs) -> int:
     """
     try:
         config = parse([recipe, *flags]).config
-        shape = shape_of(model or config.model.path)
+        table, refusal = plan(config, shape_of(model or config.model.path), **kwargs)
     except UsageError as e:
         print(f"error: {e}")
         return 2
-    table, refusal = plan(config, shape, **kwargs)
     print(table)
     if refusal:
         print(f"does not fit: {refusal}")

@@ -127,6 +127,7 @@ def test_a_plan_of_a_model_folder(plan, tmp_path):
     [
         (["geography", "--model", "gpt-9"], "'gpt-9' is no model folder"),
         (["nowhere.toml"], "nowhere.toml"),
+        (["l0_qwen3_4b", "--tokens", "10", "--sampled", "20"], "20 sampled tokens are more than the 10 of an episode"),
         (["geography", "--learner.pack-tokns", "1"], "did you mean --learner.pack-tokens?"),
     ],
 )
