@@ -15,7 +15,7 @@ from typing import Any
 import uvloop
 
 from bench.machine import machine
-from l0fast.cli import parse
+from l0fast.cli import Invocation, parse
 from l0fast.config import RunConfig
 from l0fast.errors import UsageError
 from l0fast.learner.client import num_gpus
@@ -38,7 +38,7 @@ def measure_node(engine: str, device: str | None, steps: int, words: Sequence[st
     with tempfile.TemporaryDirectory(prefix="l0fast-bench-") as folder:
         run_dir = Path(folder) / "run"
         flags = ["--engine.kind", engine, "--num-steps", str(steps + 1), "--run-dir", str(run_dir)]
-        invocation = parse([*FEW, *words, *flags])
+        invocation = measured([*words, *flags])
 
         from l0fast.training import run
 
@@ -56,6 +56,14 @@ def measure_node(engine: str, device: str | None, steps: int, words: Sequence[st
             "recipe": invocation.recipe,
             "machine": machine(),
         }
+
+
+def measured(words: Sequence[str]) -> Invocation:
+    """A run to be measured. Raises UsageError."""
+    invocation = parse([*FEW, *words])
+    if invocation.dry_run:
+        raise UsageError("--dry-run leaves nothing to measure: give it to python -m l0fast.run")
+    return invocation
 
 
 def figures(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:

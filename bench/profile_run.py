@@ -28,8 +28,8 @@ import uvloop
 
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
-from bench.node_throughput import FEW
-from l0fast.cli import Invocation, parse
+from bench.node_throughput import measured
+from l0fast.cli import Invocation
 from l0fast.errors import L0fastError, UsageError
 from l0fast.learner.client import num_gpus
 from l0fast.report.plots import SHARES
@@ -86,9 +86,9 @@ def main() -> int:
 def _invocation(options: argparse.Namespace, words: Sequence[str]) -> Invocation:
     torch = ["--trace.torch-step", str(min(TORCH_STEP, options.steps))] if num_gpus() else []
     # whatever the words say of these counts
-    words = [*FEW, *torch, "--trace", "--num-steps", str(options.steps), *words]
-    out = options.out or Path("profiles") / f"{parse(words).recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return parse([*words, "--run-dir", str(out / "run")])
+    words = [*torch, "--trace", "--num-steps", str(options.steps), *words]
+    out = options.out or Path("profiles") / f"{measured(words).recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return measured([*words, "--run-dir", str(out / "run")])
 
 
 def _profiled(invocation: Invocation) -> tuple[int, Any]:

@@ -8,6 +8,7 @@ import pytest
 
 from bench import profile_run
 from bench.profile_run import Function, heaviest, render
+from l0fast.errors import UsageError
 
 pyinstrument = pytest.importorskip("pyinstrument")
 stack_sampler = pytest.importorskip("pyinstrument.stack_sampler")
@@ -85,6 +86,11 @@ def test_a_profiler_that_is_not_installed_is_one_sentence_before_the_run(monkeyp
     assert said.startswith("bench.profile_run: the profiler can't be imported (")
     assert said.endswith("): pip install -e '.[bench]'\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_is_none_to_be_profiled(tmp_path: Path):
+    with pytest.raises(UsageError, match="--dry-run leaves nothing to measure"):
+        profile_run._invocation(argparse.Namespace(steps=3, out=tmp_path / "out"), ["geography", "--dry-run"])
 
 
 def test_what_the_words_say_counts(monkeypatch, tmp_path: Path):

@@ -211,6 +211,11 @@ def test_a_gpu_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch
         node_throughput.measure_node("sglang", "cuda", 3, [])
 
 
+def test_a_dry_run_is_none_to_be_measured():
+    with pytest.raises(UsageError, match="--dry-run leaves nothing to measure"):
+        node_throughput.measure_node("transformers", None, 3, ["geography", "--dry-run"])
+
+
 def test_what_a_node_was_measured_on_is_what_it_used(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(node_throughput, "num_gpus", lambda: 8)
     with pytest.raises(UsageError, match="may use 8 GPUs, and would: put CUDA_VISIBLE_DEVICES= in front"):
