@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.ending import end_like_ctrl_c
 from bench.results_folder import results_file
 from l0fast.errors import L0fastError, SandboxError, UsageError
 
@@ -182,6 +183,7 @@ def own_daemon(log_file: Path | None = None) -> Iterator[OwnDaemon]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    end_like_ctrl_c()
     parser = argparse.ArgumentParser(
         prog="python -m bench.own_daemon", description="Run a command with a Docker daemon of its own."
     )

@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from l0fast.errors import UsageError
 from l0fast.rollout.whatif import Prediction, Simulated, parse_change, predict
@@ -47,6 +48,7 @@ def show(prediction: Prediction, changes: dict[str, object]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    end_like_ctrl_c()
     parser = argparse.ArgumentParser(
         prog="python -m bench.simulate", description="A run with other settings, simulated."
     )

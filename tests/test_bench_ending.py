@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import main_job
+from bench import main_job, own_daemon, simulate
 
 BENCH = """
 import asyncio
@@ -54,6 +54,19 @@ def test_an_error_has_its_traceback_all_the_same():
     ended = subprocess.run([sys.executable, "-c", bench], capture_output=True, text=True)
     assert "Traceback" in ended.stderr
     assert "ZeroDivisionError" in ended.stderr
+
+
+@pytest.mark.parametrize("bench", [own_daemon, simulate])
+def test_ctrl_c_is_heard_before_anything_is_begun(monkeypatch: pytest.MonkeyPatch, bench):
+    class Told(Exception):
+        pass
+
+    def told() -> None:
+        raise Told
+
+    monkeypatch.setattr(bench, "end_like_ctrl_c", told)
+    with pytest.raises(Told):
+        bench.main([])
 
 
 def test_a_run_that_a_benchmark_started_is_told_once_and_has_its_time_to_save():
