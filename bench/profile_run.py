@@ -88,7 +88,9 @@ def _invocation(options: argparse.Namespace, words: Sequence[str]) -> Invocation
     # whatever the words say of these counts
     words = [*torch, "--trace", "--num-steps", str(options.steps), *words]
     out = options.out or Path("profiles") / f"{measured(words).recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return measured([*words, "--run-dir", str(out / "run")])
+    if (run := out / "run").exists():
+        raise UsageError(f"{run} is there, and a run never overwrites: name another folder with --out, or move it")
+    return measured([*words, "--run-dir", str(run)])
 
 
 def _profiled(invocation: Invocation) -> tuple[int, Any]:

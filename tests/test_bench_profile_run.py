@@ -93,6 +93,12 @@ def test_a_dry_run_is_none_to_be_profiled(tmp_path: Path):
         profile_run._invocation(argparse.Namespace(steps=3, out=tmp_path / "out"), ["geography", "--dry-run"])
 
 
+def test_a_folder_that_has_a_profile_is_not_written_to_again(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UsageError, match="name another folder with --out, or move it"):
+        profile_run._invocation(argparse.Namespace(steps=3, out=tmp_path), ["geography"])
+
+
 def test_what_the_words_say_counts(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(profile_run, "num_gpus", lambda: 8)
     words = "--rollout.group-size 4 --eval.transfer_questions 5 --trace.torch-step 3 --num-steps 7".split()
