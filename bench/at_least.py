@@ -22,21 +22,22 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def more_than_0(value: str) -> float:
     """An argparse type."""
-    try:
-        found = float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is no number: give one above 0") from None
+    found = _number(value, "one above 0")
     if not 0 < found < math.inf:
         raise argparse.ArgumentTypeError(f"{value}: give a number above 0")
     return found
 
 
-def temperature(value: str) -> float:
+def not_below_0(value: str) -> float:
     """An argparse type."""
-    try:
-        found = float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is no number: give 0 or more") from None
+    found = _number(value, "0 or more")
     if not 0 <= found < math.inf:
         raise argparse.ArgumentTypeError(f"{value}: give 0 or more")
     return found
+
+
+def _number(value: str, wanted: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number: give {wanted}") from None

@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from bench.at_least import at_least, temperature
+from bench.at_least import at_least, not_below_0
 from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.results_folder import results_folder, write
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--questions", type=at_least(1), default=200)
     parser.add_argument("--open", type=at_least(1), default=8, metavar="N", help="episodes at once")
     parser.add_argument("--results", type=results_folder, help="folder for endpoint_accuracy.json")
-    parser.add_argument("--temperature", type=temperature, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--temperature", type=not_below_0, nargs="+", default=[0.0, 1.0])
     options, rest = parser.parse_known_args(argv)
     try:
         model, flags = model_and_flags(rest)

@@ -79,7 +79,7 @@ class EventClock(Clock):
         return self._now_s
 
     def call_at(self, at_s: float, call: Callable[[], Any]) -> Timer:
-        if at_s != at_s:
+        if math.isnan(at_s):
             raise ValueError(f"at_s = {at_s}: no event can wait for that, give a number of seconds")
         event = _Event(max(at_s, self._now_s), call)
         self._events.add(event.at_s, event)
