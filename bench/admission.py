@@ -26,6 +26,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 from bench.at_least import at_least
+from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.results_folder import results_folder, write
 from l0fast.engine import simulated_replica
@@ -162,6 +163,7 @@ def draw(tables: dict[str, list[Result]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    end_like_ctrl_c()
     parser = argparse.ArgumentParser(prog="python -m bench.admission", description="Admission by KV cache, simulated.")
     parser.add_argument("--seconds", type=at_least(1), default=9600, help="simulated time of each row [s]")
     parser.add_argument("--median-response", type=at_least(1), default=300, help="its length, lognormal [tokens]")

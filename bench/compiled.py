@@ -15,6 +15,7 @@ import importlib.metadata
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +26,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 
+from bench.ending import end_like_ctrl_c
 from l0fast.errors import L0fastError, UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -104,15 +106,30 @@ def _compile(root: Path, sources: Sequence[str], folder: Path) -> None:
                 shutil.copy(init, folder / parent)
     command = [sys.executable, "-m", "mypyc", *OPTIONS, *sources]
     environment = {**os.environ, "MYPYC_OPT_LEVEL": "3"}
-    try:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired as e:
-        raise UsageError(f"mypyc did not compile {', '.join(sources)} within {TIMEOUT_S:.0f} s") from e
-    if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines()[-20:]
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=TIMEOUT_S)
+        except BaseException as e:
+            # mypyc has a compiler at work, which would go on
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(e, subprocess.TimeoutExpired):
+                raise UsageError(f"mypyc did not compile {', '.join(sources)} within {TIMEOUT_S:.0f} s") from e
+            raise
+    if process.returncode:
         raise UsageError(
             "\n".join(
-                [*said, "mypyc could not compile that; it needs a C compiler and Python's headers (gcc, python3-dev)"]
+                [
+                    *said.strip().splitlines()[-20:],
+                    "mypyc could not compile that; it needs a C compiler and Python's headers (gcc, python3-dev)",
+                ]
             )
         )
 
@@ -126,6 +143,7 @@ def _is_there(module: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
+    end_like_ctrl_c()
     parser = argparse.ArgumentParser(
         prog="python -m bench.compiled", description="Run a module with the simulated engines compiled by mypyc."
     )

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 
 from bench.admission import CAPACITIES, COMPILED, OFFERED, RESULTS, SPEED, simulate, traffic
 from bench.at_least import at_least
+from bench.ending import end_like_ctrl_c
 from bench.machine import machine
 from bench.results_folder import results_folder, write
 from l0fast.engine.base import Engine, EngineLoad, Sampling
@@ -116,6 +117,7 @@ class Coroutines:
 
 
 def main(argv: list[str] | None = None) -> int:
+    end_like_ctrl_c()
     parser = argparse.ArgumentParser(
         prog="python -m bench.simulated_speed",
         description="How many times faster than real time engines are simulated.",

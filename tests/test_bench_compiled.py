@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import bench.compiled
 from bench.compiled import ROOT, Compiled, compiled, main
 from l0fast.errors import UsageError
+from tests.command import wait_until_gone
 
 pytestmark = [
     pytest.mark.slow,
@@ -65,6 +67,19 @@ def test_what_cannot_be_compiled_is_said_and_leaves_no_folder(tmp_path):
     (tmp_path / "answer.py").write_text('def answer() -> int:\n    return "42"\n')
     with pytest.raises(UsageError, match=r"answer\.py:2: error.*\n(.*\n)*mypyc could not compile that"):
         compiled(tmp_path, ["answer.py"])
+    assert list((tmp_path / "build" / "compiled").iterdir()) == []
+
+
+def test_a_compiler_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
+    mypyc, pids = tmp_path / "mypyc", tmp_path / "pids"
+    mypyc.write_text(f"#!/bin/sh\nsleep 600 &\necho $! $$ > {pids}\nwait\n")
+    mypyc.chmod(0o755)
+    (tmp_path / "answer.py").touch()
+    monkeypatch.setattr(sys, "executable", str(mypyc))
+    monkeypatch.setattr(bench.compiled, "TIMEOUT_S", 1.0)
+    with pytest.raises(UsageError, match=r"mypyc did not compile answer\.py within 1 s"):
+        compiled(tmp_path, ["answer.py"])
+    assert not wait_until_gone(set(map(int, pids.read_text().split())))
     assert list((tmp_path / "build" / "compiled").iterdir()) == []
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import main_job, own_daemon, simulate
+from bench import admission, compiled, main_job, own_daemon, simulate, simulated_speed
 
 BENCH = """
 import asyncio
@@ -56,7 +56,7 @@ def test_an_error_has_its_traceback_all_the_same():
     assert "ZeroDivisionError" in ended.stderr
 
 
-@pytest.mark.parametrize("bench", [own_daemon, simulate])
+@pytest.mark.parametrize("bench", [admission, compiled, own_daemon, simulate, simulated_speed])
 def test_ctrl_c_is_heard_before_anything_is_begun(monkeypatch: pytest.MonkeyPatch, bench):
     class Told(Exception):
         pass
